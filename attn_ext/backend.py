@@ -1,0 +1,124 @@
+"""Which implementation runs: the compiled ops ("fused") or plain PyTorch ("reference"), and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+from types import TracebackType
+
+import torch
+
+from attn_ext import checks
+
+BACKENDS = ("auto", "fused", "reference")
+ENVIRONMENT_VARIABLE = "ATTN_EXT_BACKEND"
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+class use_backend:  # noqa: N801 - a function to its users
+    """Chooses the implementation for the whole process; as a context manager, until the block ends.
+
+    ::
+
+        attn_ext.use_backend("reference")
+        with attn_ext.use_backend("fused"):
+            ...
+
+    Args:
+        name: "auto": the compiled ops where they exist for the tensors' device, otherwise the reference. "fused": the
+            compiled ops, or a RuntimeError that says why not. "reference": plain PyTorch. The environment variable
+            ATTN_EXT_BACKEND sets what the process starts with.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: "fused" where nothing that runs is compiled.
+    """
+
+    _current = "auto"
+
+    def __init__(self, name: str) -> None:
+        checks.choice("use_backend", "name", name, BACKENDS)
+        if name == "fused" and (problem := unavailable()):
+            raise RuntimeError(f"use_backend: the fused ops cannot run: {problem}")
+        self._previous = use_backend._current
+        use_backend._current = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        use_backend._current = self._previous
+
+
+def current() -> str:
+    """The name in force."""
+    return use_backend._current
+
+
+def fused_runs_on(device: torch.device) -> bool:
+    """Whether a call on `device` takes the compiled ops now. Under "auto", the first that cannot warns and says why."""
+    if use_backend._current == "reference":
+        return False
+    problem = unavailable()
+    if problem is None and device.type in fused_devices():
+        return True
+    if use_backend._current == "fused":
+        problem = problem or f"no kernels are compiled for {device.type} tensors"
+        raise RuntimeError(f"attn_ext: the backend is 'fused', but the fused ops cannot run: {problem}")
+    if problem is not None:
+        _warn_once(problem)
+    return False
+
+
+def fused_devices() -> tuple[str, ...]:
+    """The device types that have kernels in this build; "meta" stands for shape propagation."""
+    return ("cpu", "meta")
+
+
+@cache
+def build_facts() -> dict[str, str] | None:
+    """What the extension was compiled for and with; None where nothing is compiled. Loads no PyTorch library."""
+    try:
+        from attn_ext import _build_info
+    except ImportError:
+        return None
+    return dict(_build_info.facts())
+
+
+@cache
+def unavailable() -> str | None:
+    """Loads the compiled ops, once; what keeps them from running and the command that mends it, or None."""
+    facts = build_facts()
+    spec = importlib.util.find_spec("attn_ext._C")
+    if facts is None or spec is None or spec.origin is None:
+        return f"the extension is not compiled. To build it, run in attn_ext's source folder: {REBUILD}"
+    built_for, running = facts["torch_version"], torch.__version__
+    # The C++ interface of PyTorch holds within a release; builds of one release for other devices share it.
+    if built_for.split("+")[0] != running.split("+")[0]:
+        return (
+            f"the extension was built for PyTorch {built_for}, but this is PyTorch {running}. "
+            f"To rebuild it, run in attn_ext's source folder: {REBUILD}"
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the extension does not load ({error}). To rebuild it, run in attn_ext's source folder: {REBUILD}"
+    return None
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(
+        f"attn_ext runs its slower reference implementation, because {problem}", RuntimeWarning, stacklevel=5
+    )
+
+
+def _start_from_environment() -> None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    checks.choice(ENVIRONMENT_VARIABLE, "its value", name, BACKENDS)
+    use_backend._current = name
+
+
+_start_from_environment()

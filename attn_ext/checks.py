@@ -1,0 +1,147 @@
+"""Argument checks: a ValueError or TypeError that names the argument, what came, and what is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Arguments:
+    """Checks one call's arguments against each other: the first to name a size, dtype or device fixes it for the rest."""
+
+    def __init__(self, caller: str) -> None:
+        self.caller = caller
+        self.sizes: dict[str, int] = {}
+        self.fixed_by: dict[str, str] = {}
+        self.leader: tuple[str, Tensor] | None = None
+
+    def floating(self, name: str, value: object, dims: str) -> None:
+        """`value` is a float tensor of shape `dims` ("B S Dm"), of the dtype and on the device of the first one checked."""
+        self.tensor(name, value)
+        assert isinstance(value, Tensor)
+        if value.dtype not in DTYPES:
+            raise TypeError(
+                f"{self.caller}: {name} is {value.dtype}; needed is one of {', '.join(str(d) for d in DTYPES)}"
+            )
+        if self.leader is None:
+            self.leader = (name, value)
+        leader_name, leader = self.leader
+        if value.dtype != leader.dtype:
+            raise TypeError(
+                f"{self.caller}: {name} is {value.dtype}, but {leader_name} is {leader.dtype}; they must be the same"
+            )
+        self.device(name, value)
+        self.shape(name, value, dims)
+
+    def tensor(self, name: str, value: object) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.caller}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{self.caller}: {name} must be a dense (strided) tensor, got layout {value.layout}")
+
+    def device(self, name: str, value: Tensor) -> None:
+        assert self.leader is not None
+        leader_name, leader = self.leader
+        if value.device != leader.device:
+            raise ValueError(
+                f"{self.caller}: {name} is on {value.device}, but {leader_name} is on {leader.device}; "
+                "they must be on the same device"
+            )
+
+    def shape(self, name: str, value: Tensor, dims: str) -> None:
+        """Binds the sizes that `dims` names and refuses one that clashes with an earlier argument's."""
+        needed = dims.split()
+        if value.dim() != len(needed) or any(
+            self.sizes.get(dim, size) != size for dim, size in zip(needed, value.shape, strict=True)
+        ):
+            known = [f"{dim}={self.sizes[dim]} (from {self.fixed_by[dim]})" for dim in needed if dim in self.sizes]
+            with_sizes = f" with {', '.join(known)}" if known else ""
+            raise ValueError(
+                f"{self.caller}: {name} has shape {list(value.shape)}, needed is [{', '.join(needed)}]{with_sizes}"
+            )
+        for dim, size in zip(needed, value.shape, strict=True):
+            self.bind(dim, size, name)
+
+    def bind(self, dim: str, size: int, name: str) -> None:
+        self.sizes.setdefault(dim, size)
+        self.fixed_by.setdefault(dim, name)
+
+    def lengths(self, value: Tensor | Sequence[int] | None) -> Tensor | None:
+        """[B] integers in [0, S] as an int64 tensor on the leader's device; the range is checked where the CPU can see it."""
+        if value is None:
+            return None
+        assert self.leader is not None
+        device = self.leader[1].device
+        if not isinstance(value, Tensor):
+            if not isinstance(value, Sequence) or not all(type(n) is int for n in value):
+                raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")
+            value = torch.tensor(value, dtype=torch.int64)
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{self.caller}: lengths must be integers, got {value.dtype}")
+        self.shape("lengths", value, "B")
+        # Lengths on the CPU serve tensors on any device: pack_padded_sequence wants them there too.
+        if value.device.type != "cpu":
+            self.device("lengths", value)
+        elif value.numel() and not torch.compiler.is_compiling() and type(value) is Tensor:
+            shortest, longest = (int(n) for n in torch.aminmax(value))
+            if shortest < 0 or longest > self.sizes["S"]:
+                raise ValueError(
+                    f"{self.caller}: lengths go from {shortest} to {longest}, needed is 0 <= length <= S={self.sizes['S']} "
+                    f"(from {self.fixed_by['S']})"
+                )
+        return value.to(device=device, dtype=torch.int64, non_blocking=True)
+
+    def mask(self, value: Tensor | None) -> None:
+        """[B, S] or [B, T, S] bool, True = may be attended."""
+        if value is None:
+            return
+        self.tensor("mask", value)
+        if value.dtype != torch.bool:
+            raise TypeError(
+                f"{self.caller}: mask must be torch.bool (True = may be attended), got {value.dtype}; "
+                "additive float masks are not supported"
+            )
+        self.device("mask", value)
+        if value.dim() not in (2, 3):
+            raise ValueError(
+                f"{self.caller}: mask has shape {list(value.shape)}, needed is [B, S] or [B, T, S] with "
+                f"B={self.sizes['B']}, T={self.sizes['T']}, S={self.sizes['S']}"
+            )
+        self.shape("mask", value, "B S" if value.dim() == 2 else "B T S")
+
+    def scale(self, value: float | None) -> float:
+        if value is None:
+            return 1.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{self.caller}: scale must be a number or None, got {type(value).__name__}")
+        return float(value)
+
+
+def choice(caller: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    """`value` is one of the strings `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{caller}: {name} is {value!r}, needed is one of {', '.join(map(repr, allowed))}")
+
+
+def positive(caller: str, **sizes: int | None) -> None:
+    """Every one of `sizes` is a positive integer (or None)."""
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{caller}: {name} must be an integer, got {type(size).__name__}")
+        if size <= 0:
+            raise ValueError(f"{caller}: {name} is {size}, needed is at least 1")
+
+
+def fraction(caller: str, **values: float) -> None:
+    """Every one of `values` is a number in [0, 1]."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{caller}: {name} must be a number, got {type(value).__name__}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{caller}: {name} is {value}, needed is 0 <= {name} <= 1")

@@ -1,0 +1,268 @@
+"""luong_attention and the two ops beneath it: argument checks, autocast, and the choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attn_ext import autograd, backend, checks, reference
+
+if TYPE_CHECKING:
+    from attn_ext.memory import AttentionMemory
+
+METHODS = ("dot", "general", "concat")
+
+
+def luong_attention(
+    query: Tensor,
+    memory: Tensor | AttentionMemory,
+    method: str = "dot",
+    *,
+    weight: Tensor | None = None,
+    v: Tensor | None = None,
+    bias: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Global attention of Luong, Pham and Manning (2015, arXiv 1508.04025): score, masked softmax and context in one op.
+
+    The score of eq. 8, for every query q and every row m of the memory::
+
+        dot      e = q . m
+        general  e = (weight q) . m
+        concat   e = v . tanh(weight [q; m] + bias)          (Bahdanau, Cho, Bengio 2014, arXiv 1409.0473, A.1.2)
+
+    then the alignment a = softmax(scale * e) over the steps that may be attended (eq. 7) and the context c = sum_s a_s m_s.
+    B batch, T queries, S source steps, Dq query size, Dm memory size, A attention size.
+
+    Args:
+        query: [B, T, Dq], or [B, Dq] for one decoder step; float32, float64, bfloat16 or float16 (halves accumulate in
+            float32). Any strides.
+        memory: [B, S, Dm], the encoder outputs, keys and values at once; or an :class:`AttentionMemory`, which brings the
+            method, its parameters, lengths, mask and scale with it. Rows behind `lengths` or `mask` may hold anything.
+        method: "dot" (Dm = Dq), "general" or "concat".
+        weight: general: [Dm, Dq], concat: [A, Dq + Dm]; the weight of the nn.Linear of that name.
+        v: concat: [A].
+        bias: concat: [A], optional.
+        lengths: [B] integers, 0 <= length <= S: source steps at and past the length are never attended.
+        mask: [B, S] or [B, T, S] bool, True = may be attended (as in scaled_dot_product_attention).
+        scale: multiplies the scores; None is 1.
+        need_weights: False returns None for the weights, and nothing of size [B, T, S] outlives the call.
+
+    Returns:
+        context [B, T, Dm] (or [B, Dm]) and weights [B, T, S] (or [B, S]), in query's dtype. A query with nothing to attend
+        has context 0, weights 0 and gradients 0.
+
+    Raises:
+        ValueError: a shape, device, length or method that does not fit; a parameter that the method lacks or does not have.
+        TypeError: not a tensor, or not of the dtype needed.
+    """
+    if not isinstance(memory, Tensor):
+        from attn_ext.memory import AttentionMemory
+
+        if isinstance(memory, AttentionMemory):
+            memory.refuse_second_opinion(
+                method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale
+            )
+            return memory.attend(query, need_weights=need_weights)
+    query, memory, weight, v, bias = _autocast(query, memory, weight, v, bias)
+    arguments = checks.Arguments("luong_attention")
+    _check_query(arguments, query)
+    check_memory(arguments, memory, method, weight, v, bias)
+    lengths = arguments.lengths(lengths)
+    arguments.mask(mask)
+    scale = arguments.scale(scale)
+    return attend(
+        project_query(query, method, weight),
+        project_keys(memory, method, weight, bias, lengths, mask),
+        v,
+        memory,
+        lengths=lengths,
+        mask=mask,
+        scale=scale,
+        need_weights=need_weights,
+    )
+
+
+def dot_attention(
+    query: Tensor,
+    memory: Tensor,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(scale * q . m) over the steps that may be attended, and its context (Luong 2015, eq. 7 and 8, dot).
+
+    Args:
+        query: [B, T, D] or [B, D].
+        memory: [B, S, D], keys and values at once.
+        lengths, mask, scale, need_weights: as in :func:`luong_attention`.
+
+    Returns:
+        context [B, T, D] (or [B, D]); weights [B, T, S] (or [B, S]), or None.
+
+    Raises:
+        ValueError, TypeError: as :func:`luong_attention`.
+    """
+    query, memory = _autocast(query, memory)
+    arguments = checks.Arguments("dot_attention")
+    _check_query(arguments, query)
+    arguments.floating("memory", memory, "B S Dq")
+    lengths = arguments.lengths(lengths)
+    arguments.mask(mask)
+    scale = arguments.scale(scale)
+    return attend(query, None, None, memory, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(scale * v . tanh(q + k)) over the steps that may be attended, and its context (Bahdanau 2014, A.1.2).
+
+    Query and keys are already projected: for concat, q = Wq query and k = Wm memory + bias with [Wq Wm] = weight.
+
+    Args:
+        query: [B, T, A] or [B, A].
+        keys: [B, S, A].
+        v: [A].
+        values: [B, S, Dm].
+        lengths, mask, scale, need_weights: as in :func:`luong_attention`.
+
+    Returns:
+        context [B, T, Dm] (or [B, Dm]); weights [B, T, S] (or [B, S]), or None.
+
+    Raises:
+        ValueError, TypeError: as :func:`luong_attention`.
+    """
+    query, keys, v, values = _autocast(query, keys, v, values)
+    arguments = checks.Arguments("additive_attention")
+    _check_query(arguments, query, "A")
+    arguments.floating("keys", keys, "B S A")
+    arguments.floating("v", v, "A")
+    arguments.floating("values", values, "B S Dm")
+    lengths = arguments.lengths(lengths)
+    arguments.mask(mask)
+    scale = arguments.scale(scale)
+    return attend(query, keys, v, values, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor | None,
+    v: Tensor | None,
+    memory: Tensor,
+    *,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The one door to the backends, for checked and projected arguments: dot without `keys`, additive with them."""
+    one_step = query.dim() == 2
+    if one_step:
+        query = query.unsqueeze(1)
+    implementation = autograd if backend.fused_runs_on(query.device) else reference
+    options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
+    if keys is None:
+        context, weights = implementation.dot_attention(query, memory, **options)
+    else:
+        context, weights = implementation.additive_attention(query, keys, v, memory, **options)
+    if one_step:
+        return context.squeeze(1), None if weights is None else weights.squeeze(1)
+    return context, weights
+
+
+def check_memory(
+    arguments: checks.Arguments,
+    memory: Tensor,
+    method: str,
+    weight: Tensor | None,
+    v: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """The memory and the method's parameters: shapes, dtypes, and that the method has just the ones it needs."""
+    caller = arguments.caller
+    checks.choice(caller, "method", method, METHODS)
+    arguments.floating("memory", memory, "B S Dq" if method == "dot" else "B S Dm")
+    needed = {"dot": (), "general": ("weight",), "concat": ("weight", "v")}[method]
+    optional = ("bias",) if method == "concat" else ()
+    shapes = {"weight": "[Dm, Dq]" if method == "general" else "[A, Dq + Dm]", "v": "[A]"}
+    for name, value in {"weight": weight, "v": v, "bias": bias}.items():
+        if value is None and name in needed:
+            raise ValueError(f"{caller}: method={method!r} needs {name} {shapes[name]}, got None")
+        if value is not None and name not in needed + optional:
+            raise ValueError(f"{caller}: method={method!r} has no {name}, got one: it must be None")
+    if method == "general":
+        arguments.floating("weight", weight, "Dm Dq")
+    elif method == "concat":
+        if "Dq" in arguments.sizes:
+            arguments.bind("Dq+Dm", arguments.sizes["Dq"] + arguments.sizes["Dm"], "query and memory")
+        arguments.floating("weight", weight, "A Dq+Dm")
+        arguments.floating("v", v, "A")
+        if bias is not None:
+            arguments.floating("bias", bias, "A")
+
+
+def project_query(query: Tensor, method: str, weight: Tensor | None) -> Tensor:
+    """What meets the memory (general: weight q, [B, T, Dm]) or its keys (concat: Wq q, [B, T, A])."""
+    if method == "dot":
+        return query
+    assert weight is not None
+    return F.linear(query, weight if method == "general" else weight[:, : query.shape[-1]])
+
+
+def project_keys(
+    memory: Tensor,
+    method: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor | None:
+    """The keys that concat's queries meet: Wm m + bias, [B, S, A]; None where the memory is its own keys."""
+    if method != "concat":
+        return None
+    assert weight is not None
+    # The gradient of Wm is a sum over all rows: 0 * NaN would reach it from rows that nobody may attend.
+    allowed = reference.allowed_positions(memory, lengths, mask)
+    if allowed is not None:
+        memory = memory.masked_fill(~allowed.any(dim=1).unsqueeze(-1), 0.0)
+    return F.linear(memory, weight[:, weight.shape[1] - memory.shape[-1] :], bias)
+
+
+def _check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") -> None:
+    arguments.tensor("query", query)
+    if query.dim() not in (2, 3):
+        raise ValueError(
+            f"{arguments.caller}: query has shape {list(query.shape)}, needed is [B, T, {size}], "
+            f"or [B, {size}] for one decoder step"
+        )
+    if query.dim() == 2:
+        arguments.bind("T", 1, "query")
+    arguments.floating("query", query, f"B T {size}" if query.dim() == 3 else f"B {size}")
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, the tensors in its dtype, as torch.nn.functional.linear would take them."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    eligible = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors)

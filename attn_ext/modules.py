@@ -1,0 +1,180 @@
+"""LuongAttention, and the classic tutorial interface on top of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attn_ext import checks, functional
+from attn_ext.memory import AttentionMemory
+
+
+class LuongAttention(nn.Module):
+    """Global attention of Luong, Pham and Manning (2015, arXiv 1508.04025) with its parameters: :func:`luong_attention`.
+
+    Args:
+        method: "dot", "general" or "concat".
+        hidden_size: Dq, the size of the decoder's hidden state.
+        memory_size: Dm, the size of the encoder outputs; None is `hidden_size`, and dot needs them equal.
+        attention_size: A, concat only; None is `hidden_size`.
+        bias: concat only, adds a bias inside the tanh.
+        scale: multiplies the scores; None is 1.
+        device, dtype: of the parameters.
+
+    Attributes:
+        Wa: nn.Linear(Dq, Dm) for general, nn.Linear(Dq + Dm, A) for concat; None for dot.
+        Va: [A] for concat; None otherwise.
+
+    Raises:
+        ValueError: an unknown method; sizes that are not positive; a size or bias that the method does not have.
+        TypeError: a size that is no integer.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        hidden_size: int,
+        memory_size: int | None = None,
+        attention_size: int | None = None,
+        *,
+        bias: bool = False,
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        caller = type(self).__name__
+        checks.choice(caller, "method", method, functional.METHODS)
+        checks.positive(caller, hidden_size=hidden_size, memory_size=memory_size, attention_size=attention_size)
+        memory_size = hidden_size if memory_size is None else memory_size
+        if method == "dot" and memory_size != hidden_size:
+            raise ValueError(
+                f"{caller}: method='dot' needs memory_size equal to hidden_size={hidden_size}, got {memory_size}; "
+                "'general' and 'concat' take any"
+            )
+        if method != "concat" and attention_size is not None:
+            raise ValueError(f"{caller}: attention_size is for method='concat', got {attention_size} for {method!r}")
+        if method != "concat" and bias:
+            raise ValueError(f"{caller}: bias is for method='concat', got bias=True for {method!r}")
+        self.method = method
+        self.hidden_size = hidden_size
+        self.memory_size = memory_size
+        self.attention_size = (attention_size or hidden_size) if method == "concat" else None
+        self.scale = checks.Arguments(caller).scale(scale)
+        self.Wa: nn.Linear | None = None
+        if method == "general":
+            self.Wa = nn.Linear(hidden_size, memory_size, bias=False, device=device, dtype=dtype)
+        elif method == "concat":
+            size = hidden_size + memory_size
+            self.Wa = nn.Linear(size, self.attention_size, bias=bias, device=device, dtype=dtype)
+        empty = torch.empty(self.attention_size, device=device, dtype=dtype) if method == "concat" else None
+        self.register_parameter("Va", None if empty is None else nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's own initialisation, for Va too: uniform in +-1/sqrt(A)."""
+        if self.Wa is not None:
+            self.Wa.reset_parameters()
+        if self.Va is not None:
+            bound = 1 / math.sqrt(self.Va.shape[0])
+            nn.init.uniform_(self.Va, -bound, bound)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        encoder_outputs: Tensor | AttentionMemory,
+        lengths: Tensor | Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        need_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends.
+
+        Args:
+            hidden: [B, T, Dq], or [B, Dq] for one decoder step.
+            encoder_outputs: [B, S, Dm], or what :meth:`memory` made of it.
+            lengths: [B] integers, 0 <= length <= S; with a memory, lengths and mask are its own.
+            mask: [B, S] or [B, T, S] bool, True = may be attended.
+            need_weights: False returns None for the weights.
+
+        Returns:
+            context [B, T, Dm] (or [B, Dm]); weights [B, T, S] (or [B, S]), or None.
+
+        Raises:
+            ValueError, TypeError: as :func:`luong_attention`.
+        """
+        if isinstance(encoder_outputs, AttentionMemory):
+            return functional.luong_attention(
+                hidden, encoder_outputs, self.method, lengths=lengths, mask=mask, need_weights=need_weights
+            )
+        return functional.luong_attention(
+            hidden,
+            encoder_outputs,
+            self.method,
+            **self._parameters_of_method(),
+            lengths=lengths,
+            mask=mask,
+            scale=self.scale,
+            need_weights=need_weights,
+        )
+
+    def memory(
+        self, encoder_outputs: Tensor, lengths: Tensor | Sequence[int] | None = None, mask: Tensor | None = None
+    ) -> AttentionMemory:
+        """What every decoder step of a batch shares, prepared once: pass it in place of `encoder_outputs`.
+
+        It belongs to this forward pass: after an optimizer step, make a new one.
+        """
+        return AttentionMemory(
+            encoder_outputs,
+            self.method,
+            **self._parameters_of_method(),
+            lengths=lengths,
+            mask=mask,
+            scale=self.scale,
+        )
+
+    def _parameters_of_method(self) -> dict[str, Tensor | None]:
+        weight, bias = (None, None) if self.Wa is None else (self.Wa.weight, self.Wa.bias)
+        return {"weight": weight, "v": self.Va, "bias": bias}
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.method!r}, hidden_size={self.hidden_size}, memory_size={self.memory_size}"
+        return sizes if self.attention_size is None else f"{sizes}, attention_size={self.attention_size}"
+
+
+class Attention(LuongAttention):
+    """The classic tutorial interface: weights only, for one decoder step.
+
+    ::
+
+        attn = attn_ext.Attention("concat", batch_size, hidden_size)
+        weights = attn(hidden, encoder_outputs)      # [1, B, H], [B, S, H] -> [B, 1, S]
+
+    Va is [hidden_size] and shared by the batch; the form that circulates gives every batch element its own.
+
+    Args:
+        method: "dot", "general" or "concat".
+        batch_size: accepted as the tutorials pass it; any batch may be given to the module.
+        hidden_size: H, of the decoder state and the encoder outputs alike.
+    """
+
+    def __init__(self, method: str, batch_size: int, hidden_size: int) -> None:
+        checks.positive(type(self).__name__, batch_size=batch_size)
+        super().__init__(method, hidden_size)
+
+    def forward(self, hidden: Tensor, encoder_outputs: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden [1, B, H], encoder_outputs [B, S, H] -> weights [B, 1, S].
+
+        Raises:
+            ValueError, TypeError: as :func:`luong_attention`.
+        """
+        arguments = checks.Arguments("Attention")
+        arguments.bind("layers", 1, "the interface")
+        arguments.floating("hidden", hidden, "layers B H")
+        arguments.floating("encoder_outputs", encoder_outputs, "B S H")
+        _, weights = super().forward(hidden.transpose(0, 1), encoder_outputs)
+        assert weights is not None
+        return weights

@@ -1,0 +1,192 @@
+// The CPU's entry points: from tensors to the kernels' view of them, and the division of the work among the threads.
+#include "../attention.h"
+
+#include "capability.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+
+namespace attn_ext::cpu {
+namespace {
+
+// Multiply-adds below which a thread is not worth waking, and what a tanh costs in them.
+constexpr int64_t kGrain = 1 << 15;
+constexpr int64_t kTanhCost = 8;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return Dtype::Double;
+    case at::kBFloat16:
+      return Dtype::BFloat16;
+    case at::kHalf:
+      return Dtype::Half;
+    default:
+      return Dtype::Float;
+  }
+}
+
+// [B, rows, elements], or [elements].
+View view_of(const Tensor& tensor) {
+  if (tensor.dim() == 1) {
+    return {tensor.const_data_ptr(), 0, 0, tensor.stride(0)};
+  }
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+View view_of(const OptionalTensor& tensor) {
+  return tensor ? view_of(*tensor) : View{};
+}
+
+void* data_of(const Tensor& output) {
+  return output.defined() && output.numel() > 0 ? output.mutable_data_ptr() : nullptr;
+}
+
+Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
+  Problem problem{};
+  problem.dtype = dtype_of(inputs.query);
+  problem.batch = inputs.query.size(0);
+  problem.queries = inputs.query.size(1);
+  problem.steps = inputs.memory.size(1);
+  problem.key_size = inputs.query.size(2);
+  problem.memory_size = inputs.memory.size(2);
+  problem.scale = inputs.scale;
+  problem.query = view_of(inputs.query);
+  problem.memory = view_of(inputs.memory);
+  if (inputs.keys != nullptr) {
+    problem.keys = view_of(*inputs.keys);
+    problem.v = view_of(*inputs.v);
+  }
+  if (lengths.defined()) {
+    problem.lengths = lengths.const_data_ptr<int64_t>();
+  }
+  if (inputs.mask) {
+    const Tensor& mask = *inputs.mask;
+    problem.mask_per_query = mask.dim() == 3;
+    problem.mask = problem.mask_per_query ? view_of(mask) : View{mask.const_data_ptr(), mask.stride(0), 0, mask.stride(1)};
+  }
+  return problem;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t work_of_step(const Problem& problem) {
+  const int64_t score = problem.keys.data == nullptr ? problem.key_size : kTanhCost * problem.key_size;
+  return problem.queries * (score + problem.memory_size);
+}
+
+// Items of `chunk` queries; with fewer of them than threads, the source is split too, where a part is worth a thread.
+Plan plan_of(const Problem& problem, int64_t chunk) {
+  Plan plan{};
+  plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
+  plan.chunks = ceil_div(problem.queries, plan.chunk);
+  const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
+  const int64_t worthwhile = problem.steps * work_of_step(problem) / plan.chunks / kGrain;
+  const int64_t wanted = std::min(ceil_div(at::get_num_threads(), groups), worthwhile);
+  const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, kTile), 1);
+  plan.split_size = ceil_div(tiles, std::max<int64_t>(wanted, 1)) * kTile;
+  plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
+  return plan;
+}
+
+// Runs every item, each in a slot of scratch: one a thread, or one an item if the items' results are merged afterwards.
+template <class Call>
+void run_items(
+    const Call& call,
+    size_t slot_size,
+    void (*run)(const Call&, int64_t, char*),
+    void (*merge)(const Call&, int64_t, char*, size_t)) {
+  const int64_t items = call.plan.items(call.problem);
+  const int64_t splits = call.plan.splits;
+  const int64_t slots = splits == 1 ? std::min<int64_t>(items, at::get_num_threads()) : items;
+  const Tensor scratch = at::empty({slots * static_cast<int64_t>(slot_size)}, at::TensorOptions(at::kByte));
+  char* base = static_cast<char*>(scratch.mutable_data_ptr());
+  const int64_t work = call.problem.batch * call.problem.steps * work_of_step(call.problem);
+  const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(work / items, 1), 1);
+  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      run(call, item, base + (splits == 1 ? at::get_thread_num() : item) * slot_size);
+    }
+  });
+  if (splits > 1) {
+    at::parallel_for(0, items / splits, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        merge(call, group, base + group * splits * slot_size, slot_size);
+      }
+    });
+  }
+}
+
+const Kernels& kernels_for(const Inputs& inputs) {
+  const auto of_dtype = inputs.keys == nullptr ? capability().dot : capability().additive;
+  return of_dtype(dtype_of(inputs.query));
+}
+
+// What a profiler shows: which op ran, and the compilation of its kernel.
+std::string name_of(const Inputs& inputs, const char* direction) {
+  const char* op = inputs.keys == nullptr ? "dot" : "additive";
+  return c10::str("attn_ext::cpu::", op, "_attention_", direction, "[", capability_name(), "]");
+}
+
+Tensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? tensor->contiguous() : Tensor();
+}
+
+}  // namespace
+
+const char* capability_name() {
+  return capability().name;
+}
+
+void forward(const Inputs& inputs, Outputs& outputs) {
+  RECORD_FUNCTION(name_of(inputs, "forward"), c10::ArrayRef<const c10::IValue>{});
+  const Tensor lengths = contiguous(inputs.lengths);
+  Forward call{};
+  call.problem = problem_of(inputs, lengths);
+  call.plan = plan_of(call.problem, kChunk);
+  call.context = outputs.context.mutable_data_ptr();
+  call.weights = data_of(outputs.weights);
+  call.logsumexp = outputs.logsumexp.mutable_data_ptr();
+  if (outputs.logsumexp.numel() == 0) {
+    return;
+  }
+  const Kernels& kernels = kernels_for(inputs);
+  run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge);
+}
+
+void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+  RECORD_FUNCTION(name_of(inputs, "backward"), c10::ArrayRef<const c10::IValue>{});
+  const Tensor lengths = contiguous(inputs.lengths);
+  const Tensor logsumexp = saved.logsumexp.contiguous();
+  Backward call{};
+  call.problem = problem_of(inputs, lengths);
+  call.plan = plan_of(call.problem, std::max<int64_t>(call.problem.queries, 1));
+  call.grad_context = view_of(saved.grad_context);
+  call.grad_weights = view_of(saved.grad_weights);
+  call.context = view_of(saved.context);
+  call.weights = view_of(saved.weights);
+  call.logsumexp = logsumexp.const_data_ptr();
+  call.grad_query = data_of(gradients.query);
+  call.grad_keys = data_of(gradients.keys);
+  call.grad_memory = data_of(gradients.memory);
+  const int64_t items = call.plan.items(call.problem);
+  Tensor grad_v;  // [items, A]: a partial sum an item, summed in a fixed order
+  if (gradients.v.defined()) {
+    grad_v = at::empty({items, call.problem.key_size}, saved.logsumexp.options());
+    call.grad_v = data_of(grad_v);
+  }
+  if (items > 0) {
+    const Kernels& kernels = kernels_for(inputs);
+    run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward);
+  }
+  if (gradients.v.defined()) {
+    gradients.v.copy_(grad_v.sum(0));
+  }
+}
+
+}  // namespace attn_ext::cpu

@@ -1,0 +1,82 @@
+// Dot scores, e_ts = scale q_t . m_s: the memory is its own keys, so a tile of it serves everything.
+//
+// Backward: dq_t = sum_s de_ts m_s;  dm_s += sum_t de_ts q_t.
+#include "attention.h"
+#include "kernels.h"
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+namespace {
+
+template <class acc_>
+class DotScore {
+ public:
+  using acc = acc_;
+
+  DotScore(const Problem& problem, int64_t queries, Arena& arena)
+      : size_(problem.key_size),
+        scale_(static_cast<acc>(problem.scale)),
+        query_(arena, problem.dtype, problem.query, queries, problem.key_size) {}
+
+  void load_queries(int64_t b, int64_t first, int64_t count) {
+    query_.load(b, first, count);
+  }
+
+  void load_keys(int64_t, const Tile&, const Rows<acc>& memory) {
+    keys_ = memory.addresses();
+  }
+
+  // Of `count` loaded queries from `first` on against the loaded tile.
+  void scores(acc* out, int64_t first, int64_t count, int64_t steps) const {
+    product_rows<acc>(out, query_.addresses() + first, count, keys_, steps, size_, scale_);
+  }
+
+ protected:
+  int64_t size_;
+  acc scale_;
+  Rows<acc> query_;
+  const acc* const* keys_ = nullptr;
+};
+
+template <class acc>
+class DotGradient : public DotScore<acc> {
+ public:
+  DotGradient(const Backward& f, Arena& arena) : DotScore<acc>(f.problem, f.problem.queries, arena), f_(f) {}
+
+  void begin(int64_t b, int64_t queries) {
+    this->load_queries(b, 0, queries);
+  }
+
+  void add(
+      const acc* grad_scores,
+      int64_t first,
+      int64_t count,
+      int64_t steps,
+      acc* grad_query,
+      int64_t query_stride,
+      acc* grad_memory,
+      int64_t memory_stride) {
+    if (f_.grad_query != nullptr) {
+      add_product<acc>(
+          grad_query + first * query_stride, query_stride, count, {grad_scores, kTile, 1}, this->keys_, steps, this->size_);
+    }
+    if (f_.grad_memory != nullptr) {
+      add_product<acc>(
+          grad_memory, memory_stride, steps, {grad_scores, 1, kTile}, this->query_.addresses() + first, count, this->size_);
+    }
+  }
+
+  void end_tile(int64_t, const Tile&, int64_t) {}
+
+  void end(const Item&, int64_t, int64_t, acc*) {}
+
+ private:
+  const Backward& f_;
+};
+
+}  // namespace
+
+const Kernels& dot_kernels(Dtype dtype) {
+  return kernels_of<DotScore, DotGradient>(dtype);
+}
+
+}  // namespace attn_ext::cpu::CPU_CAPABILITY

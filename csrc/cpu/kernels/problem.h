@@ -1,0 +1,113 @@
+// What an op's kernels are given: sizes, addresses and strides, and the division of the work. Free of torch headers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace attn_ext::cpu {
+
+enum class Dtype { Float, Double, BFloat16, Half };
+
+// A tensor as [batch, row, element]: strides in elements, 0 along what it has not or repeats.
+struct View {
+  const void* data = nullptr;
+  int64_t batch = 0;
+  int64_t row = 0;
+  int64_t element = 0;
+};
+
+// Source steps are taken in tiles of kTile rows: with 512 floats each, 64 KiB, so that a tile read from memory for the scores is
+// still in the second-level cache for the context. Queries are taken in chunks of at most kChunk.
+constexpr int64_t kTile = 32;
+constexpr int64_t kChunk = 64;
+
+struct Problem {
+  Dtype dtype;
+  int64_t batch;        // B
+  int64_t queries;      // T
+  int64_t steps;        // S
+  int64_t key_size;     // Dq of dot, A of additive
+  int64_t memory_size;  // Dm
+  double scale;
+  View query;                        // [B, T, key_size]
+  View keys;                         // [B, S, key_size], additive only
+  View v;                            // [key_size] (along element), additive only
+  View memory;                       // [B, S, memory_size]
+  const int64_t* lengths = nullptr;  // [B]
+  View mask;                         // [B, S] (row stride 0) or [B, T, S] bool
+  bool mask_per_query = false;
+};
+
+// One item of work: a chunk of the queries of one batch element against one split of its source steps.
+struct Item {
+  int64_t batch;
+  int64_t first_query;
+  int64_t queries;
+  int64_t first_step;
+  int64_t end_step;
+};
+
+struct Plan {
+  int64_t chunk;       // queries per item
+  int64_t chunks;      // items along T
+  int64_t split_size;  // source steps per item, a multiple of kTile
+  int64_t splits;      // items along S
+
+  int64_t groups(const Problem& problem) const {
+    return problem.batch * chunks;
+  }
+
+  int64_t items(const Problem& problem) const {
+    return groups(problem) * splits;
+  }
+
+  // Items are numbered batch-major, the splits of one group next to each other.
+  Item item(const Problem& problem, int64_t index) const {
+    const int64_t split = index % splits;
+    const int64_t group = index / splits;
+    const int64_t first_query = group % chunks * chunk;
+    const int64_t first_step = split * split_size;
+    const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    return {
+        group / chunks,
+        first_query,
+        least(chunk, problem.queries - first_query),
+        first_step,
+        least(first_step + split_size, problem.steps)};
+  }
+};
+
+// acc below is float, or double for Dtype::Double. Outputs are contiguous.
+struct Forward {
+  Problem problem;
+  Plan plan;
+  void* context;    // [B, T, memory_size]
+  void* weights;    // [B, T, S], or null
+  void* logsumexp;  // [B, T] acc
+};
+
+struct Backward {
+  Problem problem;
+  Plan plan;
+  View grad_context;      // [B, T, memory_size]; data may be null
+  View grad_weights;      // [B, T, S]; data may be null
+  View context;           // [B, T, memory_size]
+  View weights;           // [B, T, S]; data null: recomputed from logsumexp
+  const void* logsumexp;  // [B, T] acc, contiguous
+  void* grad_query;       // each output may be null: not wanted
+  void* grad_keys;
+  void* grad_v;  // [items, key_size] acc: one partial sum an item
+  void* grad_memory;
+};
+
+// One op at one dtype. A slot is an item's scratch; the slots of one group's splits lie next to each other, slot_size apart.
+struct Kernels {
+  size_t (*forward_slot)(const Forward&);
+  void (*forward)(const Forward&, int64_t item, char* slot);
+  void (*merge)(const Forward&, int64_t group, char* slots, size_t slot_size);
+  size_t (*backward_slot)(const Backward&);
+  void (*backward)(const Backward&, int64_t item, char* slot);
+  void (*merge_backward)(const Backward&, int64_t group, char* slots, size_t slot_size);
+};
+
+}  // namespace attn_ext::cpu

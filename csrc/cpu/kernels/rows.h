@@ -1,0 +1,135 @@
+// Rows of tensors as the products take them: by address, in the accumulation type.
+#pragma once
+
+#include "problem.h"
+#include "vec.h"
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+
+// Scratch handed out piece by piece. Without a base it only counts: the same code that lays a slot out tells its size.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+  size_t used() const {
+    return used_;
+  }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Up to kTile source steps, in ascending order.
+struct Tile {
+  int64_t count = 0;
+  int64_t steps[kTile];
+};
+
+inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) {
+  const View& mask = problem.mask;
+  return static_cast<const bool*>(mask.data)[b * mask.batch + t * mask.row + s * mask.element];
+}
+
+// The source steps that some query of an item may attend, tile by tile. What stands in the others is never read.
+class SourceWalk {
+ public:
+  SourceWalk(const Problem& problem, const Item& item) : problem_(problem), item_(item), next_(item.first_step) {
+    end_ = item.end_step;
+    if (problem.lengths != nullptr) {
+      end_ = std::min(end_, problem.lengths[item.batch]);
+    }
+  }
+
+  bool next(Tile& tile) {
+    tile.count = 0;
+    for (; next_ < end_ && tile.count < kTile; ++next_) {
+      if (attended(next_)) {
+        tile.steps[tile.count++] = next_;
+      }
+    }
+    return tile.count > 0;
+  }
+
+ private:
+  bool attended(int64_t step) const {
+    if (problem_.mask.data == nullptr) {
+      return true;
+    }
+    const int64_t queries = problem_.mask_per_query ? item_.queries : 1;
+    for (int64_t t = 0; t < queries; ++t) {
+      if (may_attend(problem_, item_.batch, item_.first_query + t, step)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  const Problem& problem_;
+  const Item& item_;
+  int64_t next_;
+  int64_t end_;
+};
+
+// A row of `view`, converted into scratch.
+template <class acc>
+void load_row(acc* to, Dtype dtype, const View& view, int64_t b, int64_t row, int64_t size) {
+  load_row(to, dtype, view.data, b * view.batch + row * view.row, view.element, size);
+}
+
+// Addresses of rows: the tensor's own where they are dense and of the accumulation type, of converted copies otherwise.
+template <class acc>
+class Rows {
+ public:
+  Rows(Arena& arena, Dtype dtype, const View& view, int64_t capacity, int64_t size)
+      : dtype_(dtype),
+        view_(view),
+        size_(size),
+        stride_(padded<acc>(size)),
+        in_place_((dtype == Dtype::Float || dtype == Dtype::Double) && (view.element == 1 || size <= 1)),
+        address_(arena.take<const acc*>(capacity)),
+        copies_(in_place_ ? nullptr : arena.take<acc>(capacity * stride_)) {}
+
+  void load(int64_t b, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      load_one(i, b, first + i);
+    }
+  }
+
+  void load(int64_t b, const Tile& tile) {
+    for (int64_t i = 0; i < tile.count; ++i) {
+      load_one(i, b, tile.steps[i]);
+    }
+  }
+
+  const acc* const* addresses() const {
+    return address_;
+  }
+
+ private:
+  void load_one(int64_t i, int64_t b, int64_t row) {
+    if (in_place_) {
+      address_[i] = static_cast<const acc*>(view_.data) + b * view_.batch + row * view_.row;
+    } else {
+      address_[i] = copies_ + i * stride_;
+      load_row(copies_ + i * stride_, dtype_, view_, b, row, size_);
+    }
+  }
+
+  Dtype dtype_;
+  View view_;
+  int64_t size_;
+  int64_t stride_;
+  bool in_place_;
+  const acc** address_;
+  acc* copies_;
+};
+
+}  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -1,0 +1,115 @@
+// Vectors of the accumulation type, and the way between them and tensors of any dtype. Compiled once per instruction set.
+#pragma once
+
+#include "problem.h"
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+
+template <class acc>
+using Vec = at::vec::Vectorized<acc>;
+
+// Rows of scratch are an odd number of cache lines apart: a column of them would otherwise fall into a few cache sets when the size
+// is a multiple of 1024, as sizes often are.
+template <class acc>
+int64_t padded(int64_t size) {
+  constexpr int64_t line = 64 / sizeof(acc);
+  return ((size + line - 1) / line | 1) * line;
+}
+
+template <class acc>
+acc largest(const Vec<acc>& x) {
+  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); }, x);
+}
+
+// to[i] = factor * from[i]
+template <class acc>
+void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
+  const Vec<acc> factors(factor);
+  for (int64_t i = 0; i < size; i += Vec<acc>::size()) {
+    const int64_t count = std::min<int64_t>(Vec<acc>::size(), size - i);
+    (Vec<acc>::loadu(from + i, count) * factors).store(to + i, static_cast<int>(count));
+  }
+}
+
+template <class acc>
+acc sum(const Vec<acc>& x) {
+  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, x);
+}
+
+// Elements `first`, `first + stride`, ... of a tensor of any dtype, in the accumulation type. The kernels are compiled for the
+// latter alone: float serves the halves, and a switch a row costs nothing.
+template <class acc>
+void load_row(acc* to, Dtype dtype, const void* data, int64_t first, int64_t stride, int64_t size) {
+  const auto load = [&](auto* typed) {
+    using scalar = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    typed += first;
+    int64_t i = 0;
+    if (stride == 1) {
+      if constexpr (sizeof(scalar) == 2) {
+        for (; i + Vec<float>::size() <= size; i += Vec<float>::size()) {
+          Vec<float> x;
+          at::vec::load_to_float<scalar>(typed + i, x);
+          x.store(to + i);
+        }
+      } else {
+        std::copy_n(typed, size, to);
+        return;
+      }
+    }
+    for (; i < size; ++i) {
+      to[i] = static_cast<acc>(typed[i * stride]);
+    }
+  };
+  if constexpr (std::is_same_v<acc, double>) {
+    load(static_cast<const double*>(data));
+  } else if (dtype == Dtype::BFloat16) {
+    load(static_cast<const c10::BFloat16*>(data));
+  } else if (dtype == Dtype::Half) {
+    load(static_cast<const c10::Half*>(data));
+  } else {
+    load(static_cast<const float*>(data));
+  }
+}
+
+// The way back, into consecutive elements: out[first + i] = factor * from[i]
+template <class acc>
+void store_row(Dtype dtype, void* data, int64_t first, const acc* from, int64_t size, acc factor = 1) {
+  const Vec<acc> factors(factor);
+  constexpr int64_t lanes = Vec<acc>::size();
+  const auto store_half = [&](auto* typed) {
+    using scalar = std::remove_pointer_t<decltype(typed)>;
+    for (int64_t i = 0; i < size; i += 2 * lanes) {
+      const int64_t low = std::min(lanes, size - i);
+      const int64_t high = std::min(lanes, size - i - low);
+      const Vec<acc> a = Vec<acc>::loadu(from + i, low) * factors;
+      const Vec<acc> b = high > 0 ? Vec<acc>::loadu(from + i + low, high) * factors : Vec<acc>(0);
+      at::vec::convert_from_float<scalar>(a, b).store(typed + first + i, static_cast<int>(low + high));
+    }
+  };
+  if constexpr (std::is_same_v<acc, float>) {
+    if (dtype == Dtype::BFloat16) {
+      return store_half(static_cast<c10::BFloat16*>(data));
+    }
+    if (dtype == Dtype::Half) {
+      return store_half(static_cast<c10::Half*>(data));
+    }
+  }
+  scale_row(static_cast<acc*>(data) + first, from, size, factor);
+}
+
+// out[first .. first + size] = 0. All the dtypes have an all-zero-bits 0.
+inline void zero_row(Dtype dtype, void* data, int64_t first, int64_t size) {
+  const int64_t bytes = dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2;
+  std::memset(static_cast<char*>(data) + first * bytes, 0, std::max<int64_t>(size, 0) * bytes);
+}
+
+}  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -1,0 +1,139 @@
+"""Builds attn_ext: the ops library attn_ext._C and the pybind11 module attn_ext._build_info.
+
+Environment: ATTN_EXT_CPU_ONLY=1 leaves CUDA out, FORCE_CUDA=1 insists on it, TORCH_CUDA_ARCH_LIST names its targets, MAX_JOBS the
+parallel compilations.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
+
+CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+# The kernels' compilations: PyTorch's own names for CPU capabilities, and the flags it compiles them with.
+CPU_CAPABILITIES = {"DEFAULT": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
+
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "off", "no")
+
+
+def cuda_decision() -> tuple[bool, str]:
+    """Whether to build for CUDA, and why."""
+    built_for = torch.version.cuda
+    if flag("ATTN_EXT_CPU_ONLY"):
+        return False, "ATTN_EXT_CPU_ONLY is set"
+    obstacle = None
+    if built_for is None:
+        obstacle = f"PyTorch {torch.__version__} has no CUDA"
+    elif CUDA_HOME is None:
+        obstacle = "no CUDA toolkit was found (set CUDA_HOME, or put nvcc on the PATH)"
+    elif (toolkit := toolkit_version()) is None:
+        obstacle = f"{CUDA_HOME} has no working nvcc"
+    elif toolkit.split(".")[0] != built_for.split(".")[0]:
+        obstacle = f"the CUDA toolkit is {toolkit}, but PyTorch {torch.__version__} is built for CUDA {built_for}"
+    if flag("FORCE_CUDA"):
+        if obstacle is not None:
+            sys.exit(f"attn_ext: FORCE_CUDA is set, but {obstacle}")
+        return True, "FORCE_CUDA is set"
+    if obstacle is not None:
+        return False, obstacle
+    return True, f"PyTorch {torch.__version__} is built for CUDA {built_for}, and the toolkit is {toolkit_version()}"
+
+
+def toolkit_version() -> str | None:
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found.group(1) if found else None
+
+
+def choose_cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST, or the visible GPUs' (PyTorch's default), or everything where there are none to look at."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        return asked
+    if torch.cuda.is_available() and not flag("FORCE_CUDA"):
+        return "the visible GPUs"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
+    return CUDA_ARCHITECTURES
+
+
+def sources(folder: str, pattern: str) -> list[str]:
+    return sorted(str(path) for path in Path(folder).glob(pattern))
+
+
+class Build(BuildExtension):
+    """Compiles the kernels once for each CPU capability, then the rest, in a folder that every way of building shares."""
+
+    def build_extension(self, extension: Extension) -> None:
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        self.build_temp = str(Path("build", tag, extension.name))
+        if extension.name == "attn_ext._C":
+            for capability, flags in CPU_CAPABILITIES.items():
+                extension.extra_objects += self.compile_kernels(extension, capability, flags)
+        super().build_extension(extension)
+
+    def compile_kernels(self, extension: Extension, capability: str, flags: list[str]) -> list[str]:
+        defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+        arguments = extension.extra_compile_args
+        arguments = arguments["cxx"] if isinstance(arguments, dict) else arguments
+        kernels = sources("csrc/cpu/kernels", "*.cpp")
+        folder = Path(self.build_temp, capability)
+        folder.mkdir(parents=True, exist_ok=True)
+        return self.compiler.compile(
+            kernels,
+            output_dir=str(folder),
+            include_dirs=extension.include_dirs,
+            extra_postargs={"cxx": [*arguments, *defines, *flags], "nvcc": []},
+            depends=sources("csrc/cpu/kernels", "*.h"),
+        )
+
+
+with_cuda, reason = cuda_decision()
+cuda_fact = f"{'yes' if with_cuda else 'no'}: {reason}"
+print(f"attn_ext: CUDA {cuda_fact}")
+print(f"attn_ext: CPU kernels for {', '.join(CPU_CAPABILITIES)}")
+if with_cuda:
+    print(f"attn_ext: CUDA targets are {choose_cuda_architectures()}")
+
+facts = {
+    "ATTN_EXT_TORCH_VERSION": torch.__version__,
+    "ATTN_EXT_CPU_CAPABILITIES": ", ".join(CPU_CAPABILITIES),
+    "ATTN_EXT_CUDA": cuda_fact,
+}
+build_info = Extension(
+    "attn_ext._build_info",
+    ["csrc/build_info.cpp"],
+    include_dirs=include_paths("cpu"),  # PyTorch carries pybind11's headers
+    extra_compile_args={"cxx": [*CXX_FLAGS, *(f'-D{name}="{value}"' for name, value in facts.items())]},
+    language="c++",
+)
+make_extension = CUDAExtension if with_cuda else CppExtension
+ops = make_extension(
+    "attn_ext._C",
+    ["csrc/ops.cpp", *sources("csrc/cpu", "*.cpp"), *(sources("csrc/cuda", "*.cu") if with_cuda else [])],
+    define_macros=[("ATTN_EXT_WITH_CUDA", None)] if with_cuda else [],
+    extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++20", "-O3"]},
+    extra_link_args=["-fopenmp"],
+)
+
+setup(ext_modules=[build_info, ops], cmdclass={"build_ext": Build})

@@ -1,0 +1,47 @@
+"""The mark `fused` (needs the compiled ops) and what every test may rely on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported: OpenMP threads that spin while they wait are several times slower on a machine shared with others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+from attn_ext import backend
+
+
+def why_not_fused() -> str | None:
+    """What keeps this run from the compiled ops, or None. tests/test_build.py fails where it is not by choice."""
+    if backend.current() == "reference":
+        return f"{backend.ENVIRONMENT_VARIABLE}=reference"
+    return backend.unavailable()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fused: needs the compiled ops")
+    config.addinivalue_line("markers", "numerics: runs again under every instruction set (tests/test_capabilities.py)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("fused") and (reason := why_not_fused()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _process_wide_settings() -> Iterator[None]:
+    """Whatever a test sets for the whole process ends with it."""
+    name, threads = backend.current(), torch.get_num_threads()
+    yield
+    backend.use_backend(name)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[pytest.param("fused", marks=pytest.mark.fused), "reference"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once under each backend."""
+    with backend.use_backend(request.param):
+        yield request.param
