@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,23 +90,21 @@ class Build(BuildExtension):
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
         self.build_temp = str(Path("build", tag, extension.name))
         if extension.name == "attn_ext._C":
-            for capability, flags in CPU_CAPABILITIES.items():
-                extension.extra_objects += self.compile_kernels(extension, capability, flags)
+            # Side by side: a change to one kernel file is one compilation in each.
+            with ThreadPoolExecutor() as pool:
+                for objects in pool.map(partial(self.compile_kernels, extension), CPU_CAPABILITIES):
+                    extension.extra_objects += objects
         super().build_extension(extension)
 
-    def compile_kernels(self, extension: Extension, capability: str, flags: list[str]) -> list[str]:
+    def compile_kernels(self, extension: Extension, capability: str) -> list[str]:
         defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-        arguments = extension.extra_compile_args
-        arguments = arguments["cxx"] if isinstance(arguments, dict) else arguments
-        kernels = sources("csrc/cpu/kernels", "*.cpp")
         folder = Path(self.build_temp, capability)
         folder.mkdir(parents=True, exist_ok=True)
         return self.compiler.compile(
-            kernels,
+            sources("csrc/cpu/kernels", "*.cpp"),
             output_dir=str(folder),
             include_dirs=extension.include_dirs,
-            extra_postargs={"cxx": [*arguments, *defines, *flags], "nvcc": []},
-            depends=sources("csrc/cpu/kernels", "*.h"),
+            extra_postargs={"cxx": [*CXX_FLAGS, *defines, *CPU_CAPABILITIES[capability]]},
         )
 
 

@@ -45,7 +45,7 @@ inline Vec<acc> sigmoid_of_minus(const Vec<acc>& query, const Vec<acc>& key) {
   if constexpr (factored) {
     return reciprocal<acc>(at::vec::fmadd(query, key, Vec<acc>(1)));
   } else {
-    return Vec<acc>(1) / (Vec<acc>(1) + (query + key).exp());
+    return Vec<acc>(1) / (Vec<acc>(1) + exponential<acc>(query + key));
   }
 }
 
@@ -74,7 +74,7 @@ class DoubledRows {
     for (int64_t a = 0; a < stride_; a += Vec<acc>::size()) {
       const Vec<acc> x = Vec<acc>::loadu(doubled + a) * Vec<acc>(2);
       x.store(doubled + a);
-      x.exp().store(exponentials + a);
+      exponential(x).store(exponentials + a);
       magnitudes = at::vec::maximum(magnitudes, x.abs());
     }
     const acc row_range = largest(magnitudes);

@@ -25,6 +25,41 @@ int64_t padded(int64_t size) {
   return ((size + line - 1) / line | 1) * line;
 }
 
+// exp(x) to 1 ulp. Saturates instead of overflowing where there is no scalef; x below -87 may give a subnormal or the smallest normal.
+template <class acc>
+inline Vec<acc> exponential(const Vec<acc>& x) {
+  return x.exp();
+}
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// PyTorch's is a call for every vector, which empties all registers around it. Cephes' polynomial, Cody and Waite's reduction.
+template <>
+inline Vec<float> exponential(const Vec<float>& x) {
+  using at::vec::fmadd;
+  using at::vec::fnmadd;
+#if defined(CPU_CAPABILITY_AVX512)
+  // The operand order keeps a NaN.
+  const Vec<float> clamped = _mm512_min_ps(_mm512_set1_ps(89), _mm512_max_ps(_mm512_set1_ps(-104), x));
+  const Vec<float> n = _mm512_roundscale_ps(clamped * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec<float> clamped = _mm256_min_ps(_mm256_set1_ps(88.3f), _mm256_max_ps(_mm256_set1_ps(-87.3f), x));
+  const Vec<float> n = _mm256_round_ps(clamped * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+  const Vec<float> r = fnmadd(n, Vec<float>(-2.12194440e-4f), fnmadd(n, Vec<float>(0.693359375f), clamped));
+  Vec<float> p(1.9875691500e-4f);
+  for (const float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = fmadd(p, r, Vec<float>(coefficient));
+  }
+  p = fmadd(p, r * r, r + Vec<float>(1));
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return p * Vec<float>(_mm256_castsi256_ps(exponent));
+#endif
+}
+#endif
+
 template <class acc>
 acc largest(const Vec<acc>& x) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); }, x);

@@ -1,0 +1,32 @@
+"""Python processes of their own, for what is settled when attn_ext is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import attn_ext
+
+PACKAGE = Path(attn_ext.__file__).parent
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python arguments` where `cwd` is the first place that imports look at; without ATTN_EXT_BACKEND unless given."""
+    inherited = {name: value for name, value in os.environ.items() if name != "ATTN_EXT_BACKEND"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=inherited | {"PYTHONPATH": str(cwd)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def info(cwd: Path, **environment: str) -> dict[str, str]:
+    """`python -m attn_ext.info`, label to text."""
+    process = python("-m", "attn_ext.info", cwd=cwd, **environment)
+    assert process.returncode == 0, process.stderr
+    return {label: text.strip() for label, text in (line.split(":", 1) for line in process.stdout.splitlines())}

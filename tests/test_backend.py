@@ -1,0 +1,161 @@
+"""use_backend, ATTN_EXT_BACKEND, and what happens where nothing that runs is compiled."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import attn_ext
+from attn_ext import backend
+from tests.cases import Case, assert_accurate
+from tests.processes import PACKAGE, python
+
+
+def test_setter() -> None:
+    for name in ("reference", "auto"):
+        attn_ext.use_backend(name)
+        assert backend.current() == name
+
+
+def test_context_manager() -> None:
+    before = backend.current()
+    with attn_ext.use_backend("reference"):
+        assert backend.current() == "reference"
+        with attn_ext.use_backend("auto"):
+            assert backend.current() == "auto"
+        assert backend.current() == "reference"
+    assert backend.current() == before
+
+
+def test_context_manager_ends_what_was_set_inside() -> None:
+    before = backend.current()
+    with attn_ext.use_backend("reference"):
+        attn_ext.use_backend("auto")
+    assert backend.current() == before
+
+
+def test_context_manager_and_exceptions() -> None:
+    before = backend.current()
+    with pytest.raises(KeyError), attn_ext.use_backend("reference"):
+        raise KeyError
+    assert backend.current() == before
+
+
+@pytest.mark.parametrize("name", ["Fused", "", None, 1, torch.zeros(2)], ids=repr)
+def test_wrong_name(name: object) -> None:
+    before = backend.current()
+    with pytest.raises(ValueError, match=r"^use_backend: name is .*, needed is one of 'auto', 'fused', 'reference'$"):
+        attn_ext.use_backend(name)
+    assert backend.current() == before
+
+
+@pytest.mark.fused
+def test_fused_where_no_kernel_is() -> None:
+    """A device that this build has no kernels for: a refusal under "fused", the reference under "auto"."""
+    device = torch.device("xpu")
+    with attn_ext.use_backend("auto"):
+        assert not backend.fused_runs_on(device)
+    with attn_ext.use_backend("fused"), pytest.raises(RuntimeError, match="no kernels are compiled for xpu tensors"):
+        backend.fused_runs_on(device)
+
+
+def test_wrong_name_in_the_environment_variable() -> None:
+    process = python("-c", "import attn_ext", cwd=PACKAGE.parent, ATTN_EXT_BACKEND="fast")
+    assert process.returncode != 0
+    assert "ValueError: ATTN_EXT_BACKEND: its value is 'fast', needed is one of 'auto', 'fused', 'reference'" in process.stderr
+
+
+# What a copy of the package says once it has run every method, forward and backward: its warnings, what it refuses, its info.
+EXERCISE = """
+import warnings
+import torch
+import attn_ext
+import attn_ext.info
+
+warnings.simplefilter("always")
+with warnings.catch_warnings(record=True) as caught:
+    attn_ext.use_backend("auto")
+    query, memory = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4)
+    for _ in range(2):
+        context, weights = attn_ext.luong_attention(query, memory)
+        context.sum().backward()
+        attn_ext.LuongAttention("concat", 4)(query, memory, lengths=[5, 0])
+        attn_ext.LuongAttention("general", 4)(query, memory)
+expected = torch.softmax(query @ memory.mT, -1)
+torch.testing.assert_close(weights, expected)
+torch.testing.assert_close(context, expected @ memory)
+assert query.grad.abs().max() > 0
+for warning in caught:
+    print(warning.category.__name__, warning.message, sep=": ")
+try:
+    attn_ext.use_backend("fused")
+except RuntimeError as error:
+    print(error)
+attn_ext.info.main()
+"""
+REBUILD = "run in attn_ext's source folder: pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+@pytest.fixture
+def copy_without_extension(tmp_path: Path) -> Path:
+    """A folder with the package as it is before anything is compiled."""
+    shutil.copytree(PACKAGE, tmp_path / "attn_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+@pytest.fixture
+def copy_for_another_pytorch(copy_without_extension: Path) -> Path:
+    """A folder with the package as if compiled for PyTorch 1.13: only what is read before the extension is loaded."""
+    package = copy_without_extension / "attn_ext"
+    facts = {"torch_version": "1.13.0+cu117", "compiler": "gcc 9", "cpu_capabilities": "DEFAULT", "cuda": "11.7"}
+    (package / "_build_info.py").write_text(f"def facts():\n    return {facts!r}\n")
+    (package / "_C.py").write_text("raise ImportError('of another PyTorch')\n")
+    return copy_without_extension
+
+
+def assert_falls_back(folder: Path, why: str, extension: str) -> None:
+    """One warning that says what to do, right results, a refusal to be "fused", and the same reason from info."""
+    process = python("-c", EXERCISE, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    warning, refusal, *lines = process.stdout.splitlines()
+    assert warning == f"RuntimeWarning: attn_ext runs its slower reference implementation, because {why}"
+    assert refusal == f"use_backend: the fused ops cannot run: {why}"
+    assert f"{'extension:':<20}{extension}" in lines
+    assert f"{'cpu tensors run:':<20}reference, because {why}" in lines
+
+
+def test_nothing_compiled(copy_without_extension: Path) -> None:
+    why = f"the extension is not compiled. To build it, {REBUILD}"
+    assert_falls_back(copy_without_extension, why, extension="not compiled")
+
+
+def test_built_for_another_pytorch(copy_for_another_pytorch: Path) -> None:
+    """Both versions are named."""
+    built_for, running = "1.13.0+cu117", torch.__version__
+    why = f"the extension was built for PyTorch {built_for}, but this is PyTorch {running}. To rebuild it, {REBUILD}"
+    assert_falls_back(copy_for_another_pytorch, why, extension=f"built for PyTorch {built_for} by gcc 9")
+
+
+def test_fused_by_environment_where_nothing_is_compiled(copy_without_extension: Path) -> None:
+    """Asked for by name, the reference is no substitute: an error at the first call, not a warning."""
+    call = "import torch, attn_ext; attn_ext.dot_attention(torch.zeros(1, 2), torch.zeros(1, 3, 2))"
+    process = python("-c", call, cwd=copy_without_extension, ATTN_EXT_BACKEND="fused")
+    assert process.returncode != 0
+    assert "RuntimeError: attn_ext: the backend is 'fused', but the fused ops cannot run: " in process.stderr
+    assert REBUILD in process.stderr
+
+
+def test_results_agree_between_backends() -> None:
+    """A change of backend in the middle of a graph: each call's backward pass is its forward pass's."""
+    problem = Case("concat", S=37, D=20, dtype=torch.float64).problem()
+    assert_accurate(problem)
+    query = problem.tensors["query"].requires_grad_()
+    grads = []
+    for during_backward in ("reference", "auto"):
+        context, _ = problem.function(**problem.tensors)
+        with attn_ext.use_backend(during_backward):
+            grads.append(torch.autograd.grad(context.sum(), query)[0])
+    assert torch.equal(*grads)

@@ -1,0 +1,96 @@
+"""PyTorch's modes: autocast, inference, meta tensors, the number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import METHODS, Case, Problem, assert_same
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method: str, dtype: torch.dtype, each_backend: str) -> None:
+    """What rounding the inputs gives; gradients come back in the inputs' own dtype."""
+    problem = Case(method, T=5, S=37, D=20, masking="lengths").problem()
+    rounded = problem.to(dtype).results()
+    problem.grad_outputs.update(problem.to(dtype).grad_outputs)
+    with torch.autocast("cpu", dtype):
+        results = problem.results()
+    for name, result in results.items():
+        assert result.dtype == (torch.float32 if name.startswith("grad") else dtype)
+        torch.testing.assert_close(result, rounded[name].to(result.dtype))
+
+
+def test_autocast_takes_mixed_inputs(each_backend: str) -> None:
+    """A float32 memory meets a bfloat16 hidden state, as after a layer that autocast ran."""
+    problem = Case("general").problem()
+    tensors = problem.tensors | {"query": problem.tensors["query"].bfloat16()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert problem.function(**tensors)[0].dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64(each_backend: str) -> None:
+    problem = Case("concat", dtype=torch.float64).problem()
+    expected = problem.results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(problem.results(), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_graph(method: str, mode: Callable[[], object], each_backend: str) -> None:
+    problem = Case(method, T=5, S=37, D=20, masking="lengths+pairs").problem()
+    leaves = {name: tensor.requires_grad_() for name, tensor in problem.tensors.items()}
+    expected = problem.function(**leaves, **problem.options)
+    assert all(output.requires_grad for output in expected)
+    with mode():
+        outputs = problem.function(**leaves, **problem.options)
+    assert not any(output.requires_grad for output in outputs)
+    assert all(map(torch.equal, outputs, expected))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_meta(method: str, each_backend: str) -> None:
+    """Shapes and dtypes without data, for whoever plans with them."""
+    problem = Case(method, dtype=torch.bfloat16, masking="rows").problem()
+    problem.options["mask"] = problem.options["mask"].to("meta")
+    on_meta = problem.with_tensors(**{name: tensor.to("meta") for name, tensor in problem.tensors.items()})
+    on_meta.grad_outputs.update({name: grad.to("meta") for name, grad in problem.grad_outputs.items()})
+    expected = Case(method, dtype=torch.bfloat16, masking="rows").problem().results()
+    for name, result in on_meta.results().items():
+        assert (result.device.type, result.shape, result.dtype) == ("meta", expected[name].shape, torch.bfloat16), name
+
+
+THREADED = [
+    Case("dot", B=3, T=70, S=65, D=100, masking="lengths+rows"),
+    Case("additive", B=3, T=70, S=65, D=100, masking="lengths+rows"),
+    # fewer rows than threads: the source axis is split
+    Case("dot", B=1, T=1, S=20011, D=64, masking="rows"),
+    Case("additive", B=1, T=1, S=20011, D=64, masking="rows"),
+    Case("dot", B=1, T=5, S=4099, D=17),
+    Case("additive", B=1, T=5, S=4099, D=17),
+    Case("dot", B=1, T=1, S=20011, D=64, dtype=torch.bfloat16),
+    Case("concat", B=1, T=1, S=1000, D=33, masking="lengths"),
+]
+
+
+def results_with(threads: int, problem: Problem) -> dict[str, Tensor]:
+    torch.set_num_threads(threads)
+    return problem.results()
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_number_of_threads(threads: int, case: Case, each_backend: str) -> None:
+    """One number of threads gives one result, bit by bit; another changes only the order of sums."""
+    problem = case.problem()
+    results = results_with(threads, problem)
+    for _ in range(3):
+        assert_same(results_with(threads, problem), results)
+    torch.testing.assert_close(results, results_with(1, problem))
