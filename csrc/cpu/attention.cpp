@@ -84,7 +84,7 @@ int64_t work_of_step(const Problem& problem) {
 Plan plan_of(const Problem& problem, int64_t chunk) {
   Plan plan{};
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
-  plan.chunks = ceil_div(problem.queries, plan.chunk);
+  plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t worthwhile = problem.steps * work_of_step(problem) / plan.chunks / kGrain;
   const int64_t wanted = std::min(ceil_div(at::get_num_threads(), groups), worthwhile);
