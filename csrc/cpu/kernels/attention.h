@@ -356,7 +356,9 @@ struct AttentionBackward {
   // A chunk of queries against a tile: its weights, the gradient of its scores, and what both add to the other gradients.
   static void take_chunk(const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot) {
     const Problem& problem = f.problem;
-    if (f.weights.data != nullptr) {
+    // The weights of a half were rounded when they were saved: recomputing them keeps the gradient's error at its own rounding.
+    const bool rounded = problem.dtype == Dtype::BFloat16 || problem.dtype == Dtype::Half;
+    if (f.weights.data != nullptr && !rounded) {
       for (int64_t t = 0; t < count; ++t) {
         gather(slot.weights + t * kTile, problem.dtype, f.weights, b, first + t, tile);
       }
