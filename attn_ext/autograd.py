@@ -1,7 +1,8 @@
 """The autograd Function over torch.ops.attn_ext.*, behind the reference's signatures.
 
 It saves the inputs, the context, the weights where the caller keeps them, and the log-sum-exp of the scores [B, T], from which the
-backward op recomputes the weights where not. Double backward differentiates the reference instead.
+backward op recomputes the weights where not. The ops' results for halves are float32, as accumulated; the caller gets them rounded,
+the backward whole. Double backward differentiates the reference instead.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def _run(
         return _Attention.apply(op, lengths, mask, scale, need_weights, *inputs)
     # Without a graph, the Function's bookkeeping would be most of a small call's time.
     context, weights, _ = op.forward(*inputs, lengths, mask, scale, need_weights)
-    return context, weights if need_weights else None
+    dtype = inputs[0].dtype
+    return context.to(dtype), weights.to(dtype) if need_weights else None
 
 
 class _Attention(torch.autograd.Function):
@@ -88,11 +90,11 @@ class _Attention(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         context, weights, logsumexp = op.forward(*inputs, lengths, mask, scale, need_weights)
-        kept_weights = weights if need_weights else None
         ctx.op, ctx.scale, ctx.need_weights = op, scale, need_weights
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, mask, context, kept_weights, logsumexp, *inputs)
-        return context, kept_weights
+        ctx.save_for_backward(lengths, mask, context, weights if need_weights else None, logsumexp, *inputs)
+        dtype = inputs[0].dtype
+        return context.to(dtype), weights.to(dtype) if need_weights else None
 
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | None, ...]:

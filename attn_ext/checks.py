@@ -113,6 +113,10 @@ class Arguments:
             )
         self.shape("mask", value, "B S" if value.dim() == 2 else "B T S")
 
+    def flag(self, name: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.caller}: {name} must be True or False, got {type(value).__name__}")
+
     def scale(self, value: float | None) -> float:
         if value is None:
             return 1.0

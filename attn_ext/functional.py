@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,13 +72,14 @@ def luong_attention(
                 method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale
             )
             return memory.attend(query, need_weights=need_weights)
-    query, memory, weight, v, bias = _autocast(query, memory, weight, v, bias)
+    query, memory, weight, v, bias = autocast(query, memory, weight, v, bias)
     arguments = checks.Arguments("luong_attention")
-    _check_query(arguments, query)
+    check_query(arguments, query)
     check_memory(arguments, memory, method, weight, v, bias)
     lengths = arguments.lengths(lengths)
     arguments.mask(mask)
     scale = arguments.scale(scale)
+    arguments.flag("need_weights", need_weights)
     return attend(
         project_query(query, method, weight),
         project_keys(memory, method, weight, bias, lengths, mask),
@@ -112,13 +114,14 @@ def dot_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    query, memory = _autocast(query, memory)
+    query, memory = autocast(query, memory)
     arguments = checks.Arguments("dot_attention")
-    _check_query(arguments, query)
+    check_query(arguments, query)
     arguments.floating("memory", memory, "B S Dq")
     lengths = arguments.lengths(lengths)
     arguments.mask(mask)
     scale = arguments.scale(scale)
+    arguments.flag("need_weights", need_weights)
     return attend(query, None, None, memory, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
 
 
@@ -150,15 +153,16 @@ def additive_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    query, keys, v, values = _autocast(query, keys, v, values)
+    query, keys, v, values = autocast(query, keys, v, values)
     arguments = checks.Arguments("additive_attention")
-    _check_query(arguments, query, "A")
+    check_query(arguments, query, "A")
     arguments.floating("keys", keys, "B S A")
     arguments.floating("v", v, "A")
     arguments.floating("values", values, "B S Dm")
     lengths = arguments.lengths(lengths)
     arguments.mask(mask)
     scale = arguments.scale(scale)
+    arguments.flag("need_weights", need_weights)
     return attend(query, keys, v, values, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
 
 
@@ -179,10 +183,12 @@ def attend(
         query = query.unsqueeze(1)
     implementation = autograd if backend.fused_runs_on(query.device) else reference
     options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
-    if keys is None:
-        context, weights = implementation.dot_attention(query, memory, **options)
-    else:
-        context, weights = implementation.additive_attention(query, keys, v, memory, **options)
+    # Autocast has had its say; the reference's products are to be of the accumulation type.
+    with torch.autocast(query.device.type, enabled=False) if autocast_enabled(query) else nullcontext():
+        if keys is None:
+            context, weights = implementation.dot_attention(query, memory, **options)
+        else:
+            context, weights = implementation.additive_attention(query, keys, v, memory, **options)
     if one_step:
         return context.squeeze(1), None if weights is None else weights.squeeze(1)
     return context, weights
@@ -246,7 +252,7 @@ def project_keys(
     return F.linear(memory, weight[:, weight.shape[1] - memory.shape[-1] :], bias)
 
 
-def _check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") -> None:
+def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") -> None:
     arguments.tensor("query", query)
     if query.dim() not in (2, 3):
         raise ValueError(
@@ -258,10 +264,17 @@ def _check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") -
     arguments.floating("query", query, f"B T {size}" if query.dim() == 3 else f"B {size}")
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_enabled(tensor: object) -> bool:
+    """Whether torch.autocast has a say over `tensor`; for no tensor it has none."""
+    if not isinstance(tensor, Tensor) or not torch.amp.is_autocast_available(tensor.device.type):
+        return False
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, the tensors in its dtype, as torch.nn.functional.linear would take them."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not autocast_enabled(first):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     eligible = (torch.float32, torch.bfloat16, torch.float16)

@@ -38,7 +38,7 @@ class AttentionMemory:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> None:
-        memory, weight, v, bias = functional._autocast(memory, weight, v, bias)
+        memory, weight, v, bias = functional.autocast(memory, weight, v, bias)
         arguments = checks.Arguments("AttentionMemory")
         functional.check_memory(arguments, memory, method, weight, v, bias)
         self.memory = memory
@@ -55,9 +55,9 @@ class AttentionMemory:
 
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """:func:`attn_ext.luong_attention` of `query` [B, T, Dq] or [B, Dq] over this memory."""
-        (query,) = functional._autocast(query)
+        (query,) = functional.autocast(query)
         arguments = checks.Arguments("AttentionMemory")
-        functional._check_query(arguments, query)
+        functional.check_query(arguments, query)
         arguments.floating("the memory", self.memory, "B S Dq" if self.method == "dot" else "B S Dm")
         if self.method == "general":
             arguments.floating("weight", self.weight, "Dm Dq")
@@ -65,6 +65,7 @@ class AttentionMemory:
             arguments.bind("Dq+Dm", arguments.sizes["Dq"] + arguments.sizes["Dm"], "query and the memory")
             arguments.floating("weight", self.weight, "A Dq+Dm")
         arguments.mask(self.mask)
+        arguments.flag("need_weights", need_weights)
         return functional.attend(
             functional.project_query(query, self.method, self.weight),
             self.keys,

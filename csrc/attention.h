@@ -22,11 +22,11 @@ struct Inputs {
   double scale;
 };
 
-// Allocated by ops.cpp, contiguous; weights has no elements where they are not asked for.
+// Allocated by ops.cpp, contiguous, in the accumulation type; weights has no elements where they are not asked for.
 struct Outputs {
   Tensor context;    // [B, T, Dm]
   Tensor weights;    // [B, T, S]
-  Tensor logsumexp;  // [B, T], float32 or float64
+  Tensor logsumexp;  // [B, T]
 };
 
 // What the forward left for the backward, and the gradients that came in.

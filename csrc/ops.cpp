@@ -22,25 +22,10 @@ at::ScalarType accumulation_type(const Tensor& tensor) {
 }
 
 // The public functions check with friendlier words; these checks keep a direct call of an op from reading what is not there.
-void check_dtype_and_device(const char* name, const Tensor& tensor, const Tensor& query) {
-  TORCH_CHECK_TYPE(
-      tensor.scalar_type() == query.scalar_type(),
-      name,
-      " is ",
-      tensor.scalar_type(),
-      ", but query is ",
-      query.scalar_type(),
-      "; they must be the same");
+void check_argument(const char* name, const Tensor& tensor, at::ScalarType type, const Tensor& query, c10::SymIntArrayRef shape) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), ", needed is ", type);
   TORCH_CHECK_VALUE(tensor.device() == query.device(), name, " is on ", tensor.device(), ", but query is on ", query.device());
-}
-
-void check_shape(const char* name, const Tensor& tensor, c10::SymIntArrayRef needed) {
-  TORCH_CHECK_VALUE(tensor.sym_sizes() == needed, name, " has shape ", tensor.sym_sizes(), ", needed is ", needed);
-}
-
-void check_argument(const char* name, const Tensor& tensor, const Tensor& query, c10::SymIntArrayRef needed) {
-  check_dtype_and_device(name, tensor, query);
-  check_shape(name, tensor, needed);
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == shape, name, " has shape ", tensor.sym_sizes(), ", needed is ", shape);
 }
 
 void check(const Inputs& inputs) {
@@ -56,57 +41,51 @@ void check(const Inputs& inputs) {
   TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
   const c10::SymInt B = query.sym_size(0), T = query.sym_size(1), S = memory.sym_size(1), size = query.sym_size(2);
   if (inputs.keys == nullptr) {
-    check_argument("memory", memory, query, {B, S, size});
+    check_argument("memory", memory, type, query, {B, S, size});
   } else {
-    check_argument("values", memory, query, {B, S, memory.sym_size(2)});
-    check_argument("keys", *inputs.keys, query, {B, S, size});
-    check_argument("v", *inputs.v, query, {size});
+    check_argument("values", memory, type, query, {B, S, memory.sym_size(2)});
+    check_argument("keys", *inputs.keys, type, query, {B, S, size});
+    check_argument("v", *inputs.v, type, query, {size});
   }
   if (inputs.lengths) {
-    TORCH_CHECK_TYPE(inputs.lengths->scalar_type() == at::kLong, "lengths is ", inputs.lengths->scalar_type(), ", needed is int64");
-    TORCH_CHECK_VALUE(inputs.lengths->device() == query.device(), "lengths is on ", inputs.lengths->device());
-    check_shape("lengths", *inputs.lengths, {B});
+    check_argument("lengths", *inputs.lengths, at::kLong, query, {B});
   }
-  if (inputs.mask) {
-    TORCH_CHECK_TYPE(inputs.mask->scalar_type() == at::kBool, "mask is ", inputs.mask->scalar_type(), ", needed is bool");
-    TORCH_CHECK_VALUE(inputs.mask->device() == query.device(), "mask is on ", inputs.mask->device());
-    if (inputs.mask->dim() == 2) {
-      check_shape("mask", *inputs.mask, {B, S});
-    } else {
-      check_shape("mask", *inputs.mask, {B, T, S});
-    }
+  if (inputs.mask && inputs.mask->dim() == 2) {
+    check_argument("mask", *inputs.mask, at::kBool, query, {B, S});
+  } else if (inputs.mask) {
+    check_argument("mask", *inputs.mask, at::kBool, query, {B, T, S});
   }
 }
 
 void check(const Inputs& inputs, const Saved& saved) {
   check(inputs);
   const Tensor& query = inputs.query;
+  const auto type = query.scalar_type(), accumulated = accumulation_type(query);
   const c10::SymInt B = query.sym_size(0), T = query.sym_size(1), S = inputs.memory.sym_size(1);
   const c10::SymInt size = inputs.memory.sym_size(2);
-  check_argument("context", saved.context, query, {B, T, size});
-  if (saved.grad_context) {
-    check_argument("grad_context", *saved.grad_context, query, {B, T, size});
-  }
+  check_argument("context", saved.context, accumulated, query, {B, T, size});
+  check_argument("logsumexp", saved.logsumexp, accumulated, query, {B, T});
   if (saved.weights) {
-    check_argument("weights", *saved.weights, query, {B, T, S});
+    check_argument("weights", *saved.weights, accumulated, query, {B, T, S});
+  }
+  if (saved.grad_context) {
+    check_argument("grad_context", *saved.grad_context, type, query, {B, T, size});
   }
   if (saved.grad_weights) {
     TORCH_CHECK_VALUE(saved.weights.has_value(), "grad_weights came without weights");
-    check_argument("grad_weights", *saved.grad_weights, query, {B, T, S});
+    check_argument("grad_weights", *saved.grad_weights, type, query, {B, T, S});
   }
-  TORCH_CHECK_TYPE(saved.logsumexp.scalar_type() == accumulation_type(query), "logsumexp is ", saved.logsumexp.scalar_type());
-  TORCH_CHECK_VALUE(saved.logsumexp.device() == query.device(), "logsumexp is on ", saved.logsumexp.device());
-  check_shape("logsumexp", saved.logsumexp, {B, T});
 }
 
 Forwards forward(const Inputs& inputs, bool need_weights) {
   check(inputs);
   const Tensor& query = inputs.query;
   const c10::SymInt B = query.sym_size(0), T = query.sym_size(1), S = inputs.memory.sym_size(1);
+  const auto options = query.options().dtype(accumulation_type(query));
   Outputs outputs{
-      at::empty_symint({B, T, inputs.memory.sym_size(2)}, query.options()),
-      need_weights ? at::empty_symint({B, T, S}, query.options()) : at::empty({0}, query.options()),
-      at::empty_symint({B, T}, query.options().dtype(accumulation_type(query)))};
+      at::empty_symint({B, T, inputs.memory.sym_size(2)}, options),
+      need_weights ? at::empty_symint({B, T, S}, options) : at::empty({0}, options),
+      at::empty_symint({B, T}, options)};
   if (!is_meta(query)) {
     cpu::forward(inputs, outputs);
   }
@@ -221,8 +200,9 @@ void implement(torch::Library& m) {
 }  // namespace
 
 // B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; additive: query [B, T, A], keys [B, S, A], v [A], values
-// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. weights has no elements if need_weights is false, nor has a gradient
-// that is not wanted.
+// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. The results of halves are float32, as they were accumulated:
+// autograd.py rounds them for the caller and keeps them whole for the backward. weights has no elements if need_weights is false,
+// nor has a gradient that is not wanted.
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
       "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights)"

@@ -161,13 +161,8 @@ struct AttentionForward {
     for (int64_t t = 0; t < item.queries; ++t) {
       const acc row_sum = slot.row_sum[t];
       const acc factor = row_sum == 0 ? acc(0) : 1 / row_sum;
-      store_row(
-          problem.dtype,
-          f.context,
-          (first_row + t) * problem.memory_size,
-          slot.context + t * slot.context_stride,
-          problem.memory_size,
-          factor);
+      acc* context = static_cast<acc*>(f.context) + (first_row + t) * problem.memory_size;
+      scale_row(context, slot.context + t * slot.context_stride, problem.memory_size, factor);
       static_cast<acc*>(f.logsumexp)[first_row + t] = slot.row_max[t] + std::log(row_sum);
     }
     if (f.weights == nullptr) {
@@ -224,13 +219,13 @@ struct AttentionForward {
 
   static void store_weights(const Forward& f, int64_t row, const Item& part, acc* scores, acc row_max, acc row_sum) {
     const int64_t count = part.end_step - part.first_step;
-    const int64_t first = row * f.problem.steps + part.first_step;
+    acc* weights = static_cast<acc*>(f.weights) + row * f.problem.steps + part.first_step;
     if (row_sum == 0) {
-      zero_row(f.problem.dtype, f.weights, first, count);
+      std::fill_n(weights, count, acc(0));
       return;
     }
     exponentials(scores, count, row_max);
-    store_row(f.problem.dtype, f.weights, first, scores, count, 1 / row_sum);
+    scale_row(weights, scores, count, 1 / row_sum);
   }
 };
 
@@ -356,11 +351,9 @@ struct AttentionBackward {
   // A chunk of queries against a tile: its weights, the gradient of its scores, and what both add to the other gradients.
   static void take_chunk(const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot) {
     const Problem& problem = f.problem;
-    // The weights of a half were rounded when they were saved: recomputing them keeps the gradient's error at its own rounding.
-    const bool rounded = problem.dtype == Dtype::BFloat16 || problem.dtype == Dtype::Half;
-    if (f.weights.data != nullptr && !rounded) {
+    if (f.weights.data != nullptr) {
       for (int64_t t = 0; t < count; ++t) {
-        gather(slot.weights + t * kTile, problem.dtype, f.weights, b, first + t, tile);
+        gather(slot.weights + t * kTile, kAccumulated<acc>, f.weights, b, first + t, tile);
       }
     } else {
       recompute_weights(f, b, first, count, tile, slot);
@@ -413,14 +406,14 @@ struct AttentionBackward {
     for (int64_t t = 0; t < problem.queries; ++t) {
       slot.delta[t] = 0;
       if (f.grad_context.data != nullptr) {
-        load_row(slot.long_row, problem.dtype, f.context, b, t, problem.memory_size);
+        load_row(slot.long_row, kAccumulated<acc>, f.context, b, t, problem.memory_size);
         const acc* context = slot.long_row;
         acc product[kTile];
         product_rows<acc>(product, &context, 1, slot.grad_context.addresses() + t, 1, problem.memory_size, 1);
         slot.delta[t] = product[0];
       }
       if (f.grad_weights.data != nullptr) {
-        load_row(slot.long_row, problem.dtype, f.weights, b, t, problem.steps);
+        load_row(slot.long_row, kAccumulated<acc>, f.weights, b, t, problem.steps);
         load_row(slot.other_long_row, problem.dtype, f.grad_weights, b, t, problem.steps);
         for (int64_t s = 0; s < problem.steps; ++s) {
           slot.delta[t] += slot.long_row[s] == 0 ? acc(0) : slot.long_row[s] * slot.other_long_row[s];

@@ -81,8 +81,8 @@ struct Plan {
 struct Forward {
   Problem problem;
   Plan plan;
-  void* context;    // [B, T, memory_size]
-  void* weights;    // [B, T, S], or null
+  void* context;    // [B, T, memory_size] acc
+  void* weights;    // [B, T, S] acc, or null
   void* logsumexp;  // [B, T] acc
 };
 
@@ -91,8 +91,8 @@ struct Backward {
   Plan plan;
   View grad_context;      // [B, T, memory_size]; data may be null
   View grad_weights;      // [B, T, S]; data may be null
-  View context;           // [B, T, memory_size]
-  View weights;           // [B, T, S]; data null: recomputed from logsumexp
+  View context;           // [B, T, memory_size] acc
+  View weights;           // [B, T, S] acc; data null: recomputed from logsumexp
   const void* logsumexp;  // [B, T] acc, contiguous
   void* grad_query;       // each output may be null: not wanted
   void* grad_keys;

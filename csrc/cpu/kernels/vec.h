@@ -17,6 +17,10 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 template <class acc>
 using Vec = at::vec::Vectorized<acc>;
 
+// The dtype of what is kept in the accumulation type.
+template <class acc>
+constexpr Dtype kAccumulated = std::is_same_v<acc, double> ? Dtype::Double : Dtype::Float;
+
 // Rows of scratch are an odd number of cache lines apart: a column of them would otherwise fall into a few cache sets when the size
 // is a multiple of 1024, as sizes often are.
 template <class acc>
@@ -25,7 +29,8 @@ int64_t padded(int64_t size) {
   return ((size + line - 1) / line | 1) * line;
 }
 
-// exp(x) to 1 ulp. Saturates instead of overflowing where there is no scalef; x below -87 may give a subnormal or the smallest normal.
+// exp(x) to 1 ulp. Saturates instead of overflowing where there is no scalef; x below -87 may give a subnormal or the smallest
+// normal.
 template <class acc>
 inline Vec<acc> exponential(const Vec<acc>& x) {
   return x.exp();
