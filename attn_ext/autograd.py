@@ -1,8 +1,8 @@
 """The autograd Function over torch.ops.attn_ext.*, behind the reference's signatures.
 
-It saves the inputs, the context, the weights where the caller keeps them, and the log-sum-exp of the scores [B, T], from which the
-backward op recomputes the weights where not. The ops' results for halves are float32, as accumulated; the caller gets them rounded,
-the backward whole. Double backward differentiates the reference instead.
+It saves the inputs, the context, the weights where the caller keeps them, and the log-sum-exp of the scores [B, T],
+from which the backward op recomputes the weights where not. The ops' results for halves are float32, as accumulated:
+the caller gets them rounded, the backward whole. Double backward differentiates the reference instead.
 """
 
 from __future__ import annotations

@@ -110,9 +110,7 @@ def unavailable() -> str | None:
 
 @cache
 def _warn_once(problem: str) -> None:
-    warnings.warn(
-        f"attn_ext runs its slower reference implementation, because {problem}", RuntimeWarning, stacklevel=5
-    )
+    warnings.warn(f"attn_ext runs its slower reference implementation, because {problem}", RuntimeWarning, stacklevel=5)
 
 
 def _start_from_environment() -> None:

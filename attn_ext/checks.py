@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Arguments:
-    """Checks one call's arguments against each other: the first to name a size, dtype or device fixes it for the rest."""
+    """Checks one call's arguments against each other: the first to name a size, dtype or device fixes it."""
 
     def __init__(self, caller: str) -> None:
         self.caller = caller
@@ -20,7 +20,7 @@ class Arguments:
         self.leader: tuple[str, Tensor] | None = None
 
     def floating(self, name: str, value: object, dims: str) -> None:
-        """`value` is a float tensor of shape `dims` ("B S Dm"), of the dtype and on the device of the first one checked."""
+        """`value` is a float tensor of shape `dims` ("B S Dm"), with the dtype and device of the first one checked."""
         self.tensor(name, value)
         assert isinstance(value, Tensor)
         if value.dtype not in DTYPES:
@@ -71,7 +71,7 @@ class Arguments:
         self.fixed_by.setdefault(dim, name)
 
     def lengths(self, value: Tensor | Sequence[int] | None) -> Tensor | None:
-        """[B] integers in [0, S] as an int64 tensor on the leader's device; the range is checked where the CPU can see it."""
+        """[B] integers in [0, S], as int64 on the leader's device; the range is checked where the CPU can see it."""
         if value is None:
             return None
         assert self.leader is not None
@@ -79,9 +79,12 @@ class Arguments:
         if not isinstance(value, Tensor):
             if not isinstance(value, Sequence) or not all(type(n) is int for n in value):
                 raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")
-            value = torch.tensor(value, dtype=torch.int64)
+            longest_possible = torch.iinfo(torch.int64).max
+            value = torch.tensor([min(max(n, -1), longest_possible) for n in value], dtype=torch.int64)
+        self.tensor("lengths", value)
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{self.caller}: lengths must be integers, got {value.dtype}")
+        value = value.to(torch.int64)
         self.shape("lengths", value, "B")
         # Lengths on the CPU serve tensors on any device: pack_padded_sequence wants them there too.
         if value.device.type != "cpu":
@@ -90,10 +93,10 @@ class Arguments:
             shortest, longest = (int(n) for n in torch.aminmax(value))
             if shortest < 0 or longest > self.sizes["S"]:
                 raise ValueError(
-                    f"{self.caller}: lengths go from {shortest} to {longest}, needed is 0 <= length <= S={self.sizes['S']} "
-                    f"(from {self.fixed_by['S']})"
+                    f"{self.caller}: lengths go from {shortest} to {longest}, "
+                    f"needed is 0 <= length <= S={self.sizes['S']} (from {self.fixed_by['S']})"
                 )
-        return value.to(device=device, dtype=torch.int64, non_blocking=True)
+        return value.to(device, non_blocking=True)
 
     def mask(self, value: Tensor | None) -> None:
         """[B, S] or [B, T, S] bool, True = may be attended."""
@@ -107,9 +110,9 @@ class Arguments:
             )
         self.device("mask", value)
         if value.dim() not in (2, 3):
+            sizes = ", ".join(f"{dim}={self.sizes[dim]}" for dim in "BTS" if dim in self.sizes)
             raise ValueError(
-                f"{self.caller}: mask has shape {list(value.shape)}, needed is [B, S] or [B, T, S] with "
-                f"B={self.sizes['B']}, T={self.sizes['T']}, S={self.sizes['S']}"
+                f"{self.caller}: mask has shape {list(value.shape)}, needed is [B, S] or [B, T, S] with {sizes}"
             )
         self.shape("mask", value, "B S" if value.dim() == 2 else "B T S")
 
@@ -131,11 +134,9 @@ def choice(caller: str, name: str, value: object, allowed: Sequence[str]) -> Non
         raise ValueError(f"{caller}: {name} is {value!r}, needed is one of {', '.join(map(repr, allowed))}")
 
 
-def positive(caller: str, **sizes: int | None) -> None:
-    """Every one of `sizes` is a positive integer (or None)."""
+def positive(caller: str, **sizes: int) -> None:
+    """Every one of `sizes` is a positive integer."""
     for name, size in sizes.items():
-        if size is None:
-            continue
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{caller}: {name} must be an integer, got {type(size).__name__}")
         if size <= 0:

@@ -31,7 +31,7 @@ def luong_attention(
     scale: float | None = None,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""Global attention of Luong, Pham and Manning (2015, arXiv 1508.04025): score, masked softmax and context in one op.
+    r"""Global attention of Luong, Pham and Manning (2015, arXiv 1508.04025): score, masked softmax and context.
 
     The score of eq. 8, for every query q and every row m of the memory::
 
@@ -39,14 +39,14 @@ def luong_attention(
         general  e = (weight q) . m
         concat   e = v . tanh(weight [q; m] + bias)          (Bahdanau, Cho, Bengio 2014, arXiv 1409.0473, A.1.2)
 
-    then the alignment a = softmax(scale * e) over the steps that may be attended (eq. 7) and the context c = sum_s a_s m_s.
+    then the alignment a = softmax(scale * e) over the steps that may be attended (eq. 7), the context c = sum a_s m_s.
     B batch, T queries, S source steps, Dq query size, Dm memory size, A attention size.
 
     Args:
         query: [B, T, Dq], or [B, Dq] for one decoder step; float32, float64, bfloat16 or float16 (halves accumulate in
             float32). Any strides.
-        memory: [B, S, Dm], the encoder outputs, keys and values at once; or an :class:`AttentionMemory`, which brings the
-            method, its parameters, lengths, mask and scale with it. Rows behind `lengths` or `mask` may hold anything.
+        memory: [B, S, Dm], the encoder outputs, keys and values at once; or an :class:`AttentionMemory`, which brings
+            the method, its parameters, lengths, mask and scale. Rows behind `lengths` or `mask` may hold anything.
         method: "dot" (Dm = Dq), "general" or "concat".
         weight: general: [Dm, Dq], concat: [A, Dq + Dm]; the weight of the nn.Linear of that name.
         v: concat: [A].
@@ -57,20 +57,18 @@ def luong_attention(
         need_weights: False returns None for the weights, and nothing of size [B, T, S] outlives the call.
 
     Returns:
-        context [B, T, Dm] (or [B, Dm]) and weights [B, T, S] (or [B, S]), in query's dtype. A query with nothing to attend
-        has context 0, weights 0 and gradients 0.
+        context [B, T, Dm] (or [B, Dm]) and weights [B, T, S] (or [B, S]), in query's dtype. A query with nothing to
+        attend has context 0, weights 0 and gradients 0.
 
     Raises:
-        ValueError: a shape, device, length or method that does not fit; a parameter that the method lacks or does not have.
+        ValueError: a shape, device, length or method that does not fit; a parameter missing, or not of the method.
         TypeError: not a tensor, or not of the dtype needed.
     """
     if not isinstance(memory, Tensor):
         from attn_ext.memory import AttentionMemory
 
         if isinstance(memory, AttentionMemory):
-            memory.refuse_second_opinion(
-                method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale
-            )
+            memory.refuse_second_opinion(method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale)
             return memory.attend(query, need_weights=need_weights)
     query, memory, weight, v, bias = autocast(query, memory, weight, v, bias)
     arguments = checks.Arguments("luong_attention")
@@ -220,6 +218,11 @@ def check_memory(
         if "Dq" in arguments.sizes:
             arguments.bind("Dq+Dm", arguments.sizes["Dq"] + arguments.sizes["Dm"], "query and memory")
         arguments.floating("weight", weight, "A Dq+Dm")
+        if weight.shape[1] < memory.shape[-1]:
+            raise ValueError(
+                f"{caller}: weight has shape {list(weight.shape)}, "
+                f"needed is [A, Dq + Dm] with Dm={memory.shape[-1]} (from memory)"
+            )
         arguments.floating("v", v, "A")
         if bias is not None:
             arguments.floating("bias", bias, "A")

@@ -80,7 +80,9 @@ class AttentionMemory:
     def refuse_second_opinion(self, method: str, **overrides: object) -> None:
         """A call that brings its own method or parameters to a memory that has them is a mistake: ValueError."""
         if method not in ("dot", self.method):
-            raise ValueError(f"luong_attention: method is {method!r}, but memory is an AttentionMemory for {self.method!r}")
+            raise ValueError(
+                f"luong_attention: method is {method!r}, but memory is an AttentionMemory for {self.method!r}"
+            )
         for name, value in overrides.items():
             if value is not None:
                 raise ValueError(

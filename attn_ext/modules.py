@@ -13,7 +13,7 @@ from attn_ext.memory import AttentionMemory
 
 
 class LuongAttention(nn.Module):
-    """Global attention of Luong, Pham and Manning (2015, arXiv 1508.04025) with its parameters: :func:`luong_attention`.
+    """:func:`luong_attention` (Luong, Pham and Manning 2015, arXiv 1508.04025) with its parameters.
 
     Args:
         method: "dot", "general" or "concat".
@@ -48,8 +48,9 @@ class LuongAttention(nn.Module):
         super().__init__()
         caller = type(self).__name__
         checks.choice(caller, "method", method, functional.METHODS)
-        checks.positive(caller, hidden_size=hidden_size, memory_size=memory_size, attention_size=attention_size)
+        checks.positive(caller, hidden_size=hidden_size)
         memory_size = hidden_size if memory_size is None else memory_size
+        checks.positive(caller, memory_size=memory_size)
         if method == "dot" and memory_size != hidden_size:
             raise ValueError(
                 f"{caller}: method='dot' needs memory_size equal to hidden_size={hidden_size}, got {memory_size}; "
@@ -62,7 +63,10 @@ class LuongAttention(nn.Module):
         self.method = method
         self.hidden_size = hidden_size
         self.memory_size = memory_size
-        self.attention_size = (attention_size or hidden_size) if method == "concat" else None
+        self.attention_size = None
+        if method == "concat":
+            self.attention_size = hidden_size if attention_size is None else attention_size
+            checks.positive(caller, attention_size=self.attention_size)
         self.scale = checks.Arguments(caller).scale(scale)
         self.Wa: nn.Linear | None = None
         if method == "general":
@@ -106,6 +110,7 @@ class LuongAttention(nn.Module):
             ValueError, TypeError: as :func:`luong_attention`.
         """
         if isinstance(encoder_outputs, AttentionMemory):
+            checks.choice(type(self).__name__, "the memory's method", encoder_outputs.method, [self.method])
             return functional.luong_attention(
                 hidden, encoder_outputs, self.method, lengths=lengths, mask=mask, need_weights=need_weights
             )

@@ -37,7 +37,7 @@ def additive_attention(
     scale: float = 1.0,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """score = scale * v . tanh(q + k)  (Bahdanau 2014, appendix A.1.2; Luong 2015, eq. 8, concat), then :func:`_attend`."""
+    """score = scale * v . tanh(q + k)  (Bahdanau 2014, A.1.2; Luong 2015, eq. 8, concat), then :func:`_attend`."""
     allowed = allowed_positions(values, lengths, mask)
     q = query.to(_accumulation_dtype(query))
     k = _without_unattended_rows(keys.to(q.dtype), allowed)
@@ -62,9 +62,9 @@ def allowed_positions(memory: Tensor, lengths: Tensor | None, mask: Tensor | Non
 def _attend(
     scores: Tensor, values: Tensor, allowed: Tensor | None, dtype: torch.dtype, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """weights = softmax over the allowed steps, 0 elsewhere;  context = sum_s weights_s values_s  (Luong 2015, eq. 7)."""
+    """weights = softmax over the allowed steps, 0 elsewhere;  context = sum_s weights_s values_s  (Luong, eq. 7)."""
     if allowed is not None:
-        # A row with nothing to attend would be softmax(-inf, ...) = NaN: any finite scores do there, its weights are zeroed.
+        # With nothing to attend, softmax(-inf, ...) would be NaN: any finite scores do there, their weights are zeroed.
         attends = allowed.any(dim=-1, keepdim=True)
         scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~attends, 0.0)
     weights = torch.softmax(scores, dim=-1)
