@@ -19,8 +19,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    is_benchmark = collection_path.is_relative_to(BENCHMARKS)
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("speed_reports"):
-        return not (is_benchmark or BENCHMARKS.is_relative_to(collection_path)) or None
-    return is_benchmark or None
+        # The report's own table says what pytest-benchmark's would, with the peers beside it.
+        config.option.benchmark_quiet = True
+        if config.args_source is not pytest.Config.ArgsSource.ARGS:
+            config.args[:] = [str(BENCHMARKS)]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    inside = collection_path.is_relative_to(BENCHMARKS)
+    wanted = inside or BENCHMARKS.is_relative_to(collection_path) if config.getoption("speed_reports") else not inside
+    return None if wanted else True

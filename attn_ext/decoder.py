@@ -77,7 +77,8 @@ class AttentionDecoder(nn.Module):
         super().__init__()
         caller = "AttentionDecoder"
         sizes = {"vocab_size": vocab_size, "embedding_size": embedding_size, "hidden_size": hidden_size}
-        checks.positive(caller, **sizes, num_layers=num_layers)
+        memory_size = hidden_size if memory_size is None else memory_size
+        checks.positive(caller, **sizes, num_layers=num_layers, memory_size=memory_size)
         checks.choice(caller, "cell", cell, tuple(_CELLS))
         checks.fraction(caller, dropout=dropout)
         self.input_feeding = input_feeding

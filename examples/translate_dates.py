@@ -49,8 +49,8 @@ LOCALES = ("en", "zh", "fr", "de", "es", "ru", "ja", "ar")
 FIRST_DAY, LAST_DAY = date(1900, 1, 1), date(2100, 12, 31)
 
 PADDING = "<pad>"  # source symbol 0
-TARGET_CHARACTERS = "0123456789-"
-START, END = len(TARGET_CHARACTERS), len(TARGET_CHARACTERS) + 1
+TARGET_SYMBOLS = (*"0123456789-", "<start>", "<end>")
+START, END = 11, 12
 TARGET_LENGTH = len("1984-05-07") + 1  # with END
 
 
@@ -112,30 +112,28 @@ def source_symbols(sentences: Iterable[Sentence]) -> list[str]:
 
 def encode(sentences: Sequence[Sentence], symbols: Sequence[str]) -> Corpus:
     index = {symbol: i for i, symbol in enumerate(symbols)}
-    sources = [[index[symbol] for symbol in (sentence.locale, *sentence.text)] for sentence in sentences]
-    longest = max(map(len, sources))
-    targets = [[START, *map(TARGET_CHARACTERS.index, sentence.day.isoformat()), END] for sentence in sentences]
-    return Corpus(
-        torch.tensor([source + [0] * (longest - len(source)) for source in sources]),
-        torch.tensor([len(source) for source in sources]),
-        torch.tensor(targets),
-    )
+    lengths = torch.tensor([1 + len(sentence.text) for sentence in sentences])
+    sources = torch.zeros(len(sentences), int(lengths.max()), dtype=torch.int64)
+    is_symbol = torch.arange(sources.shape[1]) < lengths.unsqueeze(1)
+    sources[is_symbol] = torch.tensor([index[symbol] for name, text, _ in sentences for symbol in (name, *text)])
+    targets = [[START, *map(TARGET_SYMBOLS.index, sentence.day.isoformat()), END] for sentence in sentences]
+    return Corpus(sources, lengths, torch.tensor(targets))
 
 
 # model ----------------------------------------------------------------------------------------------------------------
 
 
 class Translator(nn.Module):
-    """B sentences of S source symbols, T target symbols, hidden size H."""
+    """B sentences of S source symbols and T target symbols of V different ones; hidden size H."""
 
     def __init__(self, source_size: int, method: str, embedding_size: int = 32, hidden_size: int = 128) -> None:
         super().__init__()
         self.embedding = nn.Embedding(source_size, embedding_size)
         self.encoder = nn.GRU(embedding_size, hidden_size // 2, bidirectional=True, batch_first=True)
-        self.decoder = attn_ext.AttentionDecoder(END + 1, embedding_size, hidden_size, method)
+        self.decoder = attn_ext.AttentionDecoder(len(TARGET_SYMBOLS), embedding_size, hidden_size, method)
 
     def forward(self, sources: Tensor, lengths: Tensor, inputs: Tensor) -> Tensor:
-        """sources [B, S], lengths [B], inputs [B, T] beginning with START -> log-probabilities [B, T, END + 1]."""
+        """sources [B, S], lengths [B], inputs [B, T] beginning with START -> log-probabilities [B, T, V]."""
         log_probs, _, _ = self.decoder(inputs, *self.encode(sources, lengths), lengths)
         return log_probs
 
@@ -158,6 +156,7 @@ class Translator(nn.Module):
 
 PEAK_LEARNING_RATE, WARM_UP = 4e-3, 0.2
 CHECKPOINT_EVERY = 100  # steps
+POOL = 8  # batches that are sorted by length together: an RNN's time is its longest sentence's
 
 
 class Processes(NamedTuple):
@@ -170,12 +169,14 @@ class Processes(NamedTuple):
 
 @dataclass
 class Training:
-    """All that changes from step to step, which is what a checkpoint holds, and the settings it goes with."""
+    """All that changes from step to step and the settings it goes with, which is what a checkpoint holds.
+
+    Nothing else decides the next step: its batch and its learning rate are functions of the settings and its number.
+    """
 
     settings: dict[str, Any]
     model: Translator
     optimizer: torch.optim.Optimizer
-    generator: torch.Generator
     step: int = 0
 
     def save(self, path: Path) -> None:
@@ -185,7 +186,6 @@ class Training:
             "settings": self.settings,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
             "step": self.step,
         }
         torch.save(state, unfinished)
@@ -198,7 +198,6 @@ class Training:
                 raise SystemExit(f"{path} goes with another {name}: {value!r:.60}, not {self.settings[name]!r:.60}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         self.step = state["step"]
 
 
@@ -223,6 +222,15 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LEARNING_RATE * min(1.0, progress / WARM_UP) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def draw_batch(lengths: Tensor, batch_size: int, seed: int, step: int) -> Tensor:
+    """The sentences of a step, of similar lengths."""
+    pool, place = divmod(step, POOL)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + pool)
+    drawn = torch.randint(len(lengths), (POOL * batch_size,), generator=generator)
+    batches = drawn[lengths[drawn].argsort(stable=True)].split(batch_size)
+    return batches[torch.randperm(POOL, generator=generator)[place]]
+
+
 def train_on(batch: Corpus, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
     """One training step; the loss."""
     log_probs = model(batch.sources, batch.lengths, batch.targets[:, :-1])
@@ -237,7 +245,7 @@ def train_on(batch: Corpus, model: nn.Module, optimizer: torch.optim.Optimizer) 
 def train(training: Training, corpus: Corpus, checkpoint: Path, processes: Processes) -> bool:
     """Takes the steps that are left; False where Ctrl-C came first. The checkpoint is there either way."""
     rank, count, device = processes
-    steps, batch_size = training.settings["steps"], training.settings["batch_size"]
+    steps, batch_size, seed = (training.settings[name] for name in ("steps", "batch_size", "seed"))
     model = DistributedDataParallel(training.model) if count > 1 else training.model
     progress_bar = tqdm(
         total=steps,
@@ -250,7 +258,7 @@ def train(training: Training, corpus: Corpus, checkpoint: Path, processes: Proce
     with Interrupts() as interrupts, progress_bar:
         while training.step < steps:
             # All processes draw the same batch, and each trains on its share of it.
-            indices = torch.randint(len(corpus.lengths), (batch_size,), generator=training.generator)
+            indices = draw_batch(corpus.lengths, batch_size, seed, training.step)
             batch = corpus.rows(indices[rank::count], device)
             for group in training.optimizer.param_groups:
                 group["lr"] = learning_rate(training.step, steps)
@@ -275,7 +283,7 @@ def train(training: Training, corpus: Corpus, checkpoint: Path, processes: Proce
 
 
 def translate_all(model: Translator, corpus: Corpus, device: torch.device) -> Tensor:
-    """The translations [N, T] of all sentences."""
+    """The translations [N, T] of all sentences, END where they are shorter."""
     model.eval()
     translations = torch.full((len(corpus.lengths), TARGET_LENGTH), END)
     for indices in corpus.lengths.argsort().split(500):  # sentences of like lengths together: less padding
@@ -287,8 +295,8 @@ def translate_all(model: Translator, corpus: Corpus, device: torch.device) -> Te
 
 def spell(symbols: Sequence[int]) -> str:
     """The text before END."""
-    characters = [*symbols, END]
-    return "".join(TARGET_CHARACTERS[symbol] for symbol in characters[: characters.index(END)])
+    symbols = [*symbols, END]
+    return "".join(TARGET_SYMBOLS[symbol] for symbol in symbols[: symbols.index(END)])
 
 
 def report_accuracy(model: Translator, corpus: Corpus, sentences: Sequence[Sentence], device: torch.device) -> None:
@@ -304,7 +312,7 @@ def report_accuracy(model: Translator, corpus: Corpus, sentences: Sequence[Sente
         print(f"  {name} {is_exact[of_locale].double().mean():8.2%}   {translation} <- {sentences[example].text}")
 
 
-def report_step_times(training: Training, corpus: Corpus, device: torch.device, rounds: int = 15) -> None:
+def report_step_times(training: Training, corpus: Corpus, device: torch.device, rounds: int = 10) -> None:
     """Times a training step with both backends in turn, so that a busy machine is equally unkind to them."""
     model = copy.deepcopy(training.model).train()
     optimizer = torch.optim.Adam(model.parameters())
@@ -312,8 +320,8 @@ def report_step_times(training: Training, corpus: Corpus, device: torch.device, 
     seconds: dict[str, list[float]] = {"fused": [], "reference": []}
     if problem := why_not_fused(device):
         del seconds["fused"]
-    for _ in range(rounds):
-        batch = corpus.rows(torch.randint(len(corpus.lengths), (batch_size,)), device)
+    for i in range(rounds):
+        batch = corpus.rows(draw_batch(corpus.lengths, batch_size, 0, i), device)
         for backend, times in seconds.items():
             with attn_ext.use_backend(backend):
                 begin = time.perf_counter()
@@ -354,7 +362,7 @@ def draw_alignments(
         symbols, weights = model.translate(batch.sources, batch.lengths)
         target = spell(symbols[0].tolist())
         source = [name, *map(visible, sentences[row].text)]
-        image = axes.imshow(weights[0, : len(target)].cpu(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow(weights[0, : len(target)].cpu().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_title(f"{sentences[row].text}  \N{RIGHTWARDS ARROW}  {target}", loc="left", fontsize=13, pad=10)
         axes.set_xticks(range(len(source)), source, fontsize=12)
         axes.set_yticks(range(len(target)), list(target), fontsize=12)
@@ -375,8 +383,9 @@ def visible(character: str) -> str:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     count = {"type": positive, "metavar": "N"}
-    parser.add_argument("--method", choices=("dot", "general", "concat"), default="general", help="of attention")
+    parser.add_argument("--method", choices=("dot", "general", "concat"), default="concat", help="of attention")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", **count, default=1, help="of each process; these small operations need no more")
     parser.add_argument("--steps", **count, default=500, help="of training in all")
     parser.add_argument("--batch-size", **count, default=128, help="of all processes together")
     parser.add_argument("--seed", type=int, default=0)
@@ -406,8 +415,6 @@ def join_processes(device_name: str) -> Iterator[Processes]:
     if "LOCAL_RANK" not in os.environ:
         yield Processes(0, 1, device)
         return
-    # torchrun leaves each process one thread; they may share the machine's cores.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -433,7 +440,6 @@ def run(options: argparse.Namespace, processes: Processes) -> int:
         settings={**{name: getattr(options, name) for name in names}, "symbols": symbols},
         model=model,
         optimizer=torch.optim.Adam(model.parameters()),
-        generator=torch.Generator().manual_seed(options.seed),
     )
     if options.resume:
         training.load(options.checkpoint)
@@ -456,6 +462,7 @@ def run(options: argparse.Namespace, processes: Processes) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
     with join_processes(options.device) as processes:
         return run(options, processes)
 

@@ -135,7 +135,7 @@ class Problem:
 
 
 def assert_accurate(problem: Problem) -> None:
-    """Against the float64 reference, the error is at most twice the reference's own at this dtype, plus rounding noise."""
+    """Against the float64 reference, at most twice the reference's own error at this dtype, plus rounding noise."""
     results = problem.results()
     truth = problem.to(torch.float64).reference_results()
     # The reference's own error in float64 is its error in float32, at float64's resolution.
@@ -150,7 +150,9 @@ def assert_accurate(problem: Problem) -> None:
         error = _largest(result.double() - truth[name])
         own_error = _largest(own_results[name].double() - own_truth[name]) * resolution
         allowed = 2 * own_error + rounding_noise(problem.dtype, _largest(truth[name]))
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, the reference's own {own_error:.2e}"
+        assert error <= allowed, (
+            f"{name}: error {error:.2e}, allowed {allowed:.2e}, the reference's own {own_error:.2e}"
+        )
 
 
 def rounding_noise(dtype: torch.dtype, largest: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# Before torch is imported: OpenMP threads that spin while they wait are several times slower on a machine shared with others.
+# Before torch is imported: on a machine shared with others, OpenMP threads that spin while they wait cost minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

@@ -13,7 +13,7 @@ PACKAGE = Path(attn_ext.__file__).parent
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python arguments` where `cwd` is the first place that imports look at; without ATTN_EXT_BACKEND unless given."""
+    """Runs `python arguments` in `cwd`, where imports look first; ATTN_EXT_BACKEND is not inherited."""
     inherited = {name: value for name, value in os.environ.items() if name != "ATTN_EXT_BACKEND"}
     return subprocess.run(
         [sys.executable, *arguments],

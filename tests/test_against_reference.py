@@ -1,4 +1,4 @@
-"""The numbers: the backend in force against the float64 reference, at sizes that cross every tile and block boundary."""
+"""The numbers: the backend in force against the float64 reference, at sizes that cross every tile boundary."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_options(method: str, dtype: torch.dtype, masking: str) -> None:
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
-@pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 5), (0, 3, 0), (2, 0, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 5), (0, 3, 0), (2, 0, 0), (0, 0, 0)], ids=str
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_empty(method: str, sizes: tuple[int, int, int], masking: str) -> None:
     for loss in LOSSES:
@@ -130,7 +132,9 @@ def test_luong_attention_defaults_to_dot() -> None:
         assert all(map(torch.equal, actual, expected))
 
 
-@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, *(lambda n, d=d: torch.tensor(n, dtype=d) for d in (torch.int32, torch.uint8))])
+@pytest.mark.parametrize(
+    "kind", [list, tuple, torch.tensor, *(lambda n, d=d: torch.tensor(n, dtype=d) for d in (torch.int32, torch.uint8))]
+)
 def test_lengths_in_any_integers(kind: type, each_backend: str) -> None:
     problem = Case("dot", B=3).problem()
     expected = attn_ext.dot_attention(**problem.tensors, lengths=torch.tensor([5, 0, 2]))

@@ -65,10 +65,13 @@ def test_fused_where_no_kernel_is() -> None:
 def test_wrong_name_in_the_environment_variable() -> None:
     process = python("-c", "import attn_ext", cwd=PACKAGE.parent, ATTN_EXT_BACKEND="fast")
     assert process.returncode != 0
-    assert "ValueError: ATTN_EXT_BACKEND: its value is 'fast', needed is one of 'auto', 'fused', 'reference'" in process.stderr
+    assert (
+        "ValueError: ATTN_EXT_BACKEND: its value is 'fast', needed is one of 'auto', 'fused', 'reference'"
+        in process.stderr
+    )
 
 
-# What a copy of the package says once it has run every method, forward and backward: its warnings, what it refuses, its info.
+# Every method, forward and backward; what it warned of, how it refuses to be "fused", and its info.
 EXERCISE = """
 import warnings
 import torch

@@ -18,7 +18,7 @@ def test_numerics_under(capability: str) -> None:
     if own not in CAPABILITIES or CAPABILITIES.index(own) <= CAPABILITIES.index(capability):
         pytest.skip(f"this run is at {own} already")
     process = python(
-        *("-m", "pytest", "-m", "numerics", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "tests"),
+        *("-m", "pytest", "-m", "numerics", "-q", "--tb=line", "-p", "no:cacheprovider", "tests"),
         cwd=PACKAGE.parent,
         ATEN_CPU_CAPABILITY=capability.lower(),
     )

@@ -1,4 +1,4 @@
-"""Wrong input: which error, and that its text names the argument, what came and what is needed; the same in each backend."""
+"""Wrong input: the error, and a text that names the argument, what came and what is needed; in each backend."""
 
 from __future__ import annotations
 
@@ -76,7 +76,11 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "dot_attention: query must be a dense (strided) tensor, got layout torch.sparse_coo",
     ),
     # dtypes
-    (lambda: dot(query=integers(B, T, DQ)), TypeError, f"dot_attention: query is torch.int64; needed is one of {DTYPES}"),
+    (
+        lambda: dot(query=integers(B, T, DQ)),
+        TypeError,
+        f"dot_attention: query is torch.int64; needed is one of {DTYPES}",
+    ),
     (
         lambda: dot(memory=double(B, S, DQ)),
         TypeError,
@@ -222,10 +226,11 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "dot_attention: mask has shape [2, 3, 5], needed is [B, T, S] with "
         "B=2 (from query), T=1 (from query), S=5 (from memory)",
     ),
-    # scale
+    # scale, need_weights
     (lambda: dot(scale="1"), TypeError, "dot_attention: scale must be a number or None, got str"),
     (lambda: dot(scale=True), TypeError, "dot_attention: scale must be a number or None, got bool"),
     (lambda: dot(scale=torch.tensor(1.0)), TypeError, "dot_attention: scale must be a number or None, got Tensor"),
+    (lambda: dot(need_weights=1), TypeError, "dot_attention: need_weights must be True or False, got int"),
     # the method and what belongs to it
     (
         lambda: luong("dots"),
@@ -274,13 +279,13 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: memory().attend(zeros(B + 1, DQ)),
         ValueError,
-        "AttentionMemory: the memory has shape [2, 5, 4], needed is [B, S, Dq] with B=3 (from query), Dq=4 (from query)",
+        "AttentionMemory: the memory has shape [2, 5, 4], needed is [B, S, Dq] with "
+        "B=3 (from query), Dq=4 (from query)",
     ),
     (
         lambda: memory("general").attend(zeros(B, DQ + 1)),
         ValueError,
-        "AttentionMemory: weight has shape [6, 4], needed is [Dm, Dq] with "
-        "Dm=6 (from the memory), Dq=5 (from query)",
+        "AttentionMemory: weight has shape [6, 4], needed is [Dm, Dq] with Dm=6 (from the memory), Dq=5 (from query)",
     ),
     (
         lambda: memory("concat").attend(zeros(B, DQ + 1)),

@@ -31,10 +31,10 @@ def small(method: str, masking: str, loss: str) -> Problem:
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("method", METHODS)
 class TestFiniteDifferences:
-    def test_gradcheck(self, method: str, masking: str, loss: str, each_backend: str) -> None:
+    def test_gradcheck(self, method: str, masking: str, loss: str) -> None:
         assert gradcheck(*differentiable(small(method, masking, loss)))
 
-    def test_gradgradcheck(self, method: str, masking: str, loss: str, each_backend: str) -> None:
+    def test_gradgradcheck(self, method: str, masking: str, loss: str) -> None:
         assert gradgradcheck(*differentiable(small(method, masking, loss)))
 
 
@@ -106,7 +106,7 @@ def test_create_graph_gives_the_same_gradients(method: str) -> None:
     torch.testing.assert_close(plain, tuple(grad.detach() for grad in differentiable))
 
 
-def test_second_derivative_where_query_is_memory(each_backend: str) -> None:
+def test_second_derivative_where_query_is_memory() -> None:
     def attend(memory: Tensor) -> tuple[Tensor, Tensor | None]:
         return attn_ext.dot_attention(memory, memory)
 

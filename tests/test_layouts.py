@@ -103,5 +103,7 @@ def test_mask_slices() -> None:
     lengths = torch.tensor([30, 0, 37, 0, 12, 0])
     views = {"mask": wide[::2, 1:75:2], "lengths": lengths[::2]}
     copies = {name: view.contiguous() for name, view in views.items()}
-    for actual, expected in zip(*(attn_ext.dot_attention(**problem.tensors, **m) for m in (views, copies)), strict=True):
+    for actual, expected in zip(
+        *(attn_ext.dot_attention(**problem.tensors, **m) for m in (views, copies)), strict=True
+    ):
         assert torch.equal(actual, expected)

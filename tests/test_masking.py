@@ -29,7 +29,9 @@ def never_attended(problem: Problem) -> torch.Tensor:
 @pytest.mark.parametrize("T", [1, 33], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_weights_are_exactly_zero(method: str, dtype: torch.dtype, T: int, masking: str, each_backend: str) -> None:
+def test_masked_weights_are_exactly_zero(
+    method: str, dtype: torch.dtype, T: int, masking: str, each_backend: str
+) -> None:
     problem = Case(method, B=3, T=T, S=70, D=20, dtype=dtype, masking=masking).problem()
     weights = problem.results()["weights"]
     allowed = ~never_attended(problem).unsqueeze(1).expand_as(weights)
@@ -46,7 +48,9 @@ def test_masked_weights_are_exactly_zero(method: str, dtype: torch.dtype, T: int
 @pytest.mark.parametrize("T", [1, 33], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_behind_the_mask_is_seen(method: str, dtype: torch.dtype, T: int, masking: str, each_backend: str) -> None:
+def test_nothing_behind_the_mask_is_seen(
+    method: str, dtype: torch.dtype, T: int, masking: str, each_backend: str
+) -> None:
     """NaN and infinity there change no bit of any result or gradient, and their own gradient is exactly 0."""
     problem = Case(method, B=3, T=T, S=70, D=20, dtype=dtype, masking=masking).problem()
     hidden = never_attended(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ HALVES = [torch.bfloat16, torch.float16]
 def test_autocast(method: str, dtype: torch.dtype, each_backend: str) -> None:
     """What rounding the inputs gives; gradients come back in the inputs' own dtype."""
     problem = Case(method, T=5, S=37, D=20, masking="lengths").problem()
-    rounded = problem.to(dtype).results()
-    problem.grad_outputs.update(problem.to(dtype).grad_outputs)
-    with torch.autocast("cpu", dtype):
-        results = problem.results()
-    for name, result in results.items():
+    rounded = problem.to(dtype)
+    under_autocast = replace(
+        problem, function=torch.autocast("cpu", dtype)(problem.function), grad_outputs=rounded.grad_outputs
+    )
+    expected = rounded.results()
+    for name, result in under_autocast.results().items():
         assert result.dtype == (torch.float32 if name.startswith("grad") else dtype)
-        torch.testing.assert_close(result, rounded[name].to(result.dtype))
+        torch.testing.assert_close(result, expected[name].to(result.dtype))
 
 
 def test_autocast_takes_mixed_inputs(each_backend: str) -> None:
@@ -37,9 +39,8 @@ def test_autocast_takes_mixed_inputs(each_backend: str) -> None:
 
 def test_autocast_leaves_float64(each_backend: str) -> None:
     problem = Case("concat", dtype=torch.float64).problem()
-    expected = problem.results()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_same(problem.results(), expected)
+    under_autocast = replace(problem, function=torch.autocast("cpu", torch.bfloat16)(problem.function))
+    assert_same(under_autocast.results(), problem.results())
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -1,4 +1,4 @@
-"""LuongAttention, Attention and AttentionMemory: parameters, and the numbers of formulas written without the library."""
+"""LuongAttention, Attention and AttentionMemory: parameters, and the numbers of formulas that are not the library's."""
 
 from __future__ import annotations
 
@@ -158,7 +158,13 @@ def test_memory_without_a_module() -> None:
     module = build("concat with bias")
     hidden, encoder_outputs = inputs(module)
     memory = AttentionMemory(
-        encoder_outputs, "concat", weight=module.Wa.weight, v=module.Va, bias=module.Wa.bias, scale=0.5, lengths=[2, 1, 0]
+        encoder_outputs,
+        "concat",
+        weight=module.Wa.weight,
+        v=module.Va,
+        bias=module.Wa.bias,
+        scale=0.5,
+        lengths=[2, 1, 0],
     )
     expected = module(hidden, encoder_outputs, [2, 1, 0])
     for context, weights in (memory.attend(hidden), attn_ext.luong_attention(hidden, memory)):

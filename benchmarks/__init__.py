@@ -1,0 +1,1 @@
+"""Speed reports: `pytest --benchmark` from the repository's root."""
