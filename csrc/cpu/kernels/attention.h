@@ -19,13 +19,8 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 template <class acc>
 constexpr acc kNothing = -std::numeric_limits<acc>::infinity();
 
-// A chunk of queries against a tile of steps, [kChunk][kTile].
-template <class acc>
-void fill_row_end(acc* row, int64_t count) {
-  std::fill(row + count, row + kTile, kNothing<acc>);
-}
-
-// Scores of masked pairs become -inf; rows are filled up to the tile's width with it, for full vectors.
+// The scores of a chunk of queries against a tile, [kChunk][kTile]: masked pairs become -inf, and rows are filled up to the tile's
+// width with it, for full vectors.
 template <class acc>
 void mask_scores(acc* scores, const Problem& problem, int64_t b, int64_t first_query, int64_t queries, const Tile& tile) {
   for (int64_t t = 0; t < queries; ++t) {
@@ -35,7 +30,7 @@ void mask_scores(acc* scores, const Problem& problem, int64_t b, int64_t first_q
         row[j] = may_attend(problem, b, first_query + t, tile.steps[j]) ? row[j] : kNothing<acc>;
       }
     }
-    fill_row_end(row, tile.count);
+    std::fill(row + tile.count, row + kTile, kNothing<acc>);
   }
 }
 
@@ -83,7 +78,7 @@ template <class Score>
 struct AttentionForward {
   using acc = typename Score::acc;
 
-  // One item's scratch. Until merge() the upper four hold its result.
+  // One item's scratch. Until merge() the first four hold its result.
   struct Slot {
     Slot(const Forward& f, char* base)
         : arena(base),
@@ -131,7 +126,7 @@ struct AttentionForward {
       for (int64_t t = 0; t < item.queries; ++t) {
         acc* row = slot.tile_scores + t * kTile;
         if (slot.scores != nullptr) {
-          keep(slot.scores + t * f.plan.split_size - item.first_step, row, tile);
+          keep(slot.scores + t * f.plan.split_size, item.first_step, row, tile);
         }
         enter(slot, t, row, problem.memory_size);
       }
@@ -211,9 +206,9 @@ struct AttentionForward {
     }
   }
 
-  static void keep(acc* scores, const acc* row, const Tile& tile) {
+  static void keep(acc* scores, int64_t first_step, const acc* row, const Tile& tile) {
     for (int64_t j = 0; j < tile.count; ++j) {
-      scores[tile.steps[j]] = row[j];
+      scores[tile.steps[j] - first_step] = row[j];
     }
   }
 
@@ -276,7 +271,7 @@ struct AttentionBackward {
     Arena arena;
     int64_t memory_stride;
     int64_t query_stride;
-    acc* grad_query;  // [queries][key_size]: until merge_backward() the split's share
+    acc* grad_query;  // [queries][key_size]: until merge() the split's share
     acc* delta;
     acc* weights;      // [kChunk][kTile]
     acc* grad_scores;  // [kChunk][kTile]

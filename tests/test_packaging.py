@@ -1,0 +1,50 @@
+"""setup.py: what it decides about CUDA, and that a source distribution is complete."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import PACKAGE, python
+
+ROOT = PACKAGE.parent
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="attn_ext is installed without its sources")
+
+
+def test_the_cpu_only_switch_decides() -> None:
+    process = python("setup.py", "--name", cwd=ROOT, ATTN_EXT_CPU_ONLY="1")
+    assert process.returncode == 0, process.stderr
+    assert "attn_ext: CUDA no: ATTN_EXT_CPU_ONLY is set" in process.stdout.splitlines()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_without_cuda_in_pytorch_the_build_is_for_the_cpu_and_says_so() -> None:
+    process = python("setup.py", "--name", cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    assert f"attn_ext: CUDA no: PyTorch {torch.__version__} has no CUDA" in process.stdout.splitlines()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_forcing_cuda_where_there_is_none_is_an_error() -> None:
+    process = python("setup.py", "--name", cwd=ROOT, FORCE_CUDA="1")
+    assert process.returncode != 0
+    assert f"attn_ext: FORCE_CUDA is set, but PyTorch {torch.__version__} has no CUDA" in process.stderr
+
+
+def test_the_sdist_carries_every_source(tmp_path: Path) -> None:
+    process = python("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    (archive,) = tmp_path.glob("attn_ext-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        carried = {Path(*Path(name).parts[1:]) for name in tar.getnames()}
+    endings = {".py", ".cpp", ".cu", ".cuh", ".h", ".typed"}
+    folders = ("attn_ext", "csrc", "tests", "benchmarks", "examples")
+    wanted = {
+        path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in endings
+    }
+    wanted |= {Path(name) for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "conftest.py")}
+    assert wanted - carried == set()
