@@ -98,6 +98,12 @@ class Build(BuildExtension):
                     extension.extra_objects += objects
         super().build_extension(extension)
 
+    def copy_extensions_to_source(self) -> None:
+        # Written over, a library that a running process has mapped would crash it; unlinked, it stays whole.
+        for library in Path("attn_ext").glob("*.so"):
+            library.unlink()
+        super().copy_extensions_to_source()
+
     def compile_kernels(self, extension: Extension, capability: str) -> list[str]:
         defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
         folder = Path(self.build_temp, capability)

@@ -125,6 +125,8 @@ class Arguments:
             return 1.0
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{self.caller}: scale must be a number or None, got {type(value).__name__}")
+        if not abs(value) < float("inf"):
+            raise ValueError(f"{self.caller}: scale is {value}, needed is a finite number")
         return float(value)
 
 

@@ -353,7 +353,8 @@ def draw_alignments(
 ) -> None:
     """What the decoder attends to as it writes each character, for the longest sentence of each of three languages."""
     model.eval()
-    figure = Figure(figsize=(12, 12), layout="constrained")
+    figure = Figure(figsize=(12, 12.5), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.06)
     all_axes = figure.subplots(len(PICTURE_LOCALES))
     for name, axes in zip(PICTURE_LOCALES, all_axes, strict=True):
         of_locale = [i for i, sentence in enumerate(sentences) if sentence.locale == name]

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 import attn_ext
 from tests.cases import DTYPES, LOSSES, MASKINGS, METHODS, Case, assert_accurate, short
@@ -53,14 +54,21 @@ def test_sizes(case: Case) -> None:
     assert_accurate(case.problem())
 
 
-@pytest.mark.numerics
-@pytest.mark.parametrize("case", [c for op in OPS for dtype in DTYPES[1:] for c in pairs_grid(op, dtype)], ids=str)
+def some_everywhere(cases: list[Case]) -> list[ParameterSet]:
+    """Every fourth case, which is all sizes in turn, also runs under the other instruction sets."""
+    return [pytest.param(case, marks=[] if i % 4 else pytest.mark.numerics) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(
+    "case", some_everywhere([c for op in OPS for dtype in DTYPES[1:] for c in pairs_grid(op, dtype)]), ids=str
+)
 def test_sizes_in_other_dtypes(case: Case) -> None:
     assert_accurate(case.problem())
 
 
-@pytest.mark.numerics
-@pytest.mark.parametrize("case", [c for m in ("general", "concat") for c in pairs_grid(m, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "case", some_everywhere([c for m in ("general", "concat") for c in pairs_grid(m, torch.float32)]), ids=str
+)
 def test_sizes_of_projected_methods(case: Case) -> None:
     assert_accurate(case.problem())
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from tests.cases import DTYPES, LOSSES, MASKINGS, Case, short
+from tests.cases import DTYPES, LOSSES, Case, short
 
 pytestmark = pytest.mark.fused
 
@@ -51,7 +51,7 @@ def direction(request: pytest.FixtureRequest) -> str:
     ("direction", "loss"),
     [("forward", "both"), ("forward", "no_weights"), *(("backward", loss) for loss in LOSSES)],
 )
-@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
 def test_opcheck(method: str, direction: str, masking: str, loss: str) -> None:
     opcheck(op(method, direction), arguments(Case(method, masking=masking, loss=loss, scale=0.5), direction))
 
@@ -59,7 +59,7 @@ def test_opcheck(method: str, direction: str, masking: str, loss: str) -> None:
 @pytest.mark.parametrize(
     "sizes", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (1, 1, 1, 1), (1, 70, 40, 33)], ids=str
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=short)
 def test_opcheck_of_sizes(method: str, direction: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     opcheck(op(method, direction), arguments(Case(method, *sizes, dtype=dtype, masking="lengths"), direction))
 
