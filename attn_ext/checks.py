@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -125,9 +126,13 @@ class Arguments:
             return 1.0
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{self.caller}: scale must be a number or None, got {type(value).__name__}")
-        if not abs(value) < float("inf"):
+        try:
+            scale = float(value)
+        except OverflowError:
+            scale = math.inf
+        if not math.isfinite(scale):
             raise ValueError(f"{self.caller}: scale is {value}, needed is a finite number")
-        return float(value)
+        return scale
 
 
 def choice(caller: str, name: str, value: object, allowed: Sequence[str]) -> None:

@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -201,19 +200,15 @@ class Training:
         self.step = state["step"]
 
 
-class Interrupts:
-    """Inside the block Ctrl-C only sets `came`, so that no step and no checkpoint is cut in half."""
-
-    def __enter__(self) -> Interrupts:
-        self.came = False
-        self.previous_handler = signal.signal(signal.SIGINT, self.note)
-        return self
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self.previous_handler)
+@contextmanager
+def noting_interrupts() -> Iterator[list[int]]:
+    """Inside the block Ctrl-C is only noted in the list, so that no step and no checkpoint is cut in half."""
+    came: list[int] = []
+    previous_handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, previous_handler)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -255,7 +250,7 @@ def train(training: Training, corpus: Corpus, checkpoint: Path, processes: Proce
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
         disable=rank > 0,
     )
-    with Interrupts() as interrupts, progress_bar:
+    with noting_interrupts() as interrupts, progress_bar:
         while training.step < steps:
             # All processes draw the same batch, and each trains on its share of it.
             indices = draw_batch(corpus.lengths, batch_size, seed, training.step)
@@ -265,7 +260,7 @@ def train(training: Training, corpus: Corpus, checkpoint: Path, processes: Proce
             loss = train_on(batch, model, training.optimizer)
             training.step += 1
             # They also stop after the same step, whichever of them Ctrl-C reached first.
-            shared = torch.stack([loss / count, loss.new_tensor(interrupts.came)])
+            shared = torch.stack([loss / count, loss.new_tensor(len(interrupts))])
             if count > 1:
                 dist.all_reduce(shared)
             mean_loss, interrupted = shared.tolist()
@@ -422,6 +417,7 @@ def join_processes(device_name: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # torchrun ends them all should one fail, so none leaves before rank 0 has tested and drawn
     finally:
         dist.destroy_process_group()
 
