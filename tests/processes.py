@@ -15,10 +15,12 @@ PACKAGE = Path(attn_ext.__file__).parent
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `python arguments` in `cwd`, where imports look first; ATTN_EXT_BACKEND is not inherited."""
     inherited = {name: value for name, value in os.environ.items() if name != "ATTN_EXT_BACKEND"}
+    # Without site (-S) there is no hook of an editable install, which would find its extension for a copy without one.
+    path = os.pathsep.join([str(cwd), *filter(None, sys.path)])
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-S", *arguments],
         cwd=cwd,
-        env=inherited | {"PYTHONPATH": str(cwd)} | environment,
+        env=inherited | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -162,6 +162,7 @@ def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_resuming_changes_nothing(tmp_path: Path, only_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, "--steps", "12") == 0
+    handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         train_on, steps = example.train_on, []
 
@@ -174,7 +175,7 @@ def test_resuming_changes_nothing(tmp_path: Path, only_training: None, monkeypat
         patch.setattr(example, "train_on", interrupted_in_the_fifth)
         assert run(parts, "--steps", "12") == 130
     assert checkpoint(parts)["step"] == len(steps) == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert run(parts, "--steps", "12", "--resume") == 0
     expected = weights(whole)
     for name, weight in weights(parts).items():
