@@ -1,7 +1,7 @@
 """Builds attn_ext: the ops library attn_ext._C and the pybind11 module attn_ext._build_info.
 
-Environment: ATTN_EXT_CPU_ONLY=1 leaves CUDA out, FORCE_CUDA=1 insists on it, TORCH_CUDA_ARCH_LIST names its targets, MAX_JOBS the
-parallel compilations.
+Environment: ATTN_EXT_CPU_ONLY=1 leaves CUDA out, FORCE_CUDA=1 insists on it, TORCH_CUDA_ARCH_LIST names its targets,
+MAX_JOBS the parallel compilations.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 
-# Warnings are for our own code: PyTorch's headers become system headers. GCC 12 sees uninitialised values in its own intrinsics.
-CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp"]
+# Warnings are for our own code: PyTorch's headers become system headers, and GCC 12 sees uninitialised values in its own
+# intrinsics.
+CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 CXX_FLAGS += [f"-isystem{path}" for path in include_paths("cpu")]
 
 
@@ -86,7 +88,7 @@ def sources(folder: str, pattern: str) -> list[str]:
 
 
 class Build(BuildExtension):
-    """Compiles the kernels once for each CPU capability, then the rest, in a folder that every way of building shares."""
+    """Compiles the kernels once for each CPU capability, then the rest, in a folder shared by every way of building."""
 
     def build_extension(self, extension: Extension) -> None:
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
