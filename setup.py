@@ -29,8 +29,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp"]
-# Warnings are for our own code: PyTorch's headers become system headers, and GCC 12 sees uninitialised values in its own
-# intrinsics.
+# Warnings are for our own code: PyTorch's headers become system headers, and GCC 12 sees uninitialised values in its
+# own intrinsics.
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 CXX_FLAGS += [f"-isystem{path}" for path in include_paths("cpu")]
 
