@@ -189,11 +189,7 @@ class AdditiveScore {
             }
           }
         }
-        for (int i = 0; i < rows.value; ++i) {
-          for (int j = 0; j < columns.value; ++j) {
-            out[(t0 + i) * kTile + j0 + j] = -2 * scale_ * sum(sums[i][j]);
-          }
-        }
+        store_sums<rows.value, columns.value>(out + t0 * kTile + j0, sums, -2 * scale_);
       });
     });
   }

@@ -52,16 +52,17 @@ acc exponentials(acc* row, int64_t count, acc subtract) {
     p.store(row + j);
     total = total + p;
   }
-  acc rest = 0;
-  if (j < count) {
+  acc result = sum(total);
+  const int64_t rest = count - j;
+  if (rest > 0) {
     acc last[Vec<acc>::size()];
-    flushed(Vec<acc>::loadu(row + j, count - j) - shift).store(last);
-    for (int64_t i = 0; j < count; ++i, ++j) {
-      row[j] = last[i];
-      rest += last[i];
+    flushed(Vec<acc>::loadu(row + j, rest) - shift).store(last);
+    for (int64_t i = 0; i < rest; ++i) {
+      row[j + i] = last[i];
+      result += last[i];
     }
   }
-  return sum(total) + rest;
+  return result;
 }
 
 template <class acc>
@@ -207,6 +208,10 @@ struct AttentionForward {
   }
 
   static void keep(acc* scores, int64_t first_step, const acc* row, const Tile& tile) {
+    if (tile.contiguous()) {
+      std::copy_n(row, tile.count, scores + tile.steps[0] - first_step);
+      return;
+    }
     for (int64_t j = 0; j < tile.count; ++j) {
       scores[tile.steps[j] - first_step] = row[j];
     }

@@ -31,6 +31,10 @@ class Arena {
 struct Tile {
   int64_t count = 0;
   int64_t steps[kTile];
+
+  bool contiguous() const {
+    return steps[count - 1] - steps[0] == count - 1;
+  }
 };
 
 inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) {

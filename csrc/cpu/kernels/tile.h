@@ -31,6 +31,27 @@ constexpr int kRows = 4, kColumns = 2;
 constexpr int kRows = 2, kColumns = 2;
 #endif
 
+// out[i][j] = factor * (the sum of sums[i][j]), in a tile: out's rows are kTile apart.
+template <int rows, int columns, class acc>
+inline void store_sums(acc* out, const Vec<acc> (&sums)[rows][columns], acc factor) {
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    if constexpr (columns == 4) {
+      acc four[4];
+      sum_four<acc>(four, sums[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < columns; ++j) {
+        out[i * kTile + j] = factor * four[j];
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < columns; ++j) {
+        out[i * kTile + j] = factor * sum(sums[i][j]);
+      }
+    }
+  }
+}
+
 // out[i][j] = factor * sum_d a[i][d] b[j][d], for a tile: out's rows are kTile apart.
 template <class acc>
 void product_rows(acc* out, const acc* const* a, int64_t a_count, const acc* const* b, int64_t b_count, int64_t size, acc factor) {
@@ -65,11 +86,7 @@ void product_rows(acc* out, const acc* const* a, int64_t a_count, const acc* con
       if (d < size) {
         step(d, size - d);
       }
-      for (int i = 0; i < rows.value; ++i) {
-        for (int j = 0; j < columns.value; ++j) {
-          out[(i0 + i) * kTile + j0 + j] = factor * sum(sums[i][j]);
-        }
-      }
+      store_sums<rows.value, columns.value>(out + i0 * kTile + j0, sums, factor);
     });
   });
 }

@@ -70,6 +70,30 @@ acc largest(const Vec<acc>& x) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); }, x);
 }
 
+template <class acc>
+acc sum(const Vec<acc>& x) {
+  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, x);
+}
+
+// The sums of four vectors at once, which share the shuffles: one after the other, they cost more than a product of 64 features.
+template <class acc>
+inline void sum_four(acc* out, const Vec<acc>* x) {
+  for (int i = 0; i < 4; ++i) {
+    out[i] = sum(x[i]);
+  }
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+inline void sum_four(float* out, const Vec<float>* x) {
+  const auto halved = [](const Vec<float>& v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
+  const __m256 pairs_01 = _mm256_hadd_ps(halved(x[0]), halved(x[1]));
+  const __m256 pairs_23 = _mm256_hadd_ps(halved(x[2]), halved(x[3]));
+  const __m256 quads = _mm256_hadd_ps(pairs_01, pairs_23);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+}
+#endif
+
 // to[i] = factor * from[i]
 template <class acc>
 void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
@@ -78,11 +102,6 @@ void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
     const int64_t count = std::min<int64_t>(Vec<acc>::size(), size - i);
     (Vec<acc>::loadu(from + i, count) * factors).store(to + i, static_cast<int>(count));
   }
-}
-
-template <class acc>
-acc sum(const Vec<acc>& x) {
-  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, x);
 }
 
 // Elements `first`, `first + stride`, ... of a tensor of any dtype, in the accumulation type. The kernels are compiled for the
