@@ -49,7 +49,7 @@ $(VENV)/ready: setup.py pyproject.toml
 	@touch $@
 
 lint: $(VENV)/ready
-	$(PIP) install '.[lint]' --no-build-isolation
+	$(PIP) install --no-build-isolation --editable '.[lint]'
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
