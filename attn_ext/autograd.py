@@ -25,6 +25,7 @@ class _Op:
 
     name: str
     reference: Callable[..., tuple[Tensor, Tensor | None]]
+    scored: int  # so many of the inputs, the first, make the scores; the weights depend on no other
 
     @cached_property
     def forward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -35,8 +36,8 @@ class _Op:
         return getattr(torch.ops.attn_ext, f"{self.name}_backward").default
 
 
-_DOT = _Op("dot_attention", reference.dot_attention)
-_ADDITIVE = _Op("additive_attention", reference.additive_attention)
+_DOT = _Op("dot_attention", reference.dot_attention, scored=2)
+_ADDITIVE = _Op("additive_attention", reference.additive_attention, scored=3)
 
 
 def dot_attention(
@@ -94,7 +95,12 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(lengths, mask, context, weights if need_weights else None, logsumexp, *inputs)
         dtype = inputs[0].dtype
-        return context.to(dtype), weights.to(dtype) if need_weights else None
+        if not need_weights:
+            return context.to(dtype), None
+        weights = weights.to(dtype)
+        if not any(ctx.needs_input_grad[5 : 5 + op.scored]):
+            ctx.mark_non_differentiable(weights)
+        return context.to(dtype), weights
 
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | None, ...]:

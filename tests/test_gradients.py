@@ -70,6 +70,14 @@ def test_each_input_alone(method: str, T: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(leaves[wanted].grad, expected[f"grad {wanted}"])
 
 
+def test_weights_without_a_graph(each_backend: str) -> None:
+    """Additive attention's weights do not depend on its values: these alone give them no graph."""
+    problem = Case("additive").problem()
+    leaves = {name: tensor.detach().requires_grad_(name == "values") for name, tensor in problem.tensors.items()}
+    context, weights = problem.function(**leaves, **problem.options)
+    assert (context.requires_grad, weights.requires_grad) == (True, False)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_retained_graph(method: str) -> None:
     problem = Case(method, masking="lengths").problem()
