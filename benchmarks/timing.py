@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Sequence
 
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.implementations import Call
@@ -16,12 +15,15 @@ ROUNDS = range(7, 301)
 
 
 def check(call: Call, reference: Call) -> None:
-    """No time is worth reporting for other numbers than the reference's."""
+    """No time is worth reporting for other numbers than the reference's, up to float32's rounding of a tensor's sums."""
     with call.active():
         actual = call()
     with reference.active():
         expected = reference()
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+    for i, (result, wanted) in enumerate(zip(actual, expected, strict=True)):
+        # By element it would fail the more exact of the two where sums of 80000 terms cancel (the gradient of v).
+        error, allowed = (result - wanted).abs().max().item(), 3e-5 * wanted.abs().max().item()
+        assert error <= allowed, f"{call.name}: result {i} is off by {error:.1e}, allowed is {allowed:.1e}"
 
 
 def race(benchmark: BenchmarkFixture, call: Call, peers: Sequence[Call]) -> dict[str, float]:

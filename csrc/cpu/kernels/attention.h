@@ -34,7 +34,7 @@ void mask_scores(acc* scores, const Problem& problem, int64_t b, int64_t first_q
   }
 }
 
-// Below this exp() is subnormal, and every product with a subnormal costs the processor a microcode assist (3x on a whole forward).
+// Below this exp() is subnormal, and every product with a subnormal costs the processor a microcode assist.
 template <class acc>
 constexpr acc kSmallestExponent = std::is_same_v<acc, double> ? -708 : -87;
 

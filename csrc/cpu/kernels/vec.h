@@ -75,7 +75,7 @@ acc sum(const Vec<acc>& x) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, x);
 }
 
-// The sums of four vectors at once, which share the shuffles: one after the other, they cost more than a product of 64 features.
+// The sums of four vectors at once, which share the shuffles.
 template <class acc>
 inline void sum_four(acc* out, const Vec<acc>* x) {
   for (int i = 0; i < 4; ++i) {
