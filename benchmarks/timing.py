@@ -15,7 +15,7 @@ ROUNDS = range(7, 301)
 
 
 def check(call: Call, reference: Call) -> None:
-    """No time is worth reporting for other numbers than the reference's, up to float32's rounding of a tensor's sums."""
+    """No time is worth reporting for other numbers than the reference's, up to the rounding of a tensor's sums."""
     with call.active():
         actual = call()
     with reference.active():
