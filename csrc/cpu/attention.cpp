@@ -9,6 +9,10 @@
 
 #include <algorithm>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace attn_ext::cpu {
 namespace {
 
@@ -80,18 +84,42 @@ int64_t work_of_step(const Problem& problem) {
   return problem.queries * (score + problem.memory_size);
 }
 
+// A tile of memory, or of keys, stays in the second-level cache from the scores to the context: 256 KiB of it. The additive
+// backward walks down a tile's columns: their lines, and a chunk's gradients of the scores, are to stay in the first level.
+int64_t tile_of(const Problem& problem) {
+  const int64_t row = std::max<int64_t>({problem.memory_size, problem.key_size, 1});
+  return std::clamp<int64_t>((int64_t{1} << 16) / row / 32 * 32, 32, problem.keys.data == nullptr ? kTile : kTile / 2);
+}
+
 // Items of `chunk` queries; with fewer of them than threads, the source is split too, where a part is worth a thread.
 Plan plan_of(const Problem& problem, int64_t chunk) {
   Plan plan{};
+  plan.tile = tile_of(problem);
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t worthwhile = problem.steps * work_of_step(problem) / plan.chunks / kGrain;
   const int64_t wanted = std::min(ceil_div(at::get_num_threads(), groups), worthwhile);
-  const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, kTile), 1);
-  plan.split_size = ceil_div(tiles, std::max<int64_t>(wanted, 1)) * kTile;
+  const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, plan.tile), 1);
+  plan.split_size = ceil_div(tiles, std::max<int64_t>(wanted, 1)) * plan.tile;
   plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
   return plan;
+}
+
+// Asks for huge pages behind a large output. It is fresh memory: faults on its small pages would take several times as long as
+// writing it.
+void use_huge_pages(const Tensor& output) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  if (!output.defined() || output.nbytes() < 2 * page) {
+    return;
+  }
+  const auto begin = reinterpret_cast<uintptr_t>(output.const_data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + output.nbytes()) / page * page;
+  // Where the system has none it says so, and nothing is lost.
+  (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 // Runs every item, each in a slot of scratch: one a thread, or one an item if the items' results are merged afterwards.
@@ -155,6 +183,8 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   if (outputs.logsumexp.numel() == 0) {
     return;
   }
+  use_huge_pages(outputs.context);
+  use_huge_pages(outputs.weights);
   const Kernels& kernels = kernels_for(inputs);
   run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge);
 }
@@ -174,6 +204,9 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   call.grad_query = data_of(gradients.query);
   call.grad_keys = data_of(gradients.keys);
   call.grad_memory = data_of(gradients.memory);
+  use_huge_pages(gradients.query);
+  use_huge_pages(gradients.keys);
+  use_huge_pages(gradients.memory);
   const int64_t items = call.plan.items(call.problem);
   Tensor grad_v;  // [items, A]: a partial sum an item, summed in a fixed order
   if (gradients.v.defined()) {

@@ -5,12 +5,12 @@
 //              dm_s = sum_t a_ts g_t, and the score's own share of the gradients from de
 //
 // Each tile of memory is read once and serves the scores and the context (forward), or all of its gradients (backward), while it
-// is in cache. One query is bound by that read; many are bound by the products in tile.h.
+// is in cache. One query is bound by that read; many are bound by the products in products.h.
 #pragma once
 
 #include "problem.h"
+#include "products.h"
 #include "rows.h"
-#include "tile.h"
 
 #include <limits>
 
@@ -19,18 +19,25 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 template <class acc>
 constexpr acc kNothing = -std::numeric_limits<acc>::infinity();
 
-// The scores of a chunk of queries against a tile, [kChunk][kTile]: masked pairs become -inf, and rows are filled up to the tile's
-// width with it, for full vectors.
 template <class acc>
-void mask_scores(acc* scores, const Problem& problem, int64_t b, int64_t first_query, int64_t queries, const Tile& tile) {
+constexpr int64_t whole_vectors(int64_t count) {
+  constexpr int64_t lanes = Vec<acc>::size();
+  return (count + lanes - 1) / lanes * lanes;
+}
+
+// The scores of a chunk of queries against a tile, rows `stride` apart: masked pairs become -inf, and rows are filled up with it to
+// whole vectors.
+template <class acc>
+void mask_scores(
+    acc* scores, int64_t stride, const Problem& problem, int64_t b, int64_t first_query, int64_t queries, const Tile& tile) {
   for (int64_t t = 0; t < queries; ++t) {
-    acc* row = scores + t * kTile;
+    acc* row = scores + t * stride;
     if (problem.mask_per_query) {
       for (int64_t j = 0; j < tile.count; ++j) {
         row[j] = may_attend(problem, b, first_query + t, tile.steps[j]) ? row[j] : kNothing<acc>;
       }
     }
-    std::fill(row + tile.count, row + kTile, kNothing<acc>);
+    std::fill(row + tile.count, row + whole_vectors<acc>(tile.count), kNothing<acc>);
   }
 }
 
@@ -38,37 +45,24 @@ void mask_scores(acc* scores, const Problem& problem, int64_t b, int64_t first_q
 template <class acc>
 constexpr acc kSmallestExponent = std::is_same_v<acc, double> ? -708 : -87;
 
-// row[j] = exp(row[j] - subtract), 0 where that is subnormal; returns the sum.
+// row[j] = exp(row[j] - subtract), 0 where that is subnormal, for whole vectors; returns the sum.
 template <class acc>
 acc exponentials(acc* row, int64_t count, acc subtract) {
   Vec<acc> total(0);
   const Vec<acc> shift(subtract);
-  const auto flushed = [](const Vec<acc>& x) {
-    return Vec<acc>::blendv(exponential(x), Vec<acc>(0), x < Vec<acc>(kSmallestExponent<acc>));
-  };
-  int64_t j = 0;
-  for (; j + Vec<acc>::size() <= count; j += Vec<acc>::size()) {
-    const Vec<acc> p = flushed(Vec<acc>::loadu(row + j) - shift);
+  for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
+    const Vec<acc> x = Vec<acc>::loadu(row + j) - shift;
+    const Vec<acc> p = Vec<acc>::blendv(exponential(x), Vec<acc>(0), x < Vec<acc>(kSmallestExponent<acc>));
     p.store(row + j);
     total = total + p;
   }
-  acc result = sum(total);
-  const int64_t rest = count - j;
-  if (rest > 0) {
-    acc last[Vec<acc>::size()];
-    flushed(Vec<acc>::loadu(row + j, rest) - shift).store(last);
-    for (int64_t i = 0; i < rest; ++i) {
-      row[j + i] = last[i];
-      result += last[i];
-    }
-  }
-  return result;
+  return sum(total);
 }
 
 template <class acc>
-acc maximum(const acc* row, acc start) {
+acc maximum(const acc* row, int64_t count, acc start) {
   Vec<acc> all(start);
-  for (int64_t j = 0; j < kTile; j += Vec<acc>::size()) {
+  for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
     all = at::vec::maximum(all, Vec<acc>::loadu(row + j));
   }
   return largest(all);
@@ -84,21 +78,29 @@ struct AttentionForward {
     Slot(const Forward& f, char* base)
         : arena(base),
           context_stride(padded<acc>(f.problem.memory_size)),
+          tiles(f.weights == nullptr ? 0 : f.plan.split_size / f.plan.tile),
           row_max(arena.take<acc>(f.plan.chunk)),
           row_sum(arena.take<acc>(f.plan.chunk)),
           context(arena.take<acc>(f.plan.chunk * context_stride)),
-          scores(f.weights == nullptr ? nullptr : arena.take<acc>(f.plan.chunk * f.plan.split_size)),
-          tile_scores(arena.take<acc>(f.plan.chunk * kTile)),
-          memory(arena, f.problem.dtype, f.problem.memory, kTile, f.problem.memory_size),
-          score(f.problem, f.plan.chunk, arena) {}
+          tile_max(arena.take<acc>(f.plan.chunk * tiles)),
+          tile_end(arena.take<int64_t>(tiles)),
+          used(arena.take<int64_t>(1)),
+          tile_scores(arena.take<acc>(f.plan.chunk * f.plan.tile)),
+          panel(arena.take<acc>(panel_size<acc>(f.plan.chunk))),
+          memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
+          score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
     Arena arena;
     int64_t context_stride;
+    int64_t tiles;  // of a split, at most; 0 without weights
     acc* row_max;
     acc* row_sum;
-    acc* context;  // not yet divided by row_sum
-    acc* scores;   // of all steps of the split, -inf where none; only if the weights are asked for
-    acc* tile_scores;
+    acc* context;       // not yet divided by row_sum
+    acc* tile_max;      // [chunk][tiles] row_max when the tile's weights were written
+    int64_t* tile_end;  // [tiles] the step behind each tile's last
+    int64_t* used;      // so many of the tiles have steps
+    acc* tile_scores;   // [chunk][tile]
+    acc* panel;
     Rows<acc> memory;
     Score score;
   };
@@ -110,35 +112,49 @@ struct AttentionForward {
   static void run(const Forward& f, int64_t index, char* base) {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
+    const int64_t stride = f.plan.tile;
     Slot slot(f, base);
     std::fill_n(slot.row_max, item.queries, kNothing<acc>);
     std::fill_n(slot.row_sum, item.queries, acc(0));
-    std::fill_n(slot.context, item.queries * slot.context_stride, acc(0));
-    if (slot.scores != nullptr) {
-      std::fill_n(slot.scores, item.queries * f.plan.split_size, kNothing<acc>);
-    }
     slot.score.load_queries(item.batch, item.first_query, item.queries);
-    SourceWalk walk(problem, item);
-    for (Tile tile; walk.next(tile);) {
+    SourceWalk walk(problem, item, f.plan.tile);
+    int64_t tiles = 0;
+    int64_t written = item.first_step;  // up to here the weights are written
+    for (Tile tile; walk.next(tile); ++tiles) {
       slot.memory.load(item.batch, tile);
       slot.score.load_keys(item.batch, tile, slot.memory);
-      slot.score.scores(slot.tile_scores, 0, item.queries, tile.count);
-      mask_scores(slot.tile_scores, problem, item.batch, item.first_query, item.queries, tile);
+      slot.score.scores(slot.tile_scores, stride, 0, item.queries, tile.count, slot.panel);
+      mask_scores(slot.tile_scores, stride, problem, item.batch, item.first_query, item.queries, tile);
       for (int64_t t = 0; t < item.queries; ++t) {
-        acc* row = slot.tile_scores + t * kTile;
-        if (slot.scores != nullptr) {
-          keep(slot.scores + t * f.plan.split_size, item.first_step, row, tile);
+        acc* row = slot.tile_scores + t * stride;
+        enter(slot, t, row, whole_vectors<acc>(tile.count), problem.memory_size);
+        if (f.weights != nullptr) {
+          keep(weights_of(f, item, t), row, tile, written);
+          slot.tile_max[t * slot.tiles + tiles] = slot.row_max[t];
         }
-        enter(slot, t, row, problem.memory_size);
       }
-      add_product<acc>(
+      written = tile.steps[tile.count - 1] + 1;
+      if (f.weights != nullptr) {
+        slot.tile_end[tiles] = written;
+      }
+      multiply<acc>(
           slot.context,
           slot.context_stride,
           item.queries,
-          {slot.tile_scores, kTile, 1},
+          {slot.tile_scores, stride, 1},
           slot.memory.addresses(),
           tile.count,
-          problem.memory_size);
+          problem.memory_size,
+          tiles > 0);
+    }
+    *slot.used = tiles;
+    for (int64_t t = 0; t < item.queries; ++t) {
+      if (tiles == 0) {
+        std::fill_n(slot.context + t * slot.context_stride, problem.memory_size, acc(0));
+      }
+      if (f.weights != nullptr) {
+        std::fill(weights_of(f, item, t) + written, weights_of(f, item, t) + item.end_step, acc(0));
+      }
     }
     if (f.plan.splits == 1) {
       merge(f, index, base, 0);
@@ -166,27 +182,30 @@ struct AttentionForward {
     }
     for (int64_t z = 0; z < f.plan.splits; ++z) {
       const Item part = f.plan.item(problem, group * f.plan.splits + z);
-      acc* scores = Slot(f, slots + z * slot_size).scores;
-      for (int64_t t = 0; t < item.queries; ++t) {
-        store_weights(f, first_row + t, part, scores + t * f.plan.split_size, slot.row_max[t], slot.row_sum[t]);
-      }
+      normalize(f, part, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
     }
   }
 
  private:
+  static acc* weights_of(const Forward& f, const Item& item, int64_t t) {
+    return static_cast<acc*>(f.weights) + (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps;
+  }
+
   // A row of tile scores enters the running softmax: it becomes exp(e - row_max), and what was summed before is rescaled.
-  static void enter(Slot& slot, int64_t t, acc* row, int64_t size) {
-    const acc row_max = maximum(row, slot.row_max[t]);
+  static void enter(Slot& slot, int64_t t, acc* row, int64_t count, int64_t size) {
+    const acc before = slot.row_max[t];
+    const acc row_max = maximum(row, count, before);
     if (row_max == kNothing<acc>) {
-      std::fill_n(row, kTile, acc(0));
+      std::fill_n(row, count, acc(0));
       return;
     }
-    const acc correction = std::exp(slot.row_max[t] - row_max);
-    slot.row_sum[t] = slot.row_sum[t] * correction + exponentials(row, kTile, row_max);
-    if (correction != 1) {
+    if (row_max != before && slot.row_sum[t] != 0) {
+      const acc correction = std::exp(before - row_max);
+      slot.row_sum[t] *= correction;
       acc* context = slot.context + t * slot.context_stride;
       scale_row(context, context, size, correction);
     }
+    slot.row_sum[t] += exponentials(row, count, row_max);
     slot.row_max[t] = row_max;
   }
 
@@ -201,56 +220,102 @@ struct AttentionForward {
       acc* context = slot.context + t * slot.context_stride;
       const acc* other_context = other.context + t * slot.context_stride;
       scale_row(context, context, size, kept);
-      add_product<acc>(context, slot.context_stride, 1, {&entering, 0, 0}, &other_context, 1, size);
+      multiply<acc>(context, 0, 1, {&entering, 0, 0}, &other_context, 1, size, true);
       slot.row_sum[t] = slot.row_sum[t] * kept + other.row_sum[t] * entering;
       slot.row_max[t] = row_max;
     }
   }
 
-  static void keep(acc* scores, int64_t first_step, const acc* row, const Tile& tile) {
+  // A tile's exponentials into their places among the weights, and zeros for the steps before and between them.
+  static void keep(acc* weights, const acc* row, const Tile& tile, int64_t written) {
+    std::fill(weights + written, weights + tile.steps[0], acc(0));
     if (tile.contiguous()) {
-      std::copy_n(row, tile.count, scores + tile.steps[0] - first_step);
+      std::copy_n(row, tile.count, weights + tile.steps[0]);
       return;
     }
+    std::fill(weights + tile.steps[0], weights + tile.steps[tile.count - 1], acc(0));
     for (int64_t j = 0; j < tile.count; ++j) {
-      scores[tile.steps[j] - first_step] = row[j];
+      weights[tile.steps[j]] = row[j];
     }
   }
 
-  static void store_weights(const Forward& f, int64_t row, const Item& part, acc* scores, acc row_max, acc row_sum) {
-    const int64_t count = part.end_step - part.first_step;
-    acc* weights = static_cast<acc*>(f.weights) + row * f.problem.steps + part.first_step;
-    if (row_sum == 0) {
-      std::fill_n(weights, count, acc(0));
-      return;
+  // What keep() wrote is relative to the maximum of its time.
+  static void normalize(const Forward& f, const Item& part, const Slot& slot, const acc* row_max, const acc* row_sum) {
+    for (int64_t t = 0; t < part.queries; ++t) {
+      if (row_sum[t] == 0) {
+        continue;
+      }
+      acc* weights = weights_of(f, part, t);
+      for (int64_t tile = 0, first = part.first_step; tile < *slot.used; first = slot.tile_end[tile++]) {
+        const acc tile_max = slot.tile_max[t * slot.tiles + tile];
+        const acc factor = (tile_max == row_max[t] ? acc(1) : std::exp(tile_max - row_max[t])) / row_sum[t];
+        scale_row(weights + first, weights + first, slot.tile_end[tile] - first, factor);
+      }
     }
-    exponentials(scores, count, row_max);
-    scale_row(weights, scores, count, 1 / row_sum);
   }
 };
 
-// The gradient of source steps that nobody attends: out[b][first .. end] = 0, for a [B, S, size] output.
-inline void zero_steps(void* out, const Problem& problem, int64_t b, int64_t first, int64_t end, int64_t size) {
-  zero_row(problem.dtype, out, (b * problem.steps + first) * size, (end - first) * size);
-}
-
-// The gradient of a tile's steps, and zeros for the steps between them from `written` on.
+// A [B, S, size] gradient, tile by tile: added up in the output itself, or in scratch where a mask leaves gaps between rows, the
+// output is of another type or its rows are not whole vectors, and where rows are to be padded(): for who walks down columns.
 template <class acc>
-void store_tile(
-    void* out,
-    const Problem& problem,
-    int64_t b,
-    const Tile& tile,
-    int64_t written,
-    const acc* rows,
-    int64_t stride,
-    int64_t size) {
-  for (int64_t j = 0; j < tile.count; ++j) {
-    zero_steps(out, problem, b, written, tile.steps[j], size);
-    store_row(problem.dtype, out, (b * problem.steps + tile.steps[j]) * size, rows + j * stride, size);
-    written = tile.steps[j] + 1;
+class TileGradient {
+ public:
+  TileGradient(Arena& arena, void* out, const Problem& problem, int64_t tile, int64_t size, bool pad = false)
+      : out_(out),
+        problem_(&problem),
+        size_(size),
+        may_be_in_place_(out != nullptr && !pad && problem.dtype == kAccumulated<acc> && size % Vec<acc>::size() == 0),
+        scratch_(arena.take<acc>(tile * padded<acc>(size))) {}
+
+  bool wanted() const {
+    return out_ != nullptr;
   }
-}
+
+  // Room for the tile's rows, with any content. Steps between the tiles, from `written` on, have no gradient.
+  void begin(int64_t b, const Tile& tile, int64_t written) {
+    in_place_ = may_be_in_place_ && tile.contiguous();
+    rows_ = in_place_ ? static_cast<acc*>(out_) + (b * problem_->steps + tile.steps[0]) * size_ : scratch_;
+    stride_ = in_place_ ? size_ : padded<acc>(size_);
+    zero(b, written, tile.steps[0]);
+  }
+
+  void end(int64_t b, const Tile& tile) {
+    if (in_place_ || !wanted()) {
+      return;
+    }
+    for (int64_t j = 0; j < tile.count; ++j) {
+      store_row(problem_->dtype, out_, (b * problem_->steps + tile.steps[j]) * size_, rows_ + j * stride_, size_);
+      if (j + 1 < tile.count) {
+        zero(b, tile.steps[j] + 1, tile.steps[j + 1]);
+      }
+    }
+  }
+
+  // Steps that nobody attends.
+  void zero(int64_t b, int64_t first, int64_t end) {
+    if (wanted()) {
+      zero_row(problem_->dtype, out_, (b * problem_->steps + first) * size_, (end - first) * size_);
+    }
+  }
+
+  acc* rows() const {
+    return rows_;
+  }
+
+  int64_t stride() const {
+    return stride_;
+  }
+
+ private:
+  void* out_;
+  const Problem* problem_;
+  int64_t size_;
+  bool may_be_in_place_;
+  acc* scratch_;
+  bool in_place_ = false;
+  acc* rows_ = nullptr;
+  int64_t stride_ = 0;
+};
 
 // Gradient is DotGradient or AdditiveGradient.
 template <class Gradient>
@@ -260,31 +325,29 @@ struct AttentionBackward {
   struct Slot {
     Slot(const Backward& f, char* base)
         : arena(base),
-          memory_stride(padded<acc>(f.problem.memory_size)),
           query_stride(padded<acc>(f.problem.key_size)),
           grad_query(arena.take<acc>(f.problem.queries * query_stride)),
           delta(arena.take<acc>(f.problem.queries)),
-          weights(arena.take<acc>(kChunk * kTile)),
-          grad_scores(arena.take<acc>(kChunk * kTile)),
-          grad_memory(arena.take<acc>(kTile * memory_stride)),
+          coefficients(arena.take<acc>(2 * kChunk * f.plan.tile)),
+          panel(arena.take<acc>(panel_size<acc>(f.problem.queries))),
           long_row(arena.take<acc>(std::max(f.problem.memory_size, f.problem.steps))),
           other_long_row(arena.take<acc>(f.problem.steps)),
           grad_context(arena, f.problem.dtype, f.grad_context, f.problem.queries, f.problem.memory_size),
-          memory(arena, f.problem.dtype, f.problem.memory, kTile, f.problem.memory_size),
+          memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
+          grad_memory(arena, f.grad_memory, f.problem, f.plan.tile, f.problem.memory_size),
           gradient(f, arena) {}
 
     Arena arena;
-    int64_t memory_stride;
     int64_t query_stride;
     acc* grad_query;  // [queries][key_size]: until merge() the split's share
     acc* delta;
-    acc* weights;      // [kChunk][kTile]
-    acc* grad_scores;  // [kChunk][kTile]
-    acc* grad_memory;  // [kTile][memory_size]
+    acc* coefficients;  // a chunk's weights, and right behind them the gradients of its scores, [chunk][tile] each
+    acc* panel;
     acc* long_row;
     acc* other_long_row;
     Rows<acc> grad_context;
     Rows<acc> memory;
+    TileGradient<acc> grad_memory;
     Gradient gradient;
   };
 
@@ -303,25 +366,19 @@ struct AttentionBackward {
     find_delta(f, item.batch, slot);
     slot.gradient.begin(item.batch, problem.queries);
     int64_t written = item.first_step;  // up to here the memory's gradient is written
-    SourceWalk walk(problem, item);
-    for (Tile tile; walk.next(tile);) {
+    SourceWalk walk(problem, item, f.plan.tile);
+    for (Tile tile; problem.queries > 0 && walk.next(tile);) {
       slot.memory.load(item.batch, tile);
-      slot.gradient.load_keys(item.batch, tile, slot.memory);
-      if (f.grad_memory != nullptr) {
-        std::fill_n(slot.grad_memory, tile.count * slot.memory_stride, acc(0));
-      }
+      slot.gradient.begin_tile(item.batch, tile, written, slot.memory);
+      slot.grad_memory.begin(item.batch, tile, written);
       for (int64_t t = 0; t < problem.queries; t += kChunk) {
         take_chunk(f, item.batch, t, std::min(kChunk, problem.queries - t), tile, slot);
       }
-      if (f.grad_memory != nullptr) {
-        store_tile(f.grad_memory, problem, item.batch, tile, written, slot.grad_memory, slot.memory_stride, problem.memory_size);
-      }
-      slot.gradient.end_tile(item.batch, tile, written);
+      slot.grad_memory.end(item.batch, tile);
+      slot.gradient.end_tile(item.batch, tile);
       written = tile.steps[tile.count - 1] + 1;
     }
-    if (f.grad_memory != nullptr) {
-      zero_steps(f.grad_memory, problem, item.batch, written, item.end_step, problem.memory_size);
-    }
+    slot.grad_memory.zero(item.batch, written, item.end_step);
     slot.gradient.end(item, index, written, slot.grad_query);
     if (f.plan.splits == 1) {
       merge(f, index, base, 0);
@@ -340,7 +397,7 @@ struct AttentionBackward {
       for (int64_t z = 1; z < f.plan.splits; ++z) {
         const acc one = 1;
         const acc* other = Slot(f, slots + z * slot_size).grad_query + t * slot.query_stride;
-        add_product<acc>(row, slot.query_stride, 1, {&one, 0, 0}, &other, 1, problem.key_size);
+        multiply<acc>(row, 0, 1, {&one, 0, 0}, &other, 1, problem.key_size, true);
       }
       const int64_t first = (group * problem.queries + t) * problem.key_size;
       store_row(problem.dtype, f.grad_query, first, row, problem.key_size);
@@ -351,26 +408,27 @@ struct AttentionBackward {
   // A chunk of queries against a tile: its weights, the gradient of its scores, and what both add to the other gradients.
   static void take_chunk(const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot) {
     const Problem& problem = f.problem;
+    const int64_t stride = f.plan.tile;
+    acc* weights = slot.coefficients;
+    acc* grad_scores = weights + count * stride;
+    const acc* const* grad_context = slot.grad_context.addresses() + first;
     if (f.weights.data != nullptr) {
       for (int64_t t = 0; t < count; ++t) {
-        gather(slot.weights + t * kTile, kAccumulated<acc>, f.weights, b, first + t, tile);
+        gather(weights + t * stride, kAccumulated<acc>, f.weights, b, first + t, tile);
       }
     } else {
-      recompute_weights(f, b, first, count, tile, slot);
+      recompute_weights(f, b, first, count, tile, slot, weights);
     }
     if (f.grad_context.data != nullptr) {
-      const acc* const* g = slot.grad_context.addresses() + first;
-      product_rows<acc>(slot.grad_scores, g, count, slot.memory.addresses(), tile.count, problem.memory_size, 1);
-      if (f.grad_memory != nullptr) {
-        add_product<acc>(slot.grad_memory, slot.memory_stride, tile.count, {slot.weights, 1, kTile}, g, count, problem.memory_size);
-      }
+      dot_products<acc>(
+          grad_scores, stride, grad_context, count, slot.memory.addresses(), tile.count, problem.memory_size, 1, slot.panel);
     } else {
-      std::fill_n(slot.grad_scores, count * kTile, acc(0));
+      std::fill_n(grad_scores, count * stride, acc(0));
     }
     const acc scale = static_cast<acc>(problem.scale);
     for (int64_t t = 0; t < count; ++t) {
-      const acc* weights = slot.weights + t * kTile;
-      acc* row = slot.grad_scores + t * kTile;
+      const acc* a = weights + t * stride;
+      acc* row = grad_scores + t * stride;
       if (f.grad_weights.data != nullptr) {
         acc grad_weights[kTile];
         gather(grad_weights, problem.dtype, f.grad_weights, b, first + t, tile);
@@ -381,22 +439,43 @@ struct AttentionBackward {
       const acc delta = slot.delta[first + t];
       for (int64_t j = 0; j < tile.count; ++j) {
         // A weight of 0 passes nothing on, whatever came in: 0 * inf is no gradient.
-        row[j] = weights[j] == 0 ? acc(0) : scale * weights[j] * (row[j] - delta);
+        row[j] = a[j] == 0 ? acc(0) : scale * a[j] * (row[j] - delta);
       }
     }
-    slot.gradient.add(
-        slot.grad_scores, first, count, tile.count, slot.grad_query, slot.query_stride, slot.grad_memory, slot.memory_stride);
+    if (slot.grad_memory.wanted()) {
+      // sum_t a_ts g_t and, where the memory is its own keys, sum_t de_ts q_t: one product of twice the depth.
+      const acc* rows[2 * kChunk];
+      const acc** end = rows;
+      if (f.grad_context.data != nullptr) {
+        end = std::copy_n(grad_context, count, rows);
+      }
+      const acc* coefficients = end == rows ? grad_scores : weights;
+      end = slot.gradient.queries_of_memory(end, first, count);
+      multiply<acc>(
+          slot.grad_memory.rows(),
+          slot.grad_memory.stride(),
+          tile.count,
+          {coefficients, 1, stride},
+          rows,
+          end - rows,
+          problem.memory_size,
+          first > 0);
+    }
+    slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride);
   }
 
-  static void recompute_weights(const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot) {
-    slot.gradient.scores(slot.weights, first, count, tile.count);
-    mask_scores(slot.weights, f.problem, b, first, count, tile);
+  static void recompute_weights(
+      const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot, acc* weights) {
+    const int64_t stride = f.plan.tile;
+    slot.gradient.scores(weights, stride, first, count, tile.count, slot.panel);
+    mask_scores(weights, stride, f.problem, b, first, count, tile);
     for (int64_t t = 0; t < count; ++t) {
       const acc logsumexp = static_cast<const acc*>(f.logsumexp)[b * f.problem.queries + first + t];
+      acc* row = weights + t * stride;
       if (logsumexp == kNothing<acc>) {
-        std::fill_n(slot.weights + t * kTile, kTile, acc(0));
+        std::fill_n(row, tile.count, acc(0));
       } else {
-        exponentials(slot.weights + t * kTile, kTile, logsumexp);
+        exponentials(row, whole_vectors<acc>(tile.count), logsumexp);
       }
     }
   }
@@ -408,9 +487,7 @@ struct AttentionBackward {
       if (f.grad_context.data != nullptr) {
         load_row(slot.long_row, kAccumulated<acc>, f.context, b, t, problem.memory_size);
         const acc* context = slot.long_row;
-        acc product[kTile];
-        product_rows<acc>(product, &context, 1, slot.grad_context.addresses() + t, 1, problem.memory_size, 1);
-        slot.delta[t] = product[0];
+        sum_products<acc>(slot.delta + t, 1, &context, 1, slot.grad_context.addresses() + t, 1, problem.memory_size, 1);
       }
       if (f.grad_weights.data != nullptr) {
         load_row(slot.long_row, kAccumulated<acc>, f.weights, b, t, problem.steps);

@@ -12,7 +12,7 @@ class DotScore {
  public:
   using acc = acc_;
 
-  DotScore(const Problem& problem, int64_t queries, Arena& arena)
+  DotScore(const Problem& problem, int64_t queries, int64_t, Arena& arena)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
         query_(arena, problem.dtype, problem.query, queries, problem.key_size) {}
@@ -25,9 +25,9 @@ class DotScore {
     keys_ = memory.addresses();
   }
 
-  // Of `count` loaded queries from `first` on against the loaded tile.
-  void scores(acc* out, int64_t first, int64_t count, int64_t steps) const {
-    product_rows<acc>(out, query_.addresses() + first, count, keys_, steps, size_, scale_);
+  // Of `count` loaded queries from `first` on against the loaded tile; out's rows are `stride` apart.
+  void scores(acc* out, int64_t stride, int64_t first, int64_t count, int64_t steps, acc* panel) const {
+    dot_products<acc>(out, stride, query_.addresses() + first, count, keys_, steps, size_, scale_, panel);
   }
 
  protected:
@@ -40,32 +40,30 @@ class DotScore {
 template <class acc>
 class DotGradient : public DotScore<acc> {
  public:
-  DotGradient(const Backward& f, Arena& arena) : DotScore<acc>(f.problem, f.problem.queries, arena), f_(f) {}
+  DotGradient(const Backward& f, Arena& arena) : DotScore<acc>(f.problem, f.problem.queries, f.plan.tile, arena), f_(f) {}
 
   void begin(int64_t b, int64_t queries) {
     this->load_queries(b, 0, queries);
   }
 
+  void begin_tile(int64_t b, const Tile& tile, int64_t, const Rows<acc>& memory) {
+    this->load_keys(b, tile, memory);
+  }
+
+  // The rows that the gradients of the scores carry into the memory's gradient; returns their end.
+  const acc** queries_of_memory(const acc** rows, int64_t first, int64_t count) const {
+    return std::copy_n(this->query_.addresses() + first, count, rows);
+  }
+
   void add(
-      const acc* grad_scores,
-      int64_t first,
-      int64_t count,
-      int64_t steps,
-      acc* grad_query,
-      int64_t query_stride,
-      acc* grad_memory,
-      int64_t memory_stride) {
+      const acc* grad_scores, int64_t stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t query_stride) {
     if (f_.grad_query != nullptr) {
-      add_product<acc>(
-          grad_query + first * query_stride, query_stride, count, {grad_scores, kTile, 1}, this->keys_, steps, this->size_);
-    }
-    if (f_.grad_memory != nullptr) {
-      add_product<acc>(
-          grad_memory, memory_stride, steps, {grad_scores, 1, kTile}, this->query_.addresses() + first, count, this->size_);
+      acc* out = grad_query + first * query_stride;
+      multiply<acc>(out, query_stride, count, {grad_scores, stride, 1}, this->keys_, steps, this->size_, true);
     }
   }
 
-  void end_tile(int64_t, const Tile&, int64_t) {}
+  void end_tile(int64_t, const Tile&) {}
 
   void end(const Item&, int64_t, int64_t, acc*) {}
 

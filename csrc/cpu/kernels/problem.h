@@ -16,9 +16,8 @@ struct View {
   int64_t element = 0;
 };
 
-// Source steps are taken in tiles of kTile rows: with 512 floats each, 64 KiB, so that a tile read from memory for the scores is
-// still in the second-level cache for the context. Queries are taken in chunks of at most kChunk.
-constexpr int64_t kTile = 32;
+// Source steps are taken in tiles of at most kTile rows, queries in chunks of at most kChunk.
+constexpr int64_t kTile = 128;
 constexpr int64_t kChunk = 64;
 
 struct Problem {
@@ -48,9 +47,10 @@ struct Item {
 };
 
 struct Plan {
+  int64_t tile;        // source steps per tile, a multiple of every vector's width
   int64_t chunk;       // queries per item
   int64_t chunks;      // items along T
-  int64_t split_size;  // source steps per item, a multiple of kTile
+  int64_t split_size;  // source steps per item, a multiple of tile
   int64_t splits;      // items along S
 
   int64_t groups(const Problem& problem) const {

@@ -27,7 +27,7 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Up to kTile source steps, in ascending order.
+// Up to a plan's tile of source steps, in ascending order.
 struct Tile {
   int64_t count = 0;
   int64_t steps[kTile];
@@ -45,7 +45,8 @@ inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) 
 // The source steps that some query of an item may attend, tile by tile. What stands in the others is never read.
 class SourceWalk {
  public:
-  SourceWalk(const Problem& problem, const Item& item) : problem_(problem), item_(item), next_(item.first_step) {
+  SourceWalk(const Problem& problem, const Item& item, int64_t tile)
+      : problem_(problem), item_(item), tile_(tile), next_(item.first_step) {
     end_ = item.end_step;
     if (problem.lengths != nullptr) {
       end_ = std::min(end_, problem.lengths[item.batch]);
@@ -54,7 +55,7 @@ class SourceWalk {
 
   bool next(Tile& tile) {
     tile.count = 0;
-    for (; next_ < end_ && tile.count < kTile; ++next_) {
+    for (; next_ < end_ && tile.count < tile_; ++next_) {
       if (attended(next_)) {
         tile.steps[tile.count++] = next_;
       }
@@ -78,6 +79,7 @@ class SourceWalk {
 
   const Problem& problem_;
   const Item& item_;
+  int64_t tile_;
   int64_t next_;
   int64_t end_;
 };

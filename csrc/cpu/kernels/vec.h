@@ -92,6 +92,27 @@ inline void sum_four(float* out, const Vec<float>* x) {
   const __m256 quads = _mm256_hadd_ps(pairs_01, pairs_23);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
 }
+
+// out[i][j] = factor * (the sum of x[i][j]), 16 sums for 30 shuffles; out's rows are `stride` apart.
+inline void store_sixteen_sums(float* out, int64_t stride, const Vec<float> (&x)[4][4], float factor) {
+  __m512 quads[4];  // four sums of four lanes in each quarter
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[i][0], x[i][1]), _mm512_unpackhi_ps(x[i][0], x[i][1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[i][2], x[i][3]), _mm512_unpackhi_ps(x[i][2], x[i][3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+    quads[i] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  }
+  const auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  const __m512 sums = _mm512_mul_ps(_mm512_set1_ps(factor), fold(fold(quads[0], quads[1]), fold(quads[2], quads[3])));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(sums));
+  _mm_storeu_ps(out + stride, _mm512_extractf32x4_ps(sums, 1));
+  _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
+  _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
+}
 #endif
 
 // to[i] = factor * from[i]

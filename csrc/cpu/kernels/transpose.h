@@ -1,0 +1,91 @@
+// Rows into columns, in registers.
+#pragma once
+
+#include "vec.h"
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+
+template <class acc>
+constexpr bool kTransposes = std::is_same_v<acc, float>;
+
+#if defined(CPU_CAPABILITY_AVX512)
+// to[d][j] = from[j][first + d] for 16 rows and 16 features. A register takes four features of four rows that are four apart:
+// masked loads do the first half of the work, which leaves two shuffles a vector.
+inline void transpose_square(float* to, int64_t stride, const float* const* from, int64_t first) {
+#pragma GCC unroll 4
+  for (int d = 0; d < 16; d += 4) {
+    const int64_t column = first + d;
+    __m512 x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm512_castps128_ps512(_mm_loadu_ps(from[i] + column));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, _mm_loadu_ps(from[i + 4] + column));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, _mm_loadu_ps(from[i + 8] + column));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, _mm_loadu_ps(from[i + 12] + column));
+    }
+    const __m512d low_01 = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
+    const __m512d low_23 = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
+    const __m512d high_01 = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+    const __m512d high_23 = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+    _mm512_storeu_pd(to + d * stride, _mm512_unpacklo_pd(low_01, low_23));
+    _mm512_storeu_pd(to + (d + 1) * stride, _mm512_unpackhi_pd(low_01, low_23));
+    _mm512_storeu_pd(to + (d + 2) * stride, _mm512_unpacklo_pd(high_01, high_23));
+    _mm512_storeu_pd(to + (d + 3) * stride, _mm512_unpackhi_pd(high_01, high_23));
+  }
+}
+
+#else
+// to[d][j] = from[j][first + d] for 8 rows and 8 features, likewise.
+inline void transpose_square(float* to, int64_t stride, const float* const* from, int64_t first) {
+#pragma GCC unroll 2
+  for (int d = 0; d < 8; d += 4) {
+    const int64_t column = first + d;
+    __m256 x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[i] + column)), _mm_loadu_ps(from[i + 4] + column), 1);
+    }
+    const __m256d low_01 = _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1]));
+    const __m256d low_23 = _mm256_castps_pd(_mm256_unpacklo_ps(x[2], x[3]));
+    const __m256d high_01 = _mm256_castps_pd(_mm256_unpackhi_ps(x[0], x[1]));
+    const __m256d high_23 = _mm256_castps_pd(_mm256_unpackhi_ps(x[2], x[3]));
+    const auto store = [&](int row, __m256d v) { _mm256_storeu_ps(to + (d + row) * stride, _mm256_castpd_ps(v)); };
+    store(0, _mm256_unpacklo_pd(low_01, low_23));
+    store(1, _mm256_unpackhi_pd(low_01, low_23));
+    store(2, _mm256_unpacklo_pd(high_01, high_23));
+    store(3, _mm256_unpackhi_pd(high_01, high_23));
+  }
+}
+
+#endif
+
+// to[d][j] = from[j][first + d] for `size` features of `count` rows. The last vector of columns is filled up with the last row.
+inline void transpose(float* to, int64_t stride, const float* const* from, int64_t count, int64_t first, int64_t size) {
+  constexpr int64_t lanes = Vec<float>::size();
+  for (int64_t j = 0; j < count; j += lanes) {
+    const float* rows[lanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      rows[i] = from[std::min(j + i, count - 1)] + first;
+    }
+    int64_t d = 0;
+    for (; d + lanes <= size; d += lanes) {
+      transpose_square(to + d * stride + j, stride, rows, d);
+    }
+    for (; d < size; ++d) {
+      for (int64_t i = 0; i < lanes; ++i) {
+        to[d * stride + j + i] = rows[i][d];
+      }
+    }
+  }
+}
+
+#else
+
+template <class acc>
+constexpr bool kTransposes = false;
+
+#endif
+
+}  // namespace attn_ext::cpu::CPU_CAPABILITY
