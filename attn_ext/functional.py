@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_ext import autograd, backend, checks, reference
+from attn_ext import backend, checks, reference
 
 if TYPE_CHECKING:
     from attn_ext.memory import AttentionMemory
 
 METHODS = ("dot", "general", "concat")
+
+_OPS = torch.ops.attn_ext
+Attended = tuple[Tensor, Tensor | None]
 
 
 def luong_attention(
@@ -30,7 +33,7 @@ def luong_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     r"""Global attention of Luong, Pham and Manning (2015, arXiv 1508.04025): score, masked softmax and context.
 
     The score of eq. 8, for every query q and every row m of the memory::
@@ -79,7 +82,7 @@ def luong_attention(
     scale = arguments.scale(scale)
     arguments.flag("need_weights", need_weights)
     return attend(
-        project_query(query, method, weight),
+        project_query(query, query_weight(memory, method, weight)),
         project_keys(memory, method, weight, bias, lengths, mask),
         v,
         memory,
@@ -98,7 +101,7 @@ def dot_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     """softmax(scale * q . m) over the steps that may be attended, and its context (Luong 2015, eq. 7 and 8, dot).
 
     Args:
@@ -133,7 +136,7 @@ def additive_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     """softmax(scale * v . tanh(q + k)) over the steps that may be attended, and its context (Bahdanau 2014, A.1.2).
 
     Query and keys are already projected: for concat, q = Wq query and k = Wm memory + bias with [Wq Wm] = weight.
@@ -174,22 +177,38 @@ def attend(
     mask: Tensor | None,
     scale: float,
     need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The one door to the backends, for checked and projected arguments: dot without `keys`, additive with them."""
-    one_step = query.dim() == 2
-    if one_step:
-        query = query.unsqueeze(1)
-    implementation = autograd if backend.fused_runs_on(query.device) else reference
+) -> Attended:
+    """Checked and projected arguments, in the backend in force: dot without `keys`, additive with them."""
+    if backend.fused_runs_on(query.device.type):
+        return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
     options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
     # Autocast has had its say; the reference's products are to be of the accumulation type.
     with torch.autocast(query.device.type, enabled=False) if autocast_enabled(query) else nullcontext():
         if keys is None:
-            context, weights = implementation.dot_attention(query, memory, **options)
-        else:
-            context, weights = implementation.additive_attention(query, keys, v, memory, **options)
-    if one_step:
-        return context.squeeze(1), None if weights is None else weights.squeeze(1)
-    return context, weights
+            return reference.dot_attention(query, memory, **options)
+        return reference.additive_attention(query, keys, v, memory, **options)
+
+
+def _fused(
+    query: Tensor,
+    keys: Tensor | None,
+    v: Tensor | None,
+    memory: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: bool,
+) -> Attended:
+    if keys is None:
+        context, weights, _ = _OPS.dot_attention.default(query, memory, lengths, mask, scale, need_weights)
+    else:
+        context, weights, _ = _OPS.additive_attention.default(
+            query, keys, v, memory, lengths, mask, scale, need_weights
+        )
+    dtype = query.dtype
+    if context.dtype is not dtype:  # halves come as they were accumulated
+        context, weights = context.to(dtype), weights.to(dtype)
+    return context, weights if need_weights else None
 
 
 def check_memory(
@@ -228,12 +247,17 @@ def check_memory(
             arguments.floating("bias", bias, "A")
 
 
-def project_query(query: Tensor, method: str, weight: Tensor | None) -> Tensor:
-    """What meets the memory (general: weight q, [B, T, Dm]) or its keys (concat: Wq q, [B, T, A])."""
-    if method == "dot":
-        return query
+def query_weight(memory: Tensor, method: str, weight: Tensor | None) -> Tensor | None:
+    """The part of `weight` that projects the queries; dot has none."""
+    if method != "concat":
+        return weight
     assert weight is not None
-    return F.linear(query, weight if method == "general" else weight[:, : query.shape[-1]])
+    return weight[:, : weight.shape[1] - memory.shape[-1]]
+
+
+def project_query(query: Tensor, query_weight: Tensor | None) -> Tensor:
+    """What meets the memory (general: weight q, [B, T, Dm]) or its keys (concat: Wq q, [B, T, A])."""
+    return query if query_weight is None else F.linear(query, query_weight)
 
 
 def project_keys(

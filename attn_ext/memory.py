@@ -51,6 +51,7 @@ class AttentionMemory:
         arguments.mask(mask)
         self.mask = mask
         self.scale = arguments.scale(scale)
+        self.query_weight = functional.query_weight(memory, method, weight)
         self.keys = functional.project_keys(memory, method, weight, bias, self.lengths, mask)
 
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -67,7 +68,7 @@ class AttentionMemory:
         arguments.mask(self.mask)
         arguments.flag("need_weights", need_weights)
         return functional.attend(
-            functional.project_query(query, self.method, self.weight),
+            functional.project_query(query, self.query_weight),
             self.keys,
             self.v,
             self.memory,
