@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,6 +76,12 @@ def luong_attention(
         if isinstance(memory, AttentionMemory):
             memory.refuse_second_opinion(method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale)
             return memory.attend(query, need_weights=need_weights)
+    # F.linear would take other weights too.
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.layout is torch.strided
+    if v is None and bias is None and (weight is None if method == "dot" else is_matrix and method == "general"):
+        attended = attend_unchecked(query, weight, None, None, memory, lengths, mask, scale, need_weights)
+        if attended is not None:
+            return attended
     query, memory, weight, v, bias = autocast(query, memory, weight, v, bias)
     arguments = checks.Arguments("luong_attention")
     check_query(arguments, query)
@@ -115,6 +124,9 @@ def dot_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
+    attended = attend_unchecked(query, None, None, None, memory, lengths, mask, scale, need_weights)
+    if attended is not None:
+        return attended
     query, memory = autocast(query, memory)
     arguments = checks.Arguments("dot_attention")
     check_query(arguments, query)
@@ -154,6 +166,9 @@ def additive_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
+    attended = attend_unchecked(query, None, keys, v, values, lengths, mask, scale, need_weights)
+    if attended is not None:
+        return attended
     query, keys, v, values = autocast(query, keys, v, values)
     arguments = checks.Arguments("additive_attention")
     check_query(arguments, query, "A")
@@ -187,6 +202,47 @@ def attend(
         if keys is None:
             return reference.dot_attention(query, memory, **options)
         return reference.additive_attention(query, keys, v, memory, **options)
+
+
+def attend_unchecked(
+    query: Tensor,
+    query_weight: Tensor | None,
+    keys: Tensor | None,
+    v: Tensor | None,
+    memory: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    need_weights: bool,
+) -> Attended | None:
+    """`attend` for arguments as the caller gave them; None if they need a conversion, or a check's words for a refusal.
+
+    The checks would be most of a small call's time. The ops refuse what they refuse, so they come after a refusal.
+    """
+    try:
+        if torch.compiler.is_compiling():
+            return None
+        device = query.device
+        device_type = _type_of(device)
+        if torch.is_autocast_enabled(device_type) or not backend.fused_runs_on(device_type):
+            return None
+        if scale is None:
+            scale = 1.0
+        elif type(scale) is not float or not math.isfinite(scale):
+            return None
+        if lengths is not None and (lengths.dtype is not torch.int64 or lengths.device != device):
+            return None
+        if type(need_weights) is not bool:
+            return None
+        if query_weight is not None:
+            query = F.linear(query, query_weight)
+        return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+# A device writes its type's name anew at each look, which takes as long as everything else here.
+_type_of = cache(attrgetter("type"))
 
 
 def _fused(

@@ -56,6 +56,19 @@ class AttentionMemory:
 
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """:func:`attn_ext.luong_attention` of `query` [B, T, Dq] or [B, Dq] over this memory."""
+        attended = functional.attend_unchecked(
+            query,
+            self.query_weight,
+            self.keys,
+            self.v,
+            self.memory,
+            self.lengths,
+            self.mask,
+            self.scale,
+            need_weights,
+        )
+        if attended is not None:
+            return attended
         (query,) = functional.autocast(query)
         arguments = checks.Arguments("AttentionMemory")
         functional.check_query(arguments, query)
