@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
+from torch.compiler import is_compiling
 
 from attn_ext import backend, checks, reference
 
@@ -220,17 +219,17 @@ def attend_unchecked(
     The checks would be most of a small call's time. The ops refuse what they refuse, so they come after a refusal.
     """
     try:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return None
-        device = query.device
-        device_type = _type_of(device)
-        if torch.is_autocast_enabled(device_type) or not backend.fused_runs_on(device_type):
+        # A device writes its type's name anew at each look, which takes as long as all of these conditions.
+        device_type = "cpu" if query.is_cpu else query.device.type
+        if is_autocast_enabled(device_type) or not backend.fused_runs_on(device_type):
             return None
         if scale is None:
             scale = 1.0
         elif type(scale) is not float or not math.isfinite(scale):
             return None
-        if lengths is not None and (lengths.dtype is not torch.int64 or lengths.device != device):
+        if lengths is not None and (lengths.dtype is not torch.int64 or lengths.device != query.device):
             return None
         if type(need_weights) is not bool:
             return None
@@ -239,10 +238,6 @@ def attend_unchecked(
         return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
-
-
-# A device writes its type's name anew at each look, which takes as long as everything else here.
-_type_of = cache(attrgetter("type"))
 
 
 def _fused(
@@ -351,7 +346,7 @@ def autocast_enabled(tensor: object) -> bool:
     """Whether torch.autocast has a say over `tensor`; for no tensor it has none."""
     if not isinstance(tensor, Tensor) or not torch.amp.is_autocast_available(tensor.device.type):
         return False
-    return torch.is_autocast_enabled(tensor.device.type)
+    return is_autocast_enabled(tensor.device.type)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
