@@ -140,7 +140,12 @@ build_info = Extension(
 make_extension = CUDAExtension if with_cuda else CppExtension
 ops = make_extension(
     "attn_ext._C",
-    ["csrc/ops.cpp", *sources("csrc/cpu", "*.cpp"), *(sources("csrc/cuda", "*.cu") if with_cuda else [])],
+    [
+        "csrc/ops.cpp",
+        "csrc/autograd.cpp",
+        *sources("csrc/cpu", "*.cpp"),
+        *(sources("csrc/cuda", "*.cu") if with_cuda else []),
+    ],
     define_macros=[("ATTN_EXT_WITH_CUDA", None)] if with_cuda else [],
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++20", "-O3"]},
     extra_link_args=["-fopenmp"],

@@ -10,9 +10,10 @@ from types import TracebackType
 
 import torch
 
-from attn_ext import checks
+from attn_ext import autograd, checks
 
 BACKENDS = ("auto", "fused", "reference")
+FUSED_DEVICES = ("cpu", "meta")  # the device types that have kernels in this build; "meta" stands for shape propagation
 ENVIRONMENT_VARIABLE = "ATTN_EXT_BACKEND"
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -57,24 +58,19 @@ def current() -> str:
     return use_backend._current
 
 
-def fused_runs_on(device: torch.device) -> bool:
-    """Whether a call on `device` takes the compiled ops now. Under "auto", the first that cannot warns and says why."""
+def fused_runs_on(device_type: str) -> bool:
+    """Whether a call on a device takes the compiled ops now. Under "auto", the first that cannot warns and says why."""
     if use_backend._current == "reference":
         return False
     problem = unavailable()
-    if problem is None and device.type in fused_devices():
+    if problem is None and device_type in FUSED_DEVICES:
         return True
     if use_backend._current == "fused":
-        problem = problem or f"no kernels are compiled for {device.type} tensors"
+        problem = problem or f"no kernels are compiled for {device_type} tensors"
         raise RuntimeError(f"attn_ext: the backend is 'fused', but the fused ops cannot run: {problem}")
     if problem is not None:
         _warn_once(problem)
     return False
-
-
-def fused_devices() -> tuple[str, ...]:
-    """The device types that have kernels in this build; "meta" stands for shape propagation."""
-    return ("cpu", "meta")
 
 
 @cache
@@ -87,9 +83,14 @@ def build_facts() -> dict[str, str] | None:
     return dict(_build_info.facts())
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile sees through a cache, and would trace the loading
 def unavailable() -> str | None:
     """Loads the compiled ops, once; what keeps them from running and the command that mends it, or None."""
+    return _load()
+
+
+@cache
+def _load() -> str | None:
     facts = build_facts()
     spec = importlib.util.find_spec("attn_ext._C")
     if facts is None or spec is None or spec.origin is None:
@@ -105,6 +106,7 @@ def unavailable() -> str | None:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         return f"the extension does not load ({error}). To rebuild it, run in attn_ext's source folder: {REBUILD}"
+    autograd.library()
     return None
 
 

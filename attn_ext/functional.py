@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
+from torch.compiler import is_compiling
 
-from attn_ext import autograd, backend, checks, reference
+from attn_ext import backend, checks, reference
 
 if TYPE_CHECKING:
     from attn_ext.memory import AttentionMemory
 
 METHODS = ("dot", "general", "concat")
+
+_OPS = torch.ops.attn_ext
+Attended = tuple[Tensor, Tensor | None]
 
 
 def luong_attention(
@@ -30,7 +35,7 @@ def luong_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     r"""Global attention of Luong, Pham and Manning (2015, arXiv 1508.04025): score, masked softmax and context.
 
     The score of eq. 8, for every query q and every row m of the memory::
@@ -70,6 +75,12 @@ def luong_attention(
         if isinstance(memory, AttentionMemory):
             memory.refuse_second_opinion(method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale)
             return memory.attend(query, need_weights=need_weights)
+    # F.linear would take other weights too.
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.layout is torch.strided
+    if v is None and bias is None and (weight is None if method == "dot" else is_matrix and method == "general"):
+        attended = attend_unchecked(query, weight, None, None, memory, lengths, mask, scale, need_weights)
+        if attended is not None:
+            return attended
     query, memory, weight, v, bias = autocast(query, memory, weight, v, bias)
     arguments = checks.Arguments("luong_attention")
     check_query(arguments, query)
@@ -79,7 +90,7 @@ def luong_attention(
     scale = arguments.scale(scale)
     arguments.flag("need_weights", need_weights)
     return attend(
-        project_query(query, method, weight),
+        project_query(query, query_weight(memory, method, weight)),
         project_keys(memory, method, weight, bias, lengths, mask),
         v,
         memory,
@@ -98,7 +109,7 @@ def dot_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     """softmax(scale * q . m) over the steps that may be attended, and its context (Luong 2015, eq. 7 and 8, dot).
 
     Args:
@@ -112,6 +123,9 @@ def dot_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
+    attended = attend_unchecked(query, None, None, None, memory, lengths, mask, scale, need_weights)
+    if attended is not None:
+        return attended
     query, memory = autocast(query, memory)
     arguments = checks.Arguments("dot_attention")
     check_query(arguments, query)
@@ -133,7 +147,7 @@ def additive_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     """softmax(scale * v . tanh(q + k)) over the steps that may be attended, and its context (Bahdanau 2014, A.1.2).
 
     Query and keys are already projected: for concat, q = Wq query and k = Wm memory + bias with [Wq Wm] = weight.
@@ -151,6 +165,9 @@ def additive_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
+    attended = attend_unchecked(query, None, keys, v, values, lengths, mask, scale, need_weights)
+    if attended is not None:
+        return attended
     query, keys, v, values = autocast(query, keys, v, values)
     arguments = checks.Arguments("additive_attention")
     check_query(arguments, query, "A")
@@ -174,22 +191,75 @@ def attend(
     mask: Tensor | None,
     scale: float,
     need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The one door to the backends, for checked and projected arguments: dot without `keys`, additive with them."""
-    one_step = query.dim() == 2
-    if one_step:
-        query = query.unsqueeze(1)
-    implementation = autograd if backend.fused_runs_on(query.device) else reference
+) -> Attended:
+    """Checked and projected arguments, in the backend in force: dot without `keys`, additive with them."""
+    if backend.fused_runs_on(query.device.type):
+        return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
     options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
     # Autocast has had its say; the reference's products are to be of the accumulation type.
     with torch.autocast(query.device.type, enabled=False) if autocast_enabled(query) else nullcontext():
         if keys is None:
-            context, weights = implementation.dot_attention(query, memory, **options)
-        else:
-            context, weights = implementation.additive_attention(query, keys, v, memory, **options)
-    if one_step:
-        return context.squeeze(1), None if weights is None else weights.squeeze(1)
-    return context, weights
+            return reference.dot_attention(query, memory, **options)
+        return reference.additive_attention(query, keys, v, memory, **options)
+
+
+def attend_unchecked(
+    query: Tensor,
+    query_weight: Tensor | None,
+    keys: Tensor | None,
+    v: Tensor | None,
+    memory: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    need_weights: bool,
+) -> Attended | None:
+    """`attend` for arguments as the caller gave them; None if they need a conversion, or a check's words for a refusal.
+
+    The checks would be most of a small call's time. The ops refuse what they refuse, so they come after a refusal.
+    """
+    try:
+        if is_compiling():
+            return None
+        # A device writes its type's name anew at each look, which takes as long as all of these conditions.
+        device_type = "cpu" if query.is_cpu else query.device.type
+        if is_autocast_enabled(device_type) or not backend.fused_runs_on(device_type):
+            return None
+        if scale is None:
+            scale = 1.0
+        elif type(scale) is not float or not math.isfinite(scale):
+            return None
+        if lengths is not None and (lengths.dtype is not torch.int64 or lengths.device != query.device):
+            return None
+        if type(need_weights) is not bool:
+            return None
+        if query_weight is not None:
+            query = F.linear(query, query_weight)
+        return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _fused(
+    query: Tensor,
+    keys: Tensor | None,
+    v: Tensor | None,
+    memory: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: bool,
+) -> Attended:
+    if keys is None:
+        context, weights, _ = _OPS.dot_attention.default(query, memory, lengths, mask, scale, need_weights)
+    else:
+        context, weights, _ = _OPS.additive_attention.default(
+            query, keys, v, memory, lengths, mask, scale, need_weights
+        )
+    dtype = query.dtype
+    if context.dtype is not dtype:  # halves come as they were accumulated
+        context, weights = context.to(dtype), weights.to(dtype)
+    return context, weights if need_weights else None
 
 
 def check_memory(
@@ -228,12 +298,17 @@ def check_memory(
             arguments.floating("bias", bias, "A")
 
 
-def project_query(query: Tensor, method: str, weight: Tensor | None) -> Tensor:
-    """What meets the memory (general: weight q, [B, T, Dm]) or its keys (concat: Wq q, [B, T, A])."""
-    if method == "dot":
-        return query
+def query_weight(memory: Tensor, method: str, weight: Tensor | None) -> Tensor | None:
+    """The part of `weight` that projects the queries; dot has none."""
+    if method != "concat":
+        return weight
     assert weight is not None
-    return F.linear(query, weight if method == "general" else weight[:, : query.shape[-1]])
+    return weight[:, : weight.shape[1] - memory.shape[-1]]
+
+
+def project_query(query: Tensor, query_weight: Tensor | None) -> Tensor:
+    """What meets the memory (general: weight q, [B, T, Dm]) or its keys (concat: Wq q, [B, T, A])."""
+    return query if query_weight is None else F.linear(query, query_weight)
 
 
 def project_keys(
@@ -271,7 +346,7 @@ def autocast_enabled(tensor: object) -> bool:
     """Whether torch.autocast has a say over `tensor`; for no tensor it has none."""
     if not isinstance(tensor, Tensor) or not torch.amp.is_autocast_available(tensor.device.type):
         return False
-    return torch.is_autocast_enabled(tensor.device.type)
+    return is_autocast_enabled(tensor.device.type)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

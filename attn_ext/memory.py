@@ -51,10 +51,24 @@ class AttentionMemory:
         arguments.mask(mask)
         self.mask = mask
         self.scale = arguments.scale(scale)
+        self.query_weight = functional.query_weight(memory, method, weight)
         self.keys = functional.project_keys(memory, method, weight, bias, self.lengths, mask)
 
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """:func:`attn_ext.luong_attention` of `query` [B, T, Dq] or [B, Dq] over this memory."""
+        attended = functional.attend_unchecked(
+            query,
+            self.query_weight,
+            self.keys,
+            self.v,
+            self.memory,
+            self.lengths,
+            self.mask,
+            self.scale,
+            need_weights,
+        )
+        if attended is not None:
+            return attended
         (query,) = functional.autocast(query)
         arguments = checks.Arguments("AttentionMemory")
         functional.check_query(arguments, query)
@@ -67,7 +81,7 @@ class AttentionMemory:
         arguments.mask(self.mask)
         arguments.flag("need_weights", need_weights)
         return functional.attend(
-            functional.project_query(query, self.method, self.weight),
+            functional.project_query(query, self.query_weight),
             self.keys,
             self.v,
             self.memory,

@@ -110,10 +110,10 @@ class LuongAttention(nn.Module):
             ValueError, TypeError: as :func:`luong_attention`.
         """
         if isinstance(encoder_outputs, AttentionMemory):
-            checks.choice(type(self).__name__, "the memory's method", encoder_outputs.method, [self.method])
-            return functional.luong_attention(
-                hidden, encoder_outputs, self.method, lengths=lengths, mask=mask, need_weights=need_weights
-            )
+            if encoder_outputs.method != self.method or lengths is not None or mask is not None:
+                checks.choice(type(self).__name__, "the memory's method", encoder_outputs.method, [self.method])
+                encoder_outputs.refuse_second_opinion(self.method, lengths=lengths, mask=mask)
+            return encoder_outputs.attend(hidden, need_weights=need_weights)
         return functional.luong_attention(
             hidden,
             encoder_outputs,

@@ -1,6 +1,7 @@
 """The specification in plain PyTorch, and the fallback where no kernel is compiled.
 
-Halves are computed in float32 and rounded once, at the end. Everything here is differentiable to any order by autograd.
+A query [B, D] is one decoder step: no result has the T then. Halves are computed in float32 and rounded once, at the
+end. Everything here is differentiable to any order by autograd.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ def dot_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """score = scale * q . m  (Luong 2015, eq. 8, dot), then :func:`_attend`."""
     allowed = allowed_positions(memory, lengths, mask)
-    q = query.to(_accumulation_dtype(query))
+    q = _steps(query)
     m = _without_unattended_rows(memory.to(q.dtype), allowed)
     scores = torch.matmul(q, m.transpose(1, 2)) * scale  # [B, T, S]
-    return _attend(scores, m, allowed, query.dtype, need_weights)
+    return _attend(scores, m, allowed, query, need_weights)
 
 
 def additive_attention(
@@ -39,12 +40,12 @@ def additive_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """score = scale * v . tanh(q + k)  (Bahdanau 2014, A.1.2; Luong 2015, eq. 8, concat), then :func:`_attend`."""
     allowed = allowed_positions(values, lengths, mask)
-    q = query.to(_accumulation_dtype(query))
+    q = _steps(query)
     k = _without_unattended_rows(keys.to(q.dtype), allowed)
     m = _without_unattended_rows(values.to(q.dtype), allowed)
     hidden = torch.tanh(q.unsqueeze(2) + k.unsqueeze(1))  # [B, T, S, A]
     scores = torch.matmul(hidden, v.to(q.dtype)) * scale  # [B, T, S]
-    return _attend(scores, m, allowed, query.dtype, need_weights)
+    return _attend(scores, m, allowed, query, need_weights)
 
 
 def allowed_positions(memory: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -60,7 +61,7 @@ def allowed_positions(memory: Tensor, lengths: Tensor | None, mask: Tensor | Non
 
 
 def _attend(
-    scores: Tensor, values: Tensor, allowed: Tensor | None, dtype: torch.dtype, need_weights: bool
+    scores: Tensor, values: Tensor, allowed: Tensor | None, query: Tensor, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """weights = softmax over the allowed steps, 0 elsewhere;  context = sum_s weights_s values_s  (Luong, eq. 7)."""
     if allowed is not None:
@@ -71,7 +72,9 @@ def _attend(
     if allowed is not None:
         weights = weights.masked_fill(~allowed, 0.0)
     context = torch.matmul(weights, values)  # [B, T, Dm]
-    return context.to(dtype), weights.to(dtype) if need_weights else None
+    if query.dim() == 2:
+        context, weights = context.squeeze(1), weights.squeeze(1)
+    return context.to(query.dtype), weights.to(query.dtype) if need_weights else None
 
 
 def _without_unattended_rows(rows: Tensor, allowed: Tensor | None) -> Tensor:
@@ -81,5 +84,7 @@ def _without_unattended_rows(rows: Tensor, allowed: Tensor | None) -> Tensor:
     return rows.masked_fill(~allowed.any(dim=1).unsqueeze(-1), 0.0)
 
 
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
+def _steps(query: Tensor) -> Tensor:
+    """`query` as [B, T, D], in the type that products are accumulated in."""
+    query = query if query.dim() == 3 else query.unsqueeze(1)
+    return query.float() if query.dtype in (torch.bfloat16, torch.float16) else query

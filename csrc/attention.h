@@ -13,7 +13,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 // One of the ops on its inputs: dot has neither keys nor v.
 struct Inputs {
-  const Tensor& query;            // [B, T, Dq], additive [B, T, A]
+  const Tensor& query;            // [B, T, Dq], additive [B, T, A]; without the T here, there is none in any tensor [B, T, ...]
   const Tensor* keys;             // [B, S, A]
   const Tensor* v;                // [A]
   const Tensor& memory;           // [B, S, Dm]; additive's values

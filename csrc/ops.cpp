@@ -2,33 +2,86 @@
 #include "attention.h"
 #include "cuda/build.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
-#include <vector>
+#include <type_traits>
 
 namespace attn_ext {
 namespace {
 
 using Forwards = std::tuple<Tensor, Tensor, Tensor>;
+using at::ArrayRef;
 
-bool is_meta(const Tensor& tensor) {
-  return tensor.is_meta();
+// Below, Size is int64_t for tensors with data and c10::SymInt for shapes alone, which torch.compile may leave open.
+template <class Size>
+constexpr bool kHasData = std::is_same_v<Size, int64_t>;
+
+template <class Size>
+ArrayRef<Size> sizes_of(const Tensor& tensor) {
+  if constexpr (kHasData<Size>) {
+    return tensor.sizes();
+  } else {
+    return tensor.sym_sizes();
+  }
 }
+
+// Without the dispatcher's share of a small call's time.
+Tensor empty(ArrayRef<int64_t> shape, at::ScalarType type, const Tensor& like) {
+  return like.is_cpu() ? Tensor(at::detail::empty_cpu(shape, type)) : at::empty(shape, like.options().dtype(type));
+}
+
+Tensor empty(ArrayRef<c10::SymInt> shape, at::ScalarType type, const Tensor& like) {
+  return at::empty_symint(shape, like.options().dtype(type));
+}
+
+// The sizes that the arguments share.
+template <class Size>
+struct Sizes {
+  using Shape = c10::SmallVector<Size, 3>;
+
+  explicit Sizes(const Inputs& inputs)
+      : rows(sizes_of<Size>(inputs.query).slice(0, inputs.query.dim() - 1)),
+        size(sizes_of<Size>(inputs.query).back()),
+        B(rows[0]),
+        T(rows.size() == 2 ? rows[1] : Size(1)),
+        S(sizes_of<Size>(inputs.memory)[1]),
+        memory_size(sizes_of<Size>(inputs.memory)[2]) {}
+
+  // [B, T, last], or [B, last]
+  Shape of_rows(const Size& last) const {
+    Shape shape(rows.begin(), rows.end());
+    shape.push_back(last);
+    return shape;
+  }
+
+  ArrayRef<Size> rows;  // [B, T], or [B]
+  Size size, B, T, S, memory_size;
+};
 
 at::ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// The public functions check with friendlier words; these checks keep a direct call of an op from reading what is not there.
-void check_argument(const char* name, const Tensor& tensor, at::ScalarType type, const Tensor& query, c10::SymIntArrayRef shape) {
+// These checks keep an op from reading what is not there; what they refuse, the public functions explain in friendlier words.
+template <class Size>
+void check_argument(const char* name, const Tensor& tensor, at::ScalarType type, const Tensor& query, ArrayRef<Size> shape) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), ", needed is ", type);
   TORCH_CHECK_VALUE(tensor.device() == query.device(), name, " is on ", tensor.device(), ", but query is on ", query.device());
-  TORCH_CHECK_VALUE(tensor.sym_sizes() == shape, name, " has shape ", tensor.sym_sizes(), ", needed is ", shape);
+  TORCH_CHECK_VALUE(sizes_of<Size>(tensor) == shape, name, " has shape ", sizes_of<Size>(tensor), ", needed is ", shape);
 }
 
-void check(const Inputs& inputs) {
+void check_range(const Tensor& lengths, int64_t S) {
+  const int64_t* length = lengths.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < lengths.size(0); ++b, length += lengths.stride(0)) {
+    TORCH_CHECK_VALUE(0 <= *length && *length <= S, "lengths[", b, "] is ", *length, ", needed is 0 <= length <= S=", S);
+  }
+}
+
+template <class Size>
+Sizes<Size> check(const Inputs& inputs) {
   const Tensor& query = inputs.query;
   const Tensor& memory = inputs.memory;
   const auto type = query.scalar_type();
@@ -37,79 +90,90 @@ void check(const Inputs& inputs) {
       "query is ",
       type,
       "; needed is float32, float64, bfloat16 or float16");
-  TORCH_CHECK_VALUE(query.dim() == 3, "query has shape ", query.sym_sizes(), ", needed is [B, T, size]");
+  TORCH_CHECK_VALUE(
+      query.dim() == 3 || query.dim() == 2, "query has shape ", query.sym_sizes(), ", needed is [B, T, size] or [B, size]");
   TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
-  const c10::SymInt B = query.sym_size(0), T = query.sym_size(1), S = memory.sym_size(1), size = query.sym_size(2);
+  const Sizes<Size> sizes(inputs);
+  const auto& [rows, size, B, T, S, memory_size] = sizes;
   if (inputs.keys == nullptr) {
-    check_argument("memory", memory, type, query, {B, S, size});
+    check_argument<Size>("memory", memory, type, query, {B, S, size});
   } else {
-    check_argument("values", memory, type, query, {B, S, memory.sym_size(2)});
-    check_argument("keys", *inputs.keys, type, query, {B, S, size});
-    check_argument("v", *inputs.v, type, query, {size});
+    check_argument<Size>("values", memory, type, query, {B, S, memory_size});
+    check_argument<Size>("keys", *inputs.keys, type, query, {B, S, size});
+    check_argument<Size>("v", *inputs.v, type, query, {size});
   }
   if (inputs.lengths) {
-    check_argument("lengths", *inputs.lengths, at::kLong, query, {B});
+    check_argument<Size>("lengths", *inputs.lengths, at::kLong, query, {B});
+    if constexpr (kHasData<Size>) {
+      if (query.is_cpu()) {  // elsewhere a look at them would wait for the device
+        check_range(*inputs.lengths, S);
+      }
+    }
   }
   if (inputs.mask && inputs.mask->dim() == 2) {
-    check_argument("mask", *inputs.mask, at::kBool, query, {B, S});
+    check_argument<Size>("mask", *inputs.mask, at::kBool, query, {B, S});
   } else if (inputs.mask) {
-    check_argument("mask", *inputs.mask, at::kBool, query, {B, T, S});
+    check_argument<Size>("mask", *inputs.mask, at::kBool, query, {B, T, S});
   }
+  return sizes;
 }
 
+template <class Size>
 void check(const Inputs& inputs, const Saved& saved) {
-  check(inputs);
+  const auto sizes = check<Size>(inputs);
   const Tensor& query = inputs.query;
-  const auto type = query.scalar_type(), accumulated = accumulation_type(query);
-  const c10::SymInt B = query.sym_size(0), T = query.sym_size(1), S = inputs.memory.sym_size(1);
-  const c10::SymInt size = inputs.memory.sym_size(2);
-  check_argument("context", saved.context, accumulated, query, {B, T, size});
-  check_argument("logsumexp", saved.logsumexp, accumulated, query, {B, T});
+  const auto type = accumulation_type(query);
+  check_argument<Size>("context", saved.context, type, query, sizes.of_rows(sizes.memory_size));
+  check_argument<Size>("logsumexp", saved.logsumexp, type, query, sizes.rows);
   if (saved.weights) {
-    check_argument("weights", *saved.weights, accumulated, query, {B, T, S});
+    check_argument<Size>("weights", *saved.weights, type, query, sizes.of_rows(sizes.S));
   }
   if (saved.grad_context) {
-    check_argument("grad_context", *saved.grad_context, type, query, {B, T, size});
+    check_argument<Size>("grad_context", *saved.grad_context, type, query, sizes.of_rows(sizes.memory_size));
   }
   if (saved.grad_weights) {
     TORCH_CHECK_VALUE(saved.weights.has_value(), "grad_weights came without weights");
-    check_argument("grad_weights", *saved.grad_weights, type, query, {B, T, S});
+    check_argument<Size>("grad_weights", *saved.grad_weights, type, query, sizes.of_rows(sizes.S));
   }
 }
 
+template <class Size>
 Forwards forward(const Inputs& inputs, bool need_weights) {
-  check(inputs);
-  const Tensor& query = inputs.query;
-  const c10::SymInt B = query.sym_size(0), T = query.sym_size(1), S = inputs.memory.sym_size(1);
-  const auto options = query.options().dtype(accumulation_type(query));
+  const auto sizes = check<Size>(inputs);
+  const auto type = accumulation_type(inputs.query);
+  const auto new_output = [&](ArrayRef<Size> shape) { return empty(shape, type, inputs.query); };
   Outputs outputs{
-      at::empty_symint({B, T, inputs.memory.sym_size(2)}, options),
-      need_weights ? at::empty_symint({B, T, S}, options) : at::empty({0}, options),
-      at::empty_symint({B, T}, options)};
-  if (!is_meta(query)) {
+      new_output(sizes.of_rows(sizes.memory_size)),
+      need_weights ? new_output(sizes.of_rows(sizes.S)) : new_output({Size(0)}),
+      new_output(sizes.rows)};
+  if constexpr (kHasData<Size>) {
     cpu::forward(inputs, outputs);
   }
   return {outputs.context, outputs.weights, outputs.logsumexp};
 }
 
+template <class Size>
 Gradients backward(const Inputs& inputs, const Saved& saved, Gradients gradients) {
-  check(inputs, saved);
-  if (!is_meta(inputs.query)) {
+  check<Size>(inputs, saved);
+  if constexpr (kHasData<Size>) {
     cpu::backward(inputs, saved, gradients);
   }
   return gradients;
 }
 
 // A gradient's tensor where it is wanted: contiguous, in the input's shape.
+template <class Size>
 Tensor wanted_like(bool wanted, const Tensor& input) {
-  return wanted ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor();
+  return wanted ? empty(sizes_of<Size>(input), input.scalar_type(), input) : Tensor();
 }
 
 // Ops return tensors, never none: what was not wanted has no elements.
+template <class Size>
 Tensor or_empty(const Tensor& gradient, const Tensor& input) {
-  return gradient.defined() ? gradient : at::empty({0}, input.options());
+  return gradient.defined() ? gradient : empty(ArrayRef<Size>{Size(0)}, input.scalar_type(), input);
 }
 
+template <class Size>
 Forwards dot_attention(
     const Tensor& query,
     const Tensor& memory,
@@ -117,9 +181,10 @@ Forwards dot_attention(
     const OptionalTensor& mask,
     double scale,
     bool need_weights) {
-  return forward({query, nullptr, nullptr, memory, lengths, mask, scale}, need_weights);
+  return forward<Size>({query, nullptr, nullptr, memory, lengths, mask, scale}, need_weights);
 }
 
+template <class Size>
 std::tuple<Tensor, Tensor> dot_attention_backward(
     const OptionalTensor& grad_context,
     const OptionalTensor& grad_weights,
@@ -132,13 +197,14 @@ std::tuple<Tensor, Tensor> dot_attention_backward(
     const OptionalTensor& weights,
     const Tensor& logsumexp,
     std::array<bool, 2> wanted) {
-  const Gradients gradients = backward(
+  const Gradients gradients = backward<Size>(
       {query, nullptr, nullptr, memory, lengths, mask, scale},
       {grad_context, grad_weights, context, weights, logsumexp},
-      {wanted_like(wanted[0], query), {}, {}, wanted_like(wanted[1], memory)});
-  return {or_empty(gradients.query, query), or_empty(gradients.memory, memory)};
+      {wanted_like<Size>(wanted[0], query), {}, {}, wanted_like<Size>(wanted[1], memory)});
+  return {or_empty<Size>(gradients.query, query), or_empty<Size>(gradients.memory, memory)};
 }
 
+template <class Size>
 Forwards additive_attention(
     const Tensor& query,
     const Tensor& keys,
@@ -148,9 +214,10 @@ Forwards additive_attention(
     const OptionalTensor& mask,
     double scale,
     bool need_weights) {
-  return forward({query, &keys, &v, values, lengths, mask, scale}, need_weights);
+  return forward<Size>({query, &keys, &v, values, lengths, mask, scale}, need_weights);
 }
 
+template <class Size>
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     const OptionalTensor& grad_context,
     const OptionalTensor& grad_weights,
@@ -165,15 +232,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     const OptionalTensor& weights,
     const Tensor& logsumexp,
     std::array<bool, 4> wanted) {
-  const Gradients gradients = backward(
+  const Gradients gradients = backward<Size>(
       {query, &keys, &v, values, lengths, mask, scale},
       {grad_context, grad_weights, context, weights, logsumexp},
-      {wanted_like(wanted[0], query), wanted_like(wanted[1], keys), wanted_like(wanted[2], v), wanted_like(wanted[3], values)});
+      {wanted_like<Size>(wanted[0], query),
+       wanted_like<Size>(wanted[1], keys),
+       wanted_like<Size>(wanted[2], v),
+       wanted_like<Size>(wanted[3], values)});
   return {
-      or_empty(gradients.query, query),
-      or_empty(gradients.keys, keys),
-      or_empty(gradients.v, v),
-      or_empty(gradients.memory, values)};
+      or_empty<Size>(gradients.query, query),
+      or_empty<Size>(gradients.keys, keys),
+      or_empty<Size>(gradients.v, v),
+      or_empty<Size>(gradients.memory, values)};
 }
 
 // Which compilation of the CPU's kernels runs.
@@ -190,19 +260,20 @@ std::string cuda_build() {
 #endif
 }
 
+template <class Size>
 void implement(torch::Library& m) {
-  m.impl("dot_attention", dot_attention);
-  m.impl("dot_attention_backward", dot_attention_backward);
-  m.impl("additive_attention", additive_attention);
-  m.impl("additive_attention_backward", additive_attention_backward);
+  m.impl("dot_attention", dot_attention<Size>);
+  m.impl("dot_attention_backward", dot_attention_backward<Size>);
+  m.impl("additive_attention", additive_attention<Size>);
+  m.impl("additive_attention_backward", additive_attention_backward<Size>);
 }
 
 }  // namespace
 
 // B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; additive: query [B, T, A], keys [B, S, A], v [A], values
-// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. The results of halves are float32, as they were accumulated:
-// autograd.py rounds them for the caller and keeps them whole for the backward. weights has no elements if need_weights is false,
-// nor has a gradient that is not wanted.
+// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query [B, D] is one decoder step: no result has the T then. The
+// results of halves are float32, as they were accumulated, and so are the gradients that come back: functional.py rounds for the
+// caller. weights has no elements if need_weights is false, nor has a gradient that is not wanted.
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
       "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights)"
@@ -223,12 +294,12 @@ TORCH_LIBRARY(attn_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(attn_ext, CPU, m) {
-  implement(m);
+  implement<int64_t>(m);
 }
 
 // Shapes alone, for torch.compile and export.
 TORCH_LIBRARY_IMPL(attn_ext, Meta, m) {
-  implement(m);
+  implement<c10::SymInt>(m);
 }
 
 }  // namespace attn_ext

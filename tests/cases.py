@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -166,6 +166,22 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert list(actual) == list(expected)
     for name, tensor in actual.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def spoiled(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same argument with something wrong about it."""
+    yield "one dimension more", tensor.unsqueeze(0)
+    yield "no dimension", tensor.new_zeros(())
+    yield "empty", tensor.new_zeros(0)
+    if tensor.dim() > 1:
+        yield "flat", tensor.flatten()
+    for dim, size in enumerate(tensor.shape):
+        yield f"size {size - 1} in dim {dim}", tensor.narrow(dim, 0, size - 1)
+        yield f"size {size + 1} in dim {dim}", torch.cat((tensor, tensor.narrow(dim, 0, 1)), dim)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.complex64, torch.int32, torch.int64, torch.bool):
+        if dtype != tensor.dtype:
+            yield f"dtype {dtype}", tensor.to(dtype)
+    yield "layout sparse", tensor.to_sparse()
 
 
 def short(dtype: torch.dtype) -> str:

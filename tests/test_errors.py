@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import attn_ext
-from attn_ext import Attention, AttentionMemory, LuongAttention
+from attn_ext import Attention, AttentionMemory, LuongAttention, checks, functional
+from tests.cases import Case, spoiled
 
 B, T, S, DQ, DM, A = 2, 3, 5, 4, 6, 7
 
@@ -406,3 +407,61 @@ def test_odd_input(call: Callable[[], object]) -> None:
     """What slips through one check meets another, and the text says who refused: no error from somewhere inside."""
     with pytest.raises((ValueError, TypeError), match=r"^(luong_attention|dot_attention|\w*Attention\w*): "):
         call()
+
+
+STEPS: dict[str, Callable[..., object]] = {
+    "dot": attn_ext.dot_attention,
+    "additive": attn_ext.additive_attention,
+    "luong dot": attn_ext.luong_attention,
+    "luong general": partial(attn_ext.luong_attention, method="general"),
+    "memory dot": lambda query, memory, need_weights=True, **options: AttentionMemory(memory, **options).attend(
+        query, need_weights=need_weights
+    ),
+}
+
+
+def step_arguments(step: str) -> dict[str, Any]:
+    problem = Case(step.split()[-1], masking="lengths+pairs").problem()
+    return problem.tensors | problem.options | {"scale": 0.5}
+
+
+def outcome(call: Callable[[], object]) -> str:
+    try:
+        return repr(call())
+    except Exception as error:
+        return repr(error)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("step", STEPS)
+def test_refused_with_and_without_the_checks_first(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is wrong with an argument: the ops refuse what the checks refuse, and theirs are the words."""
+    valid = step_arguments(step)
+    odd = [None, 0, 1, True, 2.0, float("inf"), "text", [1, 2], [9, 0], torch.tensor([1, 2], dtype=torch.int32)]
+    calls = {
+        f"{name} {what}": partial(STEPS[step], **valid | {name: wrong})
+        for name, value in valid.items()
+        for what, wrong in (*(spoiled(value) if isinstance(value, Tensor) else ()), *((repr(o), o) for o in odd))
+    }
+    outcomes = {what: outcome(call) for what, call in calls.items()}
+    monkeypatch.setattr(functional, "attend_unchecked", lambda *_: None)
+    assert outcomes == {what: outcome(call) for what, call in calls.items()}
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("one_step", [False, True], ids=["[B, T, D]", "[B, D]"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_valid_call_runs_no_checks(step: str, one_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be most of its time."""
+    valid = step_arguments(step)
+    if one_step:
+        valid |= {"query": valid["query"][:, 0], "mask": None}
+    if step == "memory dot":
+        memory = AttentionMemory(
+            **{name: value for name, value in valid.items() if name not in ("query", "need_weights")}
+        )
+        call = partial(memory.attend, valid["query"])
+    else:
+        call = partial(STEPS[step], **valid)
+    monkeypatch.setattr(checks, "Arguments", None)
+    call()

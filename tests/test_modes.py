@@ -1,4 +1,4 @@
-"""PyTorch's modes: autocast, inference, meta tensors, the number of threads."""
+"""PyTorch's modes: autocast, inference, meta tensors, torch.compile, torch.func, the number of threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import attn_ext
 from tests.cases import METHODS, Case, Problem, assert_same
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -66,6 +67,46 @@ def test_meta(method: str, each_backend: str) -> None:
     expected = Case(method, dtype=torch.bfloat16, masking="rows").problem().results()
     for name, result in on_meta.results().items():
         assert (result.device.type, result.shape, result.dtype) == ("meta", expected[name].shape, torch.bfloat16), name
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("method", METHODS)
+def test_compile(method: str, dynamic: bool, each_backend: str) -> None:
+    """One graph, forward and backward, of the numbers without it; the shapes may be left open."""
+    problem = Case(method, masking="lengths+rows").problem()
+    compiled = replace(
+        problem, function=torch.compile(problem.function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    )
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled.results(), problem.results())
+
+
+def test_compile_of_a_decoder_step(each_backend: str) -> None:
+    module = attn_ext.LuongAttention("concat", 4, 6)
+    hidden, encoder_outputs = torch.randn(2, 4), torch.randn(2, 5, 6)
+
+    def step(hidden: Tensor, encoder_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        return module(hidden, module.memory(encoder_outputs))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden, encoder_outputs), step(hidden, encoder_outputs))
+
+
+@pytest.mark.fused
+def test_transforms_that_are_not_there_say_so() -> None:
+    """Derivatives that PyTorch would take by other means than autograd's backward: refused, never left out."""
+    problem = Case("dot").problem()
+    query, memory = problem.tensors.values()
+
+    def context(query: Tensor) -> Tensor:
+        return attn_ext.dot_attention(query, memory)[0]
+
+    for transform in (torch.func.jacrev(context), lambda query: torch.func.jvp(context, (query,), (query,))):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transform(query)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
+        context(torch.autograd.forward_ad.make_dual(query, query))
 
 
 THREADED = [

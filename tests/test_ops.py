@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from tests.cases import DTYPES, LOSSES, Case, short
+from tests.cases import DTYPES, LOSSES, Case, short, spoiled
 
 pytestmark = pytest.mark.fused
 
@@ -33,7 +33,9 @@ def arguments(case: Case, direction: str) -> tuple[Any, ...]:
     if direction == "forward":
         return (*tensors, *options, need_weights)
     context, weights, logsumexp = op(case.method, "forward")(*tensors, *options, need_weights)
+    # They come in the outputs' type, as autograd has them.
     grads = [problem.grad_outputs.get(name) for name in ("context", "weights")]
+    grads = [None if grad is None else grad.to(context.dtype) for grad in grads]
     return (*grads, *tensors, *options, context, weights if need_weights else None, logsumexp, [True] * len(tensors))
 
 
@@ -82,6 +84,70 @@ def test_opcheck_of_strides(method: str, direction: str) -> None:
     opcheck(op(method, direction), views)
 
 
+@pytest.mark.parametrize("loss", ["both", "no_weights"])
+@pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
+def test_opcheck_with_gradients(method: str, masking: str, loss: str) -> None:
+    """The op is differentiable by itself, also where torch.compile traces both passes."""
+    *tensors, lengths, mask, scale, need_weights = arguments(Case(method, masking=masking, loss=loss), "forward")
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    opcheck(op(method, "forward"), (*leaves, lengths, mask, scale, need_weights))
+
+
+@pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
+def test_one_step_without_its_dimension(method: str, masking: str) -> None:
+    """A query [B, D] gives what [B, 1, D] gives, to the bit, in every tensor; and a mask may have the 1 or not."""
+    for direction in ("forward", "backward"):
+        case = Case(method, T=1, S=37, D=20, masking=masking)
+        with_dimension = arguments(case, direction)
+        per_query = {"query", "grad_context", "grad_weights", "context", "weights", "logsumexp"}
+        names = [argument.name for argument in op(method, direction)._schema.arguments]
+        without = [
+            a.squeeze(1) if name in per_query and isinstance(a, Tensor) else a
+            for name, a in zip(names, with_dimension, strict=True)
+        ]
+        opcheck(op(method, direction), tuple(without))
+        results, expected = (op(method, direction)(*args) for args in (without, with_dimension))
+        for name, result, other in zip(op(method, direction)._schema.returns, results, expected, strict=True):
+            one_step = direction == "forward" or name.name == "grad_query"
+            assert torch.equal(result, other.squeeze(1) if one_step else other), name
+
+
+@pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
+@pytest.mark.parametrize("one_step", [False, True], ids=["[B, T, D]", "[B, D]"])
+def test_derivatives_of_the_op(method: str, masking: str, one_step: bool) -> None:
+    """First and second, with no Python function around it; the log-sum-exp has none."""
+    case = Case(method, T=1 if one_step else 2, S=4, D=3, Dm=2, dtype=torch.float64, masking=masking)
+    query, *tensors = arguments(case, "forward")
+    inputs = [
+        t.requires_grad_()
+        for t in (query[:, 0] if one_step else query, *tensors)
+        if isinstance(t, Tensor) and t.is_floating_point()
+    ]
+    options = tensors[len(inputs) - 1 :]
+
+    def call(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        context, weights, logsumexp = op(method, "forward")(*inputs, *options)
+        assert not logsumexp.requires_grad
+        return context, weights
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_halves_are_differentiated_as_they_were_accumulated(method: str) -> None:
+    """The op's results and the gradients that come back are float32; the inputs' gradients are rounded once."""
+    case = Case(method, S=37, D=20, dtype=torch.bfloat16)
+    *tensors, lengths, mask, scale, need_weights = arguments(case, "forward")
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    context, weights, _ = op(method, "forward")(*leaves, lengths, mask, scale, need_weights)
+    grads = [torch.randn_like(context), torch.randn_like(weights)]
+    assert {grad.dtype for grad in grads} == {torch.float32}
+    first = torch.autograd.grad((context, weights), leaves, grads, retain_graph=True)
+    again = torch.autograd.grad((context, weights), leaves, grads, create_graph=True)
+    assert {grad.dtype for grad in (*first, *again)} == {torch.bfloat16}
+    torch.testing.assert_close(first, tuple(grad.detach() for grad in again))
+
+
 def ranges(call: Callable[[], object]) -> set[str]:
     """The attn_ext ranges that a call records under the profiler."""
     with torch.autograd.profiler.profile() as profile:
@@ -112,22 +178,6 @@ def test_the_reference_differentiates_twice(method: str) -> None:
     assert ranges(lambda: torch.autograd.grad(context.sum(), query, create_graph=True)) == set()
 
 
-def spoiled(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same argument with something wrong about it."""
-    yield "one dimension more", tensor.unsqueeze(0)
-    yield "no dimension", tensor.new_zeros(())
-    yield "empty", tensor.new_zeros(0)
-    if tensor.dim() > 1:
-        yield "flat", tensor.flatten()
-    for dim, size in enumerate(tensor.shape):
-        yield f"size {size - 1} in dim {dim}", tensor.narrow(dim, 0, size - 1)
-        yield f"size {size + 1} in dim {dim}", torch.cat((tensor, tensor.narrow(dim, 0, 1)), dim)
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.complex64, torch.int32, torch.int64, torch.bool):
-        if dtype != tensor.dtype:
-            yield f"dtype {dtype}", tensor.to(dtype)
-    yield "layout sparse", tensor.to_sparse()
-
-
 # Each size here is told by at least two arguments, but for these: the size of `values` in the forward pass.
 FREE = {("additive", "forward", 3, "size 5 in dim 2"), ("additive", "forward", 3, "size 7 in dim 2")}
 
@@ -150,19 +200,15 @@ def test_nothing_crashes(method: str, direction: str) -> None:
 
 @pytest.mark.parametrize("lengths", [[6, 2], [-1, 2], [2**62, -(2**62)]], ids=str)
 def test_lengths_out_of_range(method: str, direction: str, lengths: list[int]) -> None:
-    """The Python functions refuse them; here they may be refused or cut to 0..S, but nothing beyond S is read."""
+    """Nothing before the memory or beyond S is read."""
     valid = arguments(Case(method, masking="lengths"), direction)
     position = next(i for i, a in enumerate(valid) if isinstance(a, Tensor) and a.dtype == torch.int64)
-
-    def with_lengths(values: list[int]) -> tuple[Tensor, ...]:
-        return op(method, direction)(*valid[:position], torch.tensor(values), *valid[position + 1 :])
-
-    try:
-        outputs = with_lengths(lengths)
-    except RuntimeError:
-        return
-    cut = with_lengths([min(max(n, 0), 5) for n in lengths])
-    assert all(map(torch.equal, outputs, cut))
+    text = rf"^lengths\[0\] is {lengths[0]}, needed is 0 <= length <= S=5$"
+    with pytest.raises(ValueError, match=text):
+        op(method, direction)(*valid[:position], torch.tensor(lengths), *valid[position + 1 :])
+    wider = torch.tensor([[lengths[0], 0], [lengths[1], 0]])[:, 0]
+    with pytest.raises(ValueError, match=text):
+        op(method, direction)(*valid[:position], wider, *valid[position + 1 :])
 
 
 def test_tensors_on_two_devices(method: str, direction: str) -> None:

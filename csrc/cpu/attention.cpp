@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 
@@ -33,10 +34,13 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// [B, rows, elements], or [elements].
+// [B, rows, elements], [B, elements], or [elements].
 View view_of(const Tensor& tensor) {
   if (tensor.dim() == 1) {
     return {tensor.const_data_ptr(), 0, 0, tensor.stride(0)};
+  }
+  if (tensor.dim() == 2) {
+    return {tensor.const_data_ptr(), tensor.stride(0), 0, tensor.stride(1)};
   }
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
@@ -53,9 +57,9 @@ Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
   Problem problem{};
   problem.dtype = dtype_of(inputs.query);
   problem.batch = inputs.query.size(0);
-  problem.queries = inputs.query.size(1);
+  problem.queries = inputs.query.dim() == 3 ? inputs.query.size(1) : 1;
   problem.steps = inputs.memory.size(1);
-  problem.key_size = inputs.query.size(2);
+  problem.key_size = inputs.query.size(-1);
   problem.memory_size = inputs.memory.size(2);
   problem.scale = inputs.scale;
   problem.query = view_of(inputs.query);
@@ -68,9 +72,8 @@ Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
     problem.lengths = lengths.const_data_ptr<int64_t>();
   }
   if (inputs.mask) {
-    const Tensor& mask = *inputs.mask;
-    problem.mask_per_query = mask.dim() == 3;
-    problem.mask = problem.mask_per_query ? view_of(mask) : View{mask.const_data_ptr(), mask.stride(0), 0, mask.stride(1)};
+    problem.mask_per_query = inputs.mask->dim() == 3;
+    problem.mask = view_of(*inputs.mask);
   }
   return problem;
 }
@@ -132,8 +135,11 @@ void run_items(
   const int64_t items = call.plan.items(call.problem);
   const int64_t splits = call.plan.splits;
   const int64_t slots = splits == 1 ? std::min<int64_t>(items, at::get_num_threads()) : items;
-  const Tensor scratch = at::empty({slots * static_cast<int64_t>(slot_size)}, at::TensorOptions(at::kByte));
-  char* base = static_cast<char*>(scratch.mutable_data_ptr());
+  const size_t size = slots * slot_size;
+  // A small call's scratch is on the stack, so that it does not wait for the allocator.
+  alignas(64) char small[1 << 14];
+  const at::DataPtr large = size > sizeof(small) ? c10::GetCPUAllocator()->allocate(size) : at::DataPtr();
+  char* base = large ? static_cast<char*>(large.get()) : small;
   const int64_t work = call.problem.batch * call.problem.steps * work_of_step(call.problem);
   const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(work / items, 1), 1);
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {

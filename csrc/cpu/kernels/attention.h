@@ -332,7 +332,7 @@ struct AttentionBackward {
           panel(arena.take<acc>(panel_size<acc>(f.problem.queries))),
           long_row(arena.take<acc>(std::max(f.problem.memory_size, f.problem.steps))),
           other_long_row(arena.take<acc>(f.problem.steps)),
-          grad_context(arena, f.problem.dtype, f.grad_context, f.problem.queries, f.problem.memory_size),
+          grad_context(arena, kAccumulated<acc>, f.grad_context, f.problem.queries, f.problem.memory_size),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           grad_memory(arena, f.grad_memory, f.problem, f.plan.tile, f.problem.memory_size),
           gradient(f, arena) {}
@@ -431,7 +431,7 @@ struct AttentionBackward {
       acc* row = grad_scores + t * stride;
       if (f.grad_weights.data != nullptr) {
         acc grad_weights[kTile];
-        gather(grad_weights, problem.dtype, f.grad_weights, b, first + t, tile);
+        gather(grad_weights, kAccumulated<acc>, f.grad_weights, b, first + t, tile);
         for (int64_t j = 0; j < tile.count; ++j) {
           row[j] += grad_weights[j];
         }
@@ -491,7 +491,7 @@ struct AttentionBackward {
       }
       if (f.grad_weights.data != nullptr) {
         load_row(slot.long_row, kAccumulated<acc>, f.weights, b, t, problem.steps);
-        load_row(slot.other_long_row, problem.dtype, f.grad_weights, b, t, problem.steps);
+        load_row(slot.other_long_row, kAccumulated<acc>, f.grad_weights, b, t, problem.steps);
         for (int64_t s = 0; s < problem.steps; ++s) {
           slot.delta[t] += slot.long_row[s] == 0 ? acc(0) : slot.long_row[s] * slot.other_long_row[s];
         }

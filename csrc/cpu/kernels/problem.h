@@ -89,8 +89,8 @@ struct Forward {
 struct Backward {
   Problem problem;
   Plan plan;
-  View grad_context;      // [B, T, memory_size]; data may be null
-  View grad_weights;      // [B, T, S]; data may be null
+  View grad_context;      // [B, T, memory_size] acc; data may be null
+  View grad_weights;      // [B, T, S] acc; data may be null
   View context;           // [B, T, memory_size] acc
   View weights;           // [B, T, S] acc; data null: recomputed from logsumexp
   const void* logsumexp;  // [B, T] acc, contiguous

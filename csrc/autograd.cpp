@@ -1,0 +1,151 @@
+// The ops' autograd: what a forward op saves, and the backward op that turns its outputs' gradients into its inputs'.
+//
+// Saved are the inputs, the context, the weights where the caller keeps them, and the log-sum-exp of the scores, from which the
+// backward op recomputes the weights where not. A backward op's own derivative is attn_ext/autograd.py's.
+#include "attention.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+#include <utility>
+
+namespace attn_ext {
+namespace {
+
+using at::AutoDispatchBelowADInplaceOrView;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <size_t>
+using Input = const Tensor&;
+template <size_t>
+using Gradient = Tensor;
+using Forwards = std::tuple<Tensor, Tensor, Tensor>;
+
+OptionalTensor if_defined(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+template <class Signature>
+auto find(const std::string& op) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), "").typed<Signature>();
+}
+
+// The op `name` and its backward. The first `scored` of its inputs make the scores; the weights depend on no other.
+template <const char* name, size_t scored, class Inputs>
+struct Op;
+
+template <const char* name, size_t scored, size_t... i>
+struct Op<name, scored, std::index_sequence<i...>> {
+  static constexpr size_t kInputs = sizeof...(i);
+
+  static Forwards forward(
+      Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
+    const bool has_tangent = (inputs._fw_grad(0).defined() || ...);  // apply() says that there is no forward mode
+    if (!has_tangent && !torch::autograd::compute_requires_grad(inputs...)) {
+      return forward_below(inputs..., lengths, mask, scale, need_weights);
+    }
+    Forwards outputs;
+    const variable_list differentiable = Differentiable::apply(inputs..., lengths, mask, scale, need_weights, &outputs);
+    std::get<0>(outputs) = differentiable[0];
+    if (differentiable.size() > 1) {
+      std::get<1>(outputs) = differentiable[1];
+    }
+    return outputs;
+  }
+
+ private:
+  static Forwards forward_below(
+      Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
+    static const auto op = find<decltype(forward_below)>(name);
+    const AutoDispatchBelowADInplaceOrView guard;
+    return op.call(inputs..., lengths, mask, scale, need_weights);
+  }
+
+  static auto backward(
+      const OptionalTensor& grad_context,
+      const OptionalTensor& grad_weights,
+      Input<i>... inputs,
+      const OptionalTensor& lengths,
+      const OptionalTensor& mask,
+      double scale,
+      const Tensor& context,
+      const OptionalTensor& weights,
+      const Tensor& logsumexp,
+      std::array<bool, kInputs> wanted) -> std::tuple<Gradient<i>...> {
+    static const auto op = find<decltype(backward)>(std::string(name) + "_backward");
+    const auto call = [&] {
+      return op.call(grad_context, grad_weights, inputs..., lengths, mask, scale, context, weights, logsumexp, wanted);
+    };
+    if (at::GradMode::is_enabled()) {  // create_graph=True: this backward is itself to be differentiated
+      return call();
+    }
+    const AutoDispatchBelowADInplaceOrView guard;
+    return call();
+  }
+
+  struct Differentiable : torch::autograd::Function<Differentiable> {
+    // The context, and the weights where they are asked for and have a derivative; all that the op returns goes to `outputs`.
+    static variable_list forward(
+        AutogradContext* ctx,
+        Input<i>... inputs,
+        const OptionalTensor& lengths,
+        const OptionalTensor& mask,
+        double scale,
+        bool need_weights,
+        Forwards* outputs) {
+      *outputs = forward_below(inputs..., lengths, mask, scale, need_weights);
+      const auto& [context, weights, logsumexp] = *outputs;
+      ctx->set_materialize_grads(false);
+      ctx->saved_data["scale"] = scale;
+      ctx->save_for_backward(
+          {inputs..., lengths.value_or(Tensor()), mask.value_or(Tensor()), context, need_weights ? weights : Tensor(), logsumexp});
+      const bool weights_vary = need_weights && ((i < scored && inputs.requires_grad()) || ...);
+      return weights_vary ? variable_list{context, weights} : variable_list{context};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+      variable_list results(kInputs + 5);  // as many as forward's arguments
+      const Tensor grad_context = grads[0], grad_weights = grads.size() > 1 ? grads[1] : Tensor();
+      if (!grad_context.defined() && !grad_weights.defined()) {
+        return results;
+      }
+      const variable_list saved = ctx->get_saved_variables();
+      const Tensor &lengths = saved[kInputs], &mask = saved[kInputs + 1];
+      const Tensor &context = saved[kInputs + 2], &weights = saved[kInputs + 3], &logsumexp = saved[kInputs + 4];
+      const std::array<bool, kInputs> wanted{ctx->needs_input_grad(i)...};
+      const auto computed = Op::backward(
+          if_defined(grad_context),
+          if_defined(grad_weights),
+          saved[i]...,
+          if_defined(lengths),
+          if_defined(mask),
+          ctx->saved_data["scale"].toDouble(),
+          context,
+          if_defined(weights),
+          logsumexp,
+          wanted);
+      ((results[i] = wanted[i] ? std::get<i>(computed) : Tensor()), ...);
+      return results;
+    }
+  };
+};
+
+constexpr char kDot[] = "attn_ext::dot_attention";
+constexpr char kAdditive[] = "attn_ext::additive_attention";
+
+using Dot = Op<kDot, 2, std::make_index_sequence<2>>;            // query, memory
+using Additive = Op<kAdditive, 3, std::make_index_sequence<4>>;  // query, keys, v; values
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(attn_ext, Autograd, m) {
+  m.impl("dot_attention", Dot::forward);
+  m.impl("additive_attention", Additive::forward);
+}
+
+}  // namespace attn_ext
