@@ -1,6 +1,7 @@
 # make demo    set up, build, and train the date translator
 # make test    set up, build, and run the tests
 # make bench   set up, build, and print the speed report
+# make targets set up, build, and hold the performance targets against the machine's limits (ARGS="--grid --json FILE")
 # make build   set up and build: seconds after a change to a kernel
 # make lint    ruff and clang-format, as they stand in the environment
 #
@@ -13,10 +14,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
-.PHONY: demo test bench build lint clean
+.PHONY: demo test bench targets build lint clean
 
 demo: build
 	$(PY) examples/translate_dates.py $(ARGS)
@@ -26,6 +27,9 @@ test: build
 
 bench: build
 	$(PY) -m pytest --benchmark $(ARGS)
+
+targets: build
+	$(PY) -m benchmarks.targets $(ARGS)
 
 build: $(VENV)/ready
 	@mkdir -p build
@@ -45,7 +49,7 @@ $(VENV)/ready: setup.py pyproject.toml
 	@$(PY) -c '$(HAS_TORCH)' 2> /dev/null || $(PIP) install '$(TORCH)'
 	$(PIP) install 'setuptools>=70' wheel ninja
 	@echo "Installing attn_ext and what its tests and examples need (builds the extension: a minute or two)"
-	$(PIP) install --no-build-isolation --editable '.[test,examples]'
+	$(PIP) install --no-build-isolation --editable '.[test,benchmarks,examples]'
 	@touch $@
 
 lint: $(VENV)/ready

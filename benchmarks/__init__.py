@@ -1,1 +1,1 @@
-"""Speed reports: `pytest --benchmark` from the repository's root."""
+"""Speed reports from the repository's root: `pytest --benchmark`, `python -m benchmarks.targets`."""

@@ -5,61 +5,172 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import attn_ext
 from benchmarks.shapes import Shape
 
 METHODS = ("dot", "general", "concat")
+OPS = ("dot", "general", "additive")  # additive is concat with its projections done: additive_attention
 DIRECTIONS = ("forward", "forward+backward")
+
+Results = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """`attend(query, memory, method, **parameters)` -> context, weights; `active` surrounds its calls, untimed."""
+    """`attend(query, memory, method, *, need_weights, **parameters)` -> context, weights.
+
+    `active` surrounds its calls, untimed. `tanh_copies`: tensors of size [B, T, S, A] that additive scores make it hold
+    at once, forward and with backward.
+    """
 
     name: str
-    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    attend: Callable[..., Results]
     active: Callable[[], AbstractContextManager[object]] = nullcontext
+    returns_weights: bool = True
+    is_compiled: bool = False
+    tanh_copies: tuple[int, int] = (0, 0)
+
+    def accepts(self, method: str, need_weights: bool) -> bool:
+        """Whether it returns the same results as the fused op."""
+        return self.returns_weights or (method in ("dot", "general") and not need_weights)
+
+    def peak_bytes(self, method: str, shape: Shape, direction: str, itemsize: int = 4) -> int:
+        """What its intermediates need at once, about."""
+        with_backward = direction != "forward"
+        scores = (4 if with_backward else 2) * shape.B * shape.T * shape.S
+        tanh = self.tanh_copies[with_backward] * shape.elements if method in ("additive", "concat") else 0
+        return (scores + tanh) * itemsize
 
 
-FUSED = Implementation("fused", attn_ext.luong_attention, partial(attn_ext.use_backend, "fused"))
-REFERENCE = Implementation("reference", attn_ext.luong_attention, partial(attn_ext.use_backend, "reference"))
-PEERS = (REFERENCE,)
+def _public(query: Tensor, memory: Tensor, method: str, **parameters: Tensor | bool) -> Results:
+    if method == "additive":
+        return attn_ext.additive_attention(query, parameters.pop("keys"), parameters.pop("v"), memory, **parameters)
+    return attn_ext.luong_attention(query, memory, method, **parameters)
+
+
+def _eager(
+    query: Tensor,
+    memory: Tensor,
+    method: str,
+    *,
+    need_weights: bool = True,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    keys: Tensor | None = None,
+    v: Tensor | None = None,
+    sum_of_products: bool = False,
+) -> Results:
+    """The best-written form; `sum_of_products` is what torch.compile can fuse into one loop."""
+    if method == "general":
+        query = F.linear(query, weight)
+    elif method == "concat":
+        size = query.shape[-1]
+        query, keys = F.linear(query, weight[:, :size]), F.linear(memory, weight[:, size:], bias)
+    if keys is None:
+        scores = torch.bmm(query, memory.transpose(1, 2))  # [B, T, S]
+    else:
+        hidden = torch.tanh(query[:, :, None] + keys[:, None])  # [B, T, S, A]
+        scores = (hidden * v).sum(-1) if sum_of_products else hidden @ v
+    weights = torch.softmax(scores, dim=-1)
+    return torch.bmm(weights, memory), weights if need_weights else None
+
+
+def _sdpa(
+    query: Tensor, memory: Tensor, method: str, *, need_weights: bool = False, weight: Tensor | None = None
+) -> Results:
+    if method == "general":
+        query = F.linear(query, weight)
+    memory = memory.unsqueeze(1)  # one head
+    return F.scaled_dot_product_attention(query.unsqueeze(1), memory, memory, scale=1.0).squeeze(1), None
+
+
+FUSED = Implementation("fused", _public, partial(attn_ext.use_backend, "fused"))
+REFERENCE = Implementation("reference", _public, partial(attn_ext.use_backend, "reference"), tanh_copies=(2, 3))
+EAGER = Implementation("eager", _eager, tanh_copies=(2, 3))
+SDPA = Implementation("SDPA", _sdpa, returns_weights=False)
+COMPILED = Implementation("compiled", partial(_eager, sum_of_products=True), is_compiled=True, tanh_copies=(0, 2))
+PEERS = (REFERENCE,)  # of the report; the targets' are the others
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs and the context's gradient, shared by all who solve it: the same for everybody, with scores of order 1."""
+
+    method: str
+    shape: Shape
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        """Leaves, by their names in `attend`."""
+        generator = torch.Generator().manual_seed(0)
+        B, T, S, H = self.shape.sizes
+
+        def normal(*size: int, spread: float = 1.0) -> Tensor:
+            return torch.randn(size, generator=generator).mul_(spread).to(self.dtype)
+
+        tensors = {"query": normal(B, T, H, spread=H**-0.5), "memory": normal(B, S, H)}
+        if self.method == "general":
+            tensors["weight"] = normal(H, H, spread=H**-0.5)
+        elif self.method == "concat":
+            tensors |= {"weight": normal(H, 2 * H, spread=H**-0.5), "v": normal(H, spread=H**-0.5), "bias": normal(H)}
+        elif self.method == "additive":
+            tensors = {"query": normal(B, T, H), "memory": tensors["memory"], "keys": normal(B, S, H)}
+            tensors["v"] = normal(H, spread=H**-0.5)
+        return tensors
+
+    @cached_property
+    def grad_context(self) -> Tensor:
+        """[B, T, H]"""
+        B, T, _, H = self.shape.sizes
+        return torch.randn(B, T, H, generator=torch.Generator().manual_seed(1)).to(self.dtype)
 
 
 class Call:
-    """One implementation on one problem in one direction: calling it does the work once and returns all it computed."""
+    """One implementation on one problem in one direction: calling it does the work once and returns all it computed.
 
-    def __init__(self, implementation: Implementation, method: str, shape: Shape, direction: str) -> None:
-        self.name = implementation.name
+    "backward" is the pass through a graph that is kept from call to call.
+    """
+
+    def __init__(
+        self,
+        implementation: Implementation,
+        problem: Problem,
+        direction: str,
+        need_weights: bool = True,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or implementation.name
         self.active = implementation.active
-        self._attend = partial(implementation.attend, method=method)
-        self._with_backward = direction == "forward+backward"
-        self._inputs = inputs(method, shape, requires_grad=self._with_backward)
-        self._grad_context = torch.randn(shape.B, shape.T, shape.H, generator=torch.Generator().manual_seed(1))
+        self.direction = direction
+        attend = implementation.attend
+        if implementation.is_compiled:
+            torch._dynamo.reset()  # the guards of other shapes would be tried before this one's
+            attend = torch.compile(attend, dynamic=False)
+        self._attend = partial(attend, method=problem.method, need_weights=need_weights)
+        requires_grad = direction != "forward"
+        # Views, so that a problem's tensors serve calls with and without gradients.
+        self._inputs = {name: x.detach().requires_grad_(requires_grad) for name, x in problem.inputs.items()}
+        self._grad_context = problem.grad_context if requires_grad else None
+        self._kept: Results | None = None
+        if implementation.is_compiled:
+            self()  # compiles
 
-    def __call__(self) -> tuple[Tensor, ...]:
+    def __call__(self) -> tuple[Tensor | None, ...]:
+        if self.direction == "backward":
+            if self._kept is None:
+                self._kept = self._attend(**self._inputs)
+            return self._gradients(self._kept[0], retain_graph=True)
         context, weights = self._attend(**self._inputs)
-        if not self._with_backward:
+        if self.direction == "forward":
             return context, weights
-        return context, weights, *torch.autograd.grad(context, tuple(self._inputs.values()), self._grad_context)
+        return context, weights, *self._gradients(context)
 
-
-def inputs(method: str, shape: Shape, requires_grad: bool) -> dict[str, Tensor]:
-    """Random ones, the same for every implementation, with scores of order 1."""
-    generator = torch.Generator().manual_seed(0)
-    B, T, S, H = shape.sizes
-
-    def normal(*size: int, spread: float = 1.0) -> Tensor:
-        return (torch.randn(size, generator=generator) * spread).requires_grad_(requires_grad)
-
-    tensors = {"query": normal(B, T, H, spread=H**-0.5), "memory": normal(B, S, H)}
-    if method == "general":
-        tensors["weight"] = normal(H, H, spread=H**-0.5)
-    elif method == "concat":
-        tensors |= {"weight": normal(H, 2 * H, spread=H**-0.5), "v": normal(H, spread=H**-0.5), "bias": normal(H)}
-    return tensors
+    def _gradients(self, context: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(context, tuple(self._inputs.values()), self._grad_context, retain_graph=retain_graph)

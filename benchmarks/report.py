@@ -1,20 +1,22 @@
-"""The report: its rows, what stands above them, and the table that closes the run."""
+"""The reports: their rows, what stands above them, and the tables."""
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 
 import torch
 
 import attn_ext
 from attn_ext import backend
 from benchmarks.implementations import FUSED
+from benchmarks.machine import commit, processor
 from benchmarks.shapes import Shape
+from benchmarks.timing import Ratio
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,71 @@ class Row:
         }
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One measured ratio against one of the targets of docs/performance.md.
+
+    `seconds` are the medians it was taken from, by name. `wanted` None: nothing is asked of it.
+    """
+
+    target: int
+    kernel: str  # "dot", "additive", or what else was run
+    direction: str
+    shape: Shape
+    measure: str
+    unit: str  # "%", of a limit; "x", of a time or a size
+    ratio: Ratio
+    wanted: float | None
+    at_most: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """ "reached", or by how much of the wanted value it was missed."""
+        if self.wanted is None:
+            return ""
+        missing = self.ratio.value / self.wanted - 1 if self.at_most else 1 - self.ratio.value / self.wanted
+        if missing <= 0:
+            return "reached"
+        inside = self.ratio.low <= self.wanted <= self.ratio.high
+        return f"missed by {missing:.1%}{', within the spread' if inside else ''}"
+
+    def line(self) -> str:
+        """What was measured, its value and quartiles, what was wanted, the verdict."""
+        numbers = [self.ratio.value, self.ratio.low, self.ratio.high]
+        value, low, high = (f"{n:.0%}" if self.unit == "%" else f"{n:.2f}" for n in numbers)
+        wanted = ""
+        if self.wanted is not None:
+            text = f"{self.wanted:.0%}" if self.unit == "%" else f"{self.wanted:g}x"
+            wanted = f"{'<=' if self.at_most else '>='} {text}"
+        suffix = "" if self.unit == "%" else "x"
+        return (
+            f"  {self.kernel:<13}{_sizes(self.shape):<19}{self.direction:<17}{self.measure:<45}"
+            f"{value + suffix:>9} {f'({low} to {high})':<20}{wanted:<10}{self.verdict}"
+        )
+
+
 def settings() -> dict[str, str]:
     """What every number below depends on."""
     facts = backend.build_facts() or {}
     return {
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads, {torch.ops.attn_ext.cpu_capability()} kernels",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, {torch.ops.attn_ext.cpu_capability()} kernels",
+        "waiting": f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', '')}",
         "software": f"PyTorch {torch.__version__}, Python {platform.python_version()}, attn_ext {attn_ext.__version__}",
+        "commit": commit(),
         "build": ", ".join(f"{name}: {value}" for name, value in facts.items()),
-        "numbers": "float32, with weights; medians of interleaved rounds; ratio: the peer's time over the fused op's",
     }
+
+
+def header() -> Iterator[str]:
+    for name, text in settings().items():
+        yield f"{name:<10}{text}"
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
     """The settings, a table of all rows, and each method's ratios in one line."""
-    for name, text in settings().items():
-        yield f"{name:<10}{text}"
+    yield from header()
+    yield "numbers   float32, with weights; medians of interleaved rounds; ratio: the peer's time over the fused op's"
     peers = [name for name in rows[0].seconds if name != FUSED.name]
     yield ""
     yield f"{'method':<9}{'use':<24}{'(B,T,S,H)':<18}{'direction':<18}{FUSED.name:>12}" + "".join(
@@ -66,9 +118,8 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
     for method, of_method in groupby(rows, key=lambda row: row.method):
         yield ""
         for row in of_method:
-            sizes = f"({','.join(map(str, row.shape.sizes))})"
             yield (
-                f"{method:<9}{row.shape.use:<24}{sizes:<18}{row.direction:<18}{_time(row.seconds[FUSED.name])}"
+                f"{method:<9}{row.shape.use:<24}{_sizes(row.shape):<18}{row.direction:<18}{_time(row.seconds[FUSED.name])}"
                 + "".join(f"{_time(row.seconds[peer])}{row.ratio(peer):>7.2f}x" for peer in peers)
             )
     yield ""
@@ -91,10 +142,5 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:>9.3f} ms"
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def _sizes(shape: Shape) -> str:
+    return f"({','.join(map(str, shape.sizes))})"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.implementations import DIRECTIONS, FUSED, METHODS, PEERS, REFERENCE, Call
+from benchmarks.implementations import DIRECTIONS, FUSED, METHODS, PEERS, REFERENCE, Call, Problem
 from benchmarks.report import Row
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import check, race
@@ -19,7 +19,8 @@ from benchmarks.timing import check, race
 def test_op(
     method: str, shape: Shape, direction: str, benchmark: BenchmarkFixture, record: Callable[[Row], None]
 ) -> None:
-    calls = {i.name: Call(i, method, shape, direction) for i in (FUSED, *PEERS)}
+    problem = Problem(method, shape)
+    calls = {i.name: Call(i, problem, direction) for i in (FUSED, *PEERS)}
     for call in calls.values():
         check(call, calls[REFERENCE.name])
     seconds = race(benchmark, calls[FUSED.name], [calls[peer.name] for peer in PEERS])

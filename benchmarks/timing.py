@@ -2,40 +2,132 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from pytest_benchmark.fixture import BenchmarkFixture
+import torch
+from torch import Tensor
 
-from benchmarks.implementations import Call
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 SECONDS_PER_ROW = 1.0
 ROUNDS = range(7, 301)
+SHORTEST_SAMPLE = 2e-4  # seconds: a call that takes less is repeated within a sample
+
+# Of a tensor's largest value. Halves: a few units of their last place, which hand-written eager code loses on the way.
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 
 
-def check(call: Call, reference: Call) -> None:
-    """No time is worth reporting for other numbers than the reference's, up to the rounding of a tensor's sums."""
+class Timed(Protocol):
+    """What can be timed: calling it does the work once, inside `active()`, which is not timed."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def active(self) -> Callable[[], AbstractContextManager[object]]: ...
+
+    def __call__(self) -> object: ...
+
+
+class WrongResultError(AssertionError):
+    """What was to be timed does not compute what the reference does."""
+
+
+def check(call: Timed, reference: Timed) -> None:
+    """No time is worth reporting for other numbers than the reference's, up to the rounding of a tensor's sums.
+
+    Raises:
+        WrongResultError: it names the call and the result.
+    """
+    expected = _results(reference)
+    sizes = [wanted.abs().max().item() for wanted in expected]
+    for i, (result, wanted, size) in enumerate(zip(_results(call), expected, sizes, strict=True)):
+        # By element it would fail the more exact of the two where sums of 80000 terms cancel (the gradient of v). Where
+        # all of it cancels (with S = 1, no score has a gradient), what cancelled was of the others' size.
+        error = (result - wanted).abs().max().item()
+        allowed = TOLERANCE[wanted.dtype] * (size or max(sizes))
+        if not error <= allowed:
+            raise WrongResultError(f"{call.name}: result {i} is off by {error:.1e}, allowed is {allowed:.1e}")
+
+
+def _results(call: Timed) -> list[Tensor]:
     with call.active():
-        actual = call()
-    with reference.active():
-        expected = reference()
-    for i, (result, wanted) in enumerate(zip(actual, expected, strict=True)):
-        # By element it would fail the more exact of the two where sums of 80000 terms cancel (the gradient of v).
-        error, allowed = (result - wanted).abs().max().item(), 3e-5 * wanted.abs().max().item()
-        assert error <= allowed, f"{call.name}: result {i} is off by {error:.1e}, allowed is {allowed:.1e}"
+        return [result for result in call() if result is not None]
 
 
-def race(benchmark: BenchmarkFixture, call: Call, peers: Sequence[Call]) -> dict[str, float]:
+def sample(call: Timed, repeats: int = 1) -> float:
+    """Seconds a call, once."""
+    with call.active():
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to measure: `seconds` a row, within `rounds`; a peer over `too_slow` seconds is not called again."""
+
+    seconds: float = SECONDS_PER_ROW
+    rounds: range = ROUNDS
+    too_slow: float = math.inf
+
+
+def interleave(calls: Sequence[Timed], schedule: Schedule) -> dict[str, list[float]]:
+    """Seconds a call by name, in rounds of one sample of each; the calls after the first are its peers."""
+    warm_up = [(call, sample(call)) for call in calls]
+    seconds = {call.name: [once] for call, once in warm_up}
+    repeated = {}
+    for call, once in warm_up:
+        if once <= schedule.too_slow or (call is calls[0] and len(calls) > 1):
+            again = sample(call) if once < schedule.seconds else once
+            repeated[call.name] = (call, again, math.ceil(SHORTEST_SAMPLE / again))
+    if not repeated:
+        return seconds
+    seconds |= {name: [] for name in repeated}
+    a_round = sum(again * repeats for _, again, repeats in repeated.values())
+    for _ in range(min(max(int(schedule.seconds / a_round), schedule.rounds[0]), schedule.rounds[-1])):
+        for name, (call, _, repeats) in repeated.items():
+            seconds[name].append(sample(call, repeats))
+    return seconds
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two medians, with the quartiles of the rounds' own ratios."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numerator: Sequence[float], denominator: Sequence[float], factor: float = 1.0) -> Ratio:
+        """factor * numerator / denominator, of samples from the same rounds; one that was taken once has no rounds."""
+        value = factor * statistics.median(numerator) / statistics.median(denominator)
+        if len(numerator) != len(denominator) or len(numerator) < 2:
+            return cls(value, value, value)
+        low, _, high = statistics.quantiles(
+            (factor * a / b for a, b in zip(numerator, denominator, strict=True)), method="inclusive"
+        )
+        return cls(value, low, high)
+
+
+def race(benchmark: BenchmarkFixture, call: Timed, peers: Sequence[Timed]) -> dict[str, float]:
     """Median seconds by name. Each recorded round of `call` follows one round of every peer."""
     seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
 
     def peers_round() -> None:
         for peer in peers:
-            with peer.active():
-                start = time.perf_counter()
-                peer()
-                seconds[peer.name].append(time.perf_counter() - start)
+            seconds[peer.name].append(sample(peer))
 
     with call.active():
         start = time.perf_counter()
@@ -48,3 +140,25 @@ def race(benchmark: BenchmarkFixture, call: Call, peers: Sequence[Call]) -> dict
         return {}
     measured = {name: statistics.median(times[-rounds:]) for name, times in seconds.items()}
     return {call.name: benchmark.stats.stats.median} | measured
+
+
+@contextmanager
+def kept_pages() -> Iterator[None]:
+    """The C library keeps freed memory for the next allocation, so that no call pays for the kernel's zeroed pages.
+
+    By default glibc maps every large tensor anew, and a fresh page costs several times its traffic. Elsewhere than on
+    glibc this changes nothing.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(m_mmap_max, 65536)
+        mallopt(m_trim_threshold, 128 * 1024)
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,215 @@
+"""What this machine can do at most, as probes of a few milliseconds that can be timed beside what they bound.
+
+The loops are benchmarks/limits.cpp, compiled at first use for the instruction set that the fused kernels run with, into
+a folder under build/ named after its content, compiler, flags and processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+from attn_ext import backend
+from benchmarks.machine import processor
+from benchmarks.timing import sample
+
+SOURCE = Path(__file__).with_name("limits.cpp")
+BUILD = Path(__file__).parents[1] / "build" / "limits"
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")
+FLAGS_OF_CAPABILITY = {
+    "default": (),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
+}
+
+BUFFER = 1 << 29  # bytes: many last-level caches
+WINDOW = 1 << 26  # bytes a probe goes through in one call: the next ones of the buffer, so that none is in a cache
+STREAMS = ((1, 0), (2, 0), (4, 0), (1, 1024), (4, 1024))  # ways to read: pages at a time, floats prefetched ahead
+STORES = ((0, 0), (0, 512), (1, 0), (1, 512))  # ways to copy: whether past the caches, floats prefetched ahead
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Calling it does `amount` of `unit` ("FLOP", "B" or "elements") once, in a few milliseconds."""
+
+    name: str
+    amount: float
+    unit: str
+    run: Callable[[], object]
+    active: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def __call__(self) -> None:
+        self.run()
+
+
+class NoCompilerError(RuntimeError):
+    """limits.cpp cannot be compiled here; the message says why."""
+
+
+@cache
+def probe(name: str, capability: str | None = None) -> Probe:
+    """The probe of one of `NAMES`, on as many threads as PyTorch has now; `capability` None is the running one's.
+
+    Raises:
+        NoCompilerError: limits.cpp is needed and does not compile.
+    """
+    return Probe(name, *_MAKERS[name](capability or running_capability(), torch.get_num_threads()))
+
+
+def running_capability() -> str:
+    """ "default", "avx2" or "avx512": the instruction set of the fused kernels that run."""
+    if problem := backend.unavailable():
+        raise RuntimeError(f"there is nothing to find the limits of: {problem}")
+    return torch.ops.attn_ext.cpu_capability()
+
+
+def compile_library(capability: str) -> Path:
+    """limits.cpp for `capability` as a shared library; compiled where it is not there yet."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        raise NoCompilerError(
+            "benchmarks/limits.cpp measures the machine's limits, and there is no C++ compiler here: "
+            "put `c++` on the PATH or name one in CXX"
+        )
+    flags = (*FLAGS, *FLAGS_OF_CAPABILITY[capability])
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NoCompilerError(f"benchmarks/limits.cpp cannot be compiled: {compiler} does not run ({error})") from None
+    key = hashlib.sha256("\n".join((SOURCE.read_text(), version, *flags, processor())).encode()).hexdigest()[:16]
+    library = BUILD / key / f"limits-{capability}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        process = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(unfinished)], capture_output=True, text=True)
+        if process.returncode != 0:
+            raise NoCompilerError(f"{compiler} does not compile benchmarks/limits.cpp:\n{process.stderr}")
+        unfinished.replace(library)
+    return library
+
+
+@cache
+def _library(capability: str) -> ctypes.CDLL:
+    # PyTorch's own OpenMP is loaded already and serves this library too, by its name: one pool of threads.
+    library = ctypes.CDLL(str(compile_library(capability)))
+    pointer, count, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    for name, arguments in {
+        "multiply_add": (count, integer),
+        "additive_forward": (count, integer),
+        "additive_backward": (count, integer),
+        "read": (pointer, count, integer, count, integer),
+        "copy": (pointer, pointer, count, integer, count, integer),
+    }.items():
+        function = getattr(library, f"limits_{name}")
+        function.argtypes, function.restype = arguments, None
+    for name in ("additive_forward_elements", "additive_backward_elements"):
+        getattr(library, f"limits_{name}").restype = count
+    return library
+
+
+_Made = tuple[float, str, Callable[[], object]]
+
+
+def _multiply_add(capability: str, threads: int) -> _Made:
+    library, rounds = _library(capability), 1_500_000
+    return (
+        rounds * 12 * 2 * library.limits_lanes() * threads,
+        "FLOP",
+        lambda: library.limits_multiply_add(rounds, threads),
+    )
+
+
+def _additive_loop(direction: str, elements: int) -> Callable[[str, int], _Made]:
+    def make(capability: str, threads: int) -> _Made:
+        library = _library(capability)
+        loop = getattr(library, f"limits_additive_{direction}")
+        each = getattr(library, f"limits_additive_{direction}_elements")()
+        rounds = elements // each
+        return rounds * each * threads, "elements", lambda: loop(rounds, threads)
+
+    return make
+
+
+@cache
+def _buffer(_of: str) -> torch.Tensor:
+    """[BUFFER / 4] float32 in pages as PyTorch's allocator gives them, each touched by the thread that will use it."""
+    return torch.ones(BUFFER // 4)
+
+
+def _windows(of: str) -> Iterator[int]:
+    """The addresses of the buffer's windows, round and round."""
+    first = _buffer(of).data_ptr()
+    return cycle(range(first, first + BUFFER, WINDOW))
+
+
+def _fastest(ways: dict[tuple[int, int], Probe]) -> Callable[[], object]:
+    seconds = {way: min(sample(each) for _ in range(5)) for way, each in ways.items()}
+    return ways[min(seconds, key=seconds.__getitem__)].run
+
+
+def _read(capability: str, threads: int) -> _Made:
+    library, windows = _library(capability), _windows("source")
+
+    def way(streams: int, ahead: int) -> Probe:
+        run = lambda: library.limits_read(next(windows), WINDOW // 4, streams, ahead, threads)  # noqa: E731
+        return Probe("read", WINDOW, "B", run)
+
+    return WINDOW, "B", _fastest({each: way(*each) for each in STREAMS})
+
+
+def _copy(capability: str, threads: int) -> _Made:
+    library, sources, destinations = _library(capability), _windows("source"), _windows("destination")
+
+    def way(streaming: int, ahead: int) -> Probe:
+        run = lambda: library.limits_copy(  # noqa: E731
+            next(destinations), next(sources), WINDOW // 4, streaming, ahead, threads
+        )
+        return Probe("copy", 2 * WINDOW, "B", run)
+
+    return 2 * WINDOW, "B", _fastest({each: way(*each) for each in STORES})
+
+
+def _copy_to_fresh_pages(_capability: str, _threads: int) -> _Made:
+    windows = cycle(_buffer("source").split(WINDOW // 4))
+    return 2 * WINDOW, "B", lambda: next(windows).clone()
+
+
+def _gemm(_capability: str, _threads: int) -> _Made:
+    size = 1024
+    left, right, out = torch.randn(3, size, size).unbind()
+    return 2 * size**3, "FLOP", lambda: torch.mm(left, right, out=out)
+
+
+def _tanh(_capability: str, threads: int) -> _Made:
+    size, repeats = 65536 * threads, 16
+    x, out = torch.linspace(-4, 4, size), torch.empty(size)
+
+    def run() -> None:
+        for _ in range(repeats):
+            torch.tanh(x, out=out)
+
+    return repeats * size, "elements", run
+
+
+_MAKERS = {
+    "multiply-add": _multiply_add,  # float32, in registers
+    "gemm": _gemm,  # torch.mm, float32
+    "read": _read,  # memory
+    "copy": _copy,  # memory, read + write, into pages that are there
+    "copy to fresh pages": _copy_to_fresh_pages,  # torch.clone of what is too large for the allocator to keep
+    "tanh": _tanh,  # torch.tanh, in cache
+    "additive forward": _additive_loop("forward", 40_000_000),  # the prototype's inner loops, in cache
+    "additive backward": _additive_loop("backward", 25_000_000),
+}
+NAMES = tuple(_MAKERS)

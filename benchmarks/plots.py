@@ -1,0 +1,194 @@
+"""Pictures of a run of the targets: `python -m benchmarks.plots results.json --out docs/`, each as PNG and SVG.
+
+limits    the share of its limit that each kernel reaches, by shape
+grid      the fused op's speed-up over its closest peer, by shape
+memory    peak memory of additive attention against T = S
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from benchmarks.grid import Cell
+from benchmarks.implementations import DIRECTIONS, OPS
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
+
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"svg.hashsalt": "attn_ext", "svg.fonttype": "none"})  # the same results are the same file
+
+
+def limits(data: dict[str, Any]) -> Figure | None:
+    """A bar for each share of a limit that something is asked of: rows by target, kernel and shape, columns by pass."""
+    shares = [each for each in data["findings"] if each["unit"] == "%" and each["wanted"] is not None]
+    if not shares:
+        return None
+    rows: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for share in shares:
+        key = share["target"], share["kernel"], _sizes(share["shape"].values())
+        rows.setdefault(key, {}).setdefault(share["direction"], []).append(share)
+    figure, panels = plt.subplots(
+        1, 2, figsize=(9, 1.6 + 0.3 * len(rows)), sharex=True, sharey=True, layout="constrained"
+    )
+    for axes, direction in zip(panels, ("forward", "backward"), strict=True):
+        for y, bars in enumerate(rows.values()):
+            height = 0.8 / max(1, len(bars.get(direction, ())))
+            for i, share in enumerate(bars.get(direction, ())):
+                _bar(axes, y - 0.4 + height * (i + 0.5), height, share)
+        for y, (above, below) in enumerate(pairwise(rows)):
+            if above[0] != below[0]:
+                axes.axhline(y + 0.5, color=GREY, linewidth=0.8)
+        axes.set_title(direction, fontsize=9)
+        axes.set_xlabel("% of the limit")
+    panels[0].set_yticks(range(len(rows)), [f"{kernel} {sizes}" for _, kernel, sizes in rows], fontsize=7)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    legend = [Patch(color=BLUE, label="reached"), Patch(color=ORANGE, label="missed")]
+    legend += [Line2D([], [], color="black", linewidth=2, label="wanted")]
+    legend += [Line2D([], [], color="black", linewidth=0.8, label="quartiles")]
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=8)
+    named = {1: "the prototype's loop", 2: "the multiply-add peak (with, without weights)", 3: "the bandwidth"}
+    order = ", then ".join(named[target] for target in dict.fromkeys(key[0] for key in rows))
+    figure.suptitle(f"Share of the machine's limit: of {order}\n{_where(data)}", fontsize=9)
+    return figure
+
+
+def _bar(axes: Axes, y: float, height: float, share: dict[str, Any]) -> None:
+    value, low, high = (100 * share["ratio"][key] for key in ("value", "low", "high"))
+    axes.barh(y, value, color=BLUE if share["verdict"] == "reached" else ORANGE, height=0.9 * height)
+    axes.plot([low, high], [y, y], color="black", linewidth=0.8)
+    axes.plot([100 * share["wanted"]] * 2, [y - 0.5 * height, y + 0.5 * height], color="black", linewidth=2)
+    axes.text(1, y, f"{value:.0f}", va="center", color="white", fontsize=12 * height**0.5 - 1.5, fontweight="bold")
+
+
+def grid(data: dict[str, Any]) -> Figure | None:
+    """A square for each shape: rows by T and S, columns by B and D."""
+    cells = {cell.key: cell for cell in map(Cell.from_json, data["grid"])}
+    if not cells:
+        return None
+    B, T, S, D = (sorted({cell.key[i] for cell in cells.values()}) for i in range(1, 5))
+    rows, columns = list(product(T, S)), list(product(B, D))
+    figure, panels = plt.subplots(
+        len(DIRECTIONS),
+        len(OPS),
+        figsize=(3 + 0.2 * len(OPS) * len(columns), 2 + 0.2 * len(DIRECTIONS) * len(rows)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    # As logarithms, so that half as fast is as far from white as twice; beyond 10 the colour says enough.
+    norm, image = TwoSlopeNorm(0, math.log(1 / 4), math.log(10)), None
+    for axes, (direction, method) in zip(panels.flat, product(DIRECTIONS, OPS), strict=True):
+        values = [[_closest(cells, method, b, t, s, d, direction) for b, d in columns] for t, s in rows]
+        axes.set_facecolor("#a0aec0")  # no peer that fits in memory, or not measured
+        image = axes.imshow(values, norm=norm, cmap="RdBu", aspect="auto")
+        lost = [
+            (x, y)
+            for (y, (t, s)), (x, (b, d)) in product(enumerate(rows), enumerate(columns))
+            if (cell := cells.get((method, b, t, s, d, direction))) and cell.is_lost
+        ]
+        axes.plot(*zip(*lost, strict=True), "k.", markersize=3) if lost else None
+        axes.set_title(f"{method}, {direction}", fontsize=9)
+        for position in range(len(D), len(columns), len(D)):
+            axes.axvline(position - 0.5, color="white", linewidth=2)
+        for position in range(len(S), len(rows), len(S)):
+            axes.axhline(position - 0.5, color="white", linewidth=2)
+    for axes in panels[-1]:
+        axes.set_xticks(range(len(columns)), [f"{b}, {d}" for b, d in columns], rotation=90, fontsize=6)
+        axes.set_xlabel("B, D")
+    for axes in panels[:, 0]:
+        axes.set_yticks(range(len(rows)), [f"{t}, {s}" for t, s in rows], fontsize=6)
+        axes.set_ylabel("T, S")
+    bar = figure.colorbar(
+        image, ax=panels, shrink=0.6, ticks=[math.log(each) for each in (1 / 4, 1 / 2, 1, 2, 5, 10)], extend="both"
+    )
+    bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "5", "10"])
+    legend = "a dot: lost beyond the spread; grey: no peer fits in memory, or not measured"
+    figure.suptitle(f"Speed-up over the closest peer; {legend}\n{_where(data)}", fontsize=9)
+    return figure
+
+
+def memory(data: dict[str, Any]) -> Figure | None:
+    """Filled: measured; hollow and dashed: computed."""
+    points = data["memory"]
+    if not points:
+        return None
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for name, colour in (("fused", BLUE), ("eager", ORANGE)):
+        of_it = [point for point in points if point["implementation"] == name]
+        measured = [(point["sizes"][1], point["measured"] / 1e9) for point in of_it if point["measured"]]
+        if measured:
+            axes.plot(*zip(*measured, strict=True), "o-", color=colour, label=f"{name}, measured")
+        beyond = [(point["sizes"][1], point["computed"] / 1e9) for point in of_it if point["measured"] is None]
+        if beyond:
+            axes.plot(*zip(*measured[-1:], *beyond, strict=True), "--", color=colour)
+            axes.plot(*zip(*beyond, strict=True), "o", color=colour, markerfacecolor="white", label=f"{name}, computed")
+            axes.annotate(f"{beyond[-1][1]:.0f} GB", beyond[-1], (0, 7), textcoords="offset points", ha="center")
+        elif measured:
+            axes.annotate(f"{measured[-1][1]:.2g} GB", measured[-1], (0, 7), textcoords="offset points", ha="center")
+    axes.set_yscale("log")
+    axes.margins(0.06, 0.1)
+    axes.set_xlabel("T = S")
+    axes.set_ylabel("GB beyond inputs, outputs and gradients")
+    axes.grid(axis="y", color="#e2e8f0")
+    axes.legend(frameon=False)
+    B, _, _, A = points[0]["sizes"]
+    figure.suptitle(f"Peak memory of additive attention, forward + backward, B={B}, A={A}\n{_where(data)}", fontsize=9)
+    return figure
+
+
+PLOTS = {"limits": limits, "grid": grid, "memory": memory}
+
+
+def _closest(cells: dict[Any, Cell], *key: object) -> float:
+    cell = cells.get(key)
+    return math.log(cell.worst[1].value) if cell is not None and cell.worst else math.nan
+
+
+def _sizes(values: Iterable[object]) -> str:
+    return f"({','.join(str(value) for value in values if not isinstance(value, str))})"
+
+
+def _where(data: dict[str, Any]) -> str:
+    settings = data["settings"]
+    return f"{settings['machine']}\n{settings['software'].split(',')[0]}, commit {settings['commit']}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="what benchmarks.targets --json wrote")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER")
+    arguments = parser.parse_args()
+    data = json.loads(arguments.results.read_text())
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, draw in PLOTS.items():
+        figure = draw(data)
+        if figure is None:
+            print(f"{name}: {arguments.results} has nothing for it")
+            continue
+        for ending in ("png", "svg"):
+            path = arguments.out / f"{name}.{ending}"
+            figure.savefig(path, dpi=150, metadata={"Date": None} if ending == "svg" else None)
+            print(path)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

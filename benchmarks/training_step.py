@@ -1,0 +1,101 @@
+"""One training step of a decoder that attends step by step: what attention adds to a decoder without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attn_ext
+from benchmarks.implementations import FUSED, REFERENCE
+from benchmarks.shapes import Shape
+
+VOCABULARY = 2000
+ATTENTIONS = (FUSED.name, "none", "eager", REFERENCE.name)
+
+# What a step calls: its hidden state [B, H] to its context [B, H].
+Attend = Callable[[Tensor], Tensor]
+
+
+class Decoder(nn.Module):
+    """A GRU, its attention, h~ = tanh(Wc [h; c]) and the output layer, for hidden size H and `VOCABULARY` symbols."""
+
+    def __init__(self, method: str, size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, size)
+        self.cell = nn.GRUCell(size, size)
+        self.attention = attn_ext.LuongAttention(method, size)
+        self.Wc = nn.Linear(2 * size, size, bias=False)
+        self.output = nn.Linear(size, VOCABULARY)
+
+    def forward(self, targets: Tensor, memory: Tensor, prepare: Callable[[nn.Module, Tensor], Attend]) -> Tensor:
+        """The mean loss of predicting `targets` [B, T] from `memory` [B, S, H]; `prepare` sees the memory once."""
+        attend = prepare(self.attention, memory)
+        hidden = memory[:, -1]
+        losses = []
+        previous = torch.zeros_like(targets[:, 0])
+        for target in targets.unbind(1):
+            hidden = self.cell(self.embedding(previous), hidden)
+            attentional = torch.tanh(self.Wc(torch.cat([hidden, attend(hidden)], dim=-1)))
+            losses.append(F.cross_entropy(self.output(attentional), target))
+            previous = target
+        return torch.stack(losses).mean()
+
+
+def _none(_attention: nn.Module, memory: Tensor) -> Attend:
+    # The rest of the decoder is to be the same: Wc reads the encoder's last output at every step.
+    last = memory[:, -1]
+    return lambda _hidden: last
+
+
+def _attn_ext(attention: nn.Module, memory: Tensor) -> Attend:
+    prepared = attention.memory(memory)
+    return lambda hidden: attention(hidden, prepared)[0]
+
+
+def _eager(attention: nn.Module, memory: Tensor) -> Attend:
+    """The best-written form: what does not depend on the step is taken once, before the loop."""
+    if attention.method == "concat":
+        size = attention.hidden_size
+        query_weight = attention.Wa.weight[:, :size]
+        keys = F.linear(memory, attention.Wa.weight[:, size:])
+
+    def attend(hidden: Tensor) -> Tensor:
+        if attention.method == "concat":
+            query = F.linear(hidden, query_weight)
+            scores = torch.tanh(query.unsqueeze(1) + keys) @ attention.Va  # [B, S]
+        else:
+            query = hidden if attention.Wa is None else attention.Wa(hidden)
+            scores = torch.bmm(memory, query.unsqueeze(2)).squeeze(2)
+        return torch.bmm(torch.softmax(scores, dim=-1).unsqueeze(1), memory).squeeze(1)
+
+    return attend
+
+
+class TrainingStep:
+    """Forward, loss and backward of one batch; returns the loss and the gradients of memory and all parameters."""
+
+    def __init__(self, attention: str, method: str, shape: Shape) -> None:
+        B, T, S, H = shape.sizes
+        self.name = attention
+        self.active: Callable[[], AbstractContextManager[object]] = nullcontext
+        if attention in (FUSED.name, REFERENCE.name):
+            self.active = partial(attn_ext.use_backend, attention)
+        self._prepare = {"none": _none, "eager": _eager}.get(attention, _attn_ext)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self._decoder = Decoder(method, H)
+            self._memory = torch.randn(B, S, H).mul_(H**-0.5).requires_grad_()
+            self._targets = torch.randint(VOCABULARY, (B, T))
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        loss = self._decoder(self._targets, self._memory, self._prepare)
+        return loss, *torch.autograd.grad(loss, list(self._leaves()), allow_unused=True)
+
+    def _leaves(self) -> Iterator[Tensor]:
+        yield self._memory
+        yield from self._decoder.parameters()

@@ -1,0 +1,165 @@
+"""benchmarks/: limits are measured, the targets' command runs and keeps what it found, wrong results are refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import grid, limits, report, targets
+from benchmarks.implementations import EAGER, FUSED, OPS, REFERENCE, Call, Problem
+from benchmarks.shapes import GRID, GRID_COMPILED, GRID_SAMPLE, Shape, unnamed
+from benchmarks.timing import Ratio, Schedule, WrongResultError, check, interleave, sample
+from tests.processes import python
+
+ROOT = Path(grid.__file__).parents[1]
+
+pytestmark = pytest.mark.fused
+
+INSTANT = Schedule(0.0, range(2, 3))
+CAPABILITIES = ("default", "avx2", "avx512")  # each with those before it
+
+
+@pytest.fixture(scope="module")
+def _compiler() -> None:
+    try:
+        limits.compile_library("default")
+    except limits.NoCompilerError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def results(_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a quick run over two targets wrote."""
+    path = tmp_path_factory.mktemp("targets") / "results.json"
+    process = python("-m", "benchmarks.targets", "--quick", "--only", "1", "7", "--json", str(path), cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    assert "7  the cost of a call" in process.stdout
+    assert "targets' rows reached" in process.stdout
+    return path
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_arithmetic_limits_are_plausible(capability: str) -> None:
+    if CAPABILITIES.index(capability) > CAPABILITIES.index(limits.running_capability()):
+        pytest.skip(f"this run is limited to {limits.running_capability()}")
+    rates = {}
+    for name in ("multiply-add", "additive forward", "additive backward"):
+        probe = limits.probe(name, capability)
+        rates[name] = probe.amount / min(sample(probe) for _ in range(3))
+    assert 1e9 < rates["multiply-add"] < 1e14
+    # An additive element takes at least two multiply-adds forward, and five backward.
+    assert 1e7 < rates["additive forward"] < rates["multiply-add"] / 4
+    assert 1e7 < rates["additive backward"] < rates["multiply-add"] / 10
+
+
+def test_without_a_compiler_the_message_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(limits.NoCompilerError, match="no-such-compiler does not run"):
+        limits.compile_library("default")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(limits.NoCompilerError, match=r"put `c\+\+` on the PATH or name one in CXX"):
+        limits.compile_library("default")
+
+
+def test_the_results_have_all_that_their_readers_need(results: Path) -> None:
+    data = json.loads(results.read_text())
+    assert data["settings"].keys() >= {"machine", "software", "commit", "build"}
+    assert data["limits"].keys() == set(limits.NAMES)
+    for limit in data["limits"].values():
+        assert 0 < limit["rate"] <= limit["best"]
+    assert {finding["target"] for finding in data["findings"]} == {1, 7}
+    for finding in data["findings"]:
+        assert finding.keys() >= {"kernel", "direction", "shape", "measure", "unit", "ratio", "wanted", "seconds"}
+        assert finding["wanted"] is None or finding["verdict"].startswith(("reached", "missed by"))
+    assert {point["implementation"] for point in data["memory"]} == {"fused", "eager"}
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    settings = report.settings() | {"commit": "another"}
+    path.write_text(json.dumps({"settings": settings}))
+    with pytest.raises(SystemExit, match="another commit, machine or setting"):
+        targets.Document(path)
+
+
+def test_plots_are_drawn(results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data = json.loads(results.read_text())
+    grid.measure(unnamed((1, 1, 7, 64)), INSTANT, [], lambda cell: data["grid"].append(cell.to_json()))
+    complete = tmp_path / "results.json"
+    complete.write_text(json.dumps(data))
+    process = python("-m", "benchmarks.plots", str(complete), "--out", str(tmp_path / "docs"), cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    drawn = {path.name: path.stat().st_size for path in (tmp_path / "docs").iterdir()}
+    assert drawn.keys() == {f"{name}.{ending}" for name in ("limits", "grid", "memory") for ending in ("png", "svg")}
+    assert min(drawn.values()) > 5000
+
+
+def test_the_grid_goes_on_where_it_stopped() -> None:
+    shapes = unnamed((1, 1, 7, 64), (2, 3, 5, 16))
+    kept: list[dict[str, Any]] = []
+
+    def stop_after_five(cell: grid.Cell) -> None:
+        kept.append(json.loads(json.dumps(cell.to_json())))
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grid.measure(shapes, INSTANT, [], stop_after_five)
+    done = [grid.Cell.from_json(each) for each in kept]
+    new: list[grid.Cell] = []
+    cells = grid.measure(shapes, INSTANT, done, new.append)
+    assert len(cells) == len(shapes) * len(OPS) * 2
+    assert len(new) == len(cells) - 5
+    assert [cell for cell in cells if cell.key in {each.key for each in done}] == done
+    assert "worst cell: " in grid.summary(cells)[-1]
+
+
+def test_a_cell_is_lost_only_beyond_the_spread() -> None:
+    cell = grid.Cell("dot", 1, 1, 7, 64, "forward", (1, 1, 7, 64))
+    assert not cell.is_lost
+    assert not replace(cell, ratios={"eager": Ratio(0.9, 0.8, 1.1)}).is_lost
+    lost = replace(cell, ratios={"eager": Ratio(2.0, 1.9, 2.1), "SDPA": Ratio(0.9, 0.8, 0.95)})
+    assert lost.is_lost
+    assert lost.worst == ("SDPA", Ratio(0.9, 0.8, 0.95))
+
+
+def test_the_sample_and_the_compiled_shapes_are_of_the_grid() -> None:
+    assert len(GRID) == 4 * 4 * 5 * 5
+    assert set(GRID_SAMPLE) <= set(GRID)
+    assert set(GRID_COMPILED) <= set(GRID)
+
+
+def test_a_peer_too_large_for_the_memory_is_skipped_by_name() -> None:
+    (shape,) = unnamed((256, 256, 1000, 1024))
+    reason = grid.why_skipped(EAGER, "additive", shape, "forward+backward")
+    assert reason is not None
+    assert "GB" in reason
+    assert grid.why_skipped(FUSED, "additive", shape, "forward+backward") is None
+
+
+@pytest.mark.parametrize("method", OPS)
+def test_an_implementation_with_other_results_is_refused(method: str) -> None:
+    def scaled(*arguments: Any, **options: Any) -> Any:
+        context, weights = EAGER.attend(*arguments, **options)
+        return context * 1.001, weights
+
+    problem = Problem(method, Shape("", 2, 3, 5, 16))
+    reference = Call(REFERENCE, problem, "forward+backward")
+    check(Call(EAGER, problem, "forward+backward"), reference)
+    with pytest.raises(WrongResultError, match="scaled: result 0 is off by"):
+        check(Call(replace(EAGER, name="scaled", attend=scaled), problem, "forward+backward"), reference)
+
+
+def test_a_slow_peer_is_timed_once() -> None:
+    problem = Problem("dot", Shape("", 1, 1, 3, 4))
+    calls = [Call(FUSED, problem, "forward"), Call(EAGER, problem, "forward")]
+    assert [len(times) for times in interleave(calls, INSTANT).values()] == [2, 2]
+    assert [len(times) for times in interleave(calls, replace(INSTANT, too_slow=0.0)).values()] == [2, 1]
+    assert [len(times) for times in interleave(calls[:1], replace(INSTANT, too_slow=0.0)).values()] == [1]
