@@ -18,7 +18,7 @@ struct View {
 
 // Source steps are taken in tiles of at most kTile rows, queries in chunks of at most kChunk.
 constexpr int64_t kTile = 128;
-constexpr int64_t kChunk = 64;
+constexpr int64_t kChunk = 128;
 
 struct Problem {
   Dtype dtype;

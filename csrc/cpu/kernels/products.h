@@ -75,9 +75,17 @@ struct Coefficients {
 };
 
 // multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist.
-template <int rows, int width, bool partial, class acc, class RowOf>
+template <int rows, int width, bool partial, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
-    acc* out, int64_t stride, Coefficients<acc> c, const RowOf& row, int64_t depth, int64_t count, bool add, acc factor) {
+    acc* out,
+    int64_t stride,
+    Coefficients<acc> c,
+    const acc* const* b,
+    int64_t n,
+    int64_t depth,
+    int64_t count,
+    bool add,
+    acc factor) {
   static_assert(!partial || width == 1);
   constexpr int lanes = Vec<acc>::size();
   const auto load = [&](const acc* from) { return partial ? Vec<acc>::loadu(from, count) : Vec<acc>::loadu(from); };
@@ -90,18 +98,18 @@ template <int rows, int width, bool partial, class acc, class RowOf>
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const acc* from = row(k);
-    Vec<acc> b[width];
+    const acc* from = b[k] + n;
+    Vec<acc> right[width];
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      b[w] = load(from + w * lanes);
+      right[w] = load(from + w * lanes);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
       const Vec<acc> coefficient(c.data[i * c.row + k * c.column]);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
-        sums[i][w] = at::vec::fmadd(coefficient, b[w], sums[i][w]);
+        sums[i][w] = at::vec::fmadd(coefficient, right[w], sums[i][w]);
       }
     }
   }
@@ -114,15 +122,15 @@ template <int rows, int width, bool partial, class acc, class RowOf>
   }
 }
 
-// Columns of rows of b, vector by vector: `tallest` rows of out a register tile, as many vectors abreast as its accumulators allow.
-template <int tallest, int width, class acc, class RowOf>
-int64_t multiply_columns(
+// Columns n .. size of the rows, `width` vectors abreast, then half as many, and part of a vector last.
+template <int tallest, int width, class acc>
+void multiply_columns(
     int64_t n,
     acc* out,
     int64_t stride,
     int64_t height,
     Coefficients<acc> c,
-    const RowOf& row,
+    const acc* const* b,
     int64_t depth,
     int64_t size,
     bool add,
@@ -130,54 +138,39 @@ int64_t multiply_columns(
   constexpr int64_t lanes = Vec<acc>::size();
   const auto tiles = [&](auto partial) {
     for_even_blocks<tallest>(height, [&](auto rows, int64_t i) {
-      multiply_tile<rows.value, width, partial.value>(
-          out + i * stride + n,
-          stride,
-          {c.data + i * c.row, c.row, c.column},
-          [&row, n](int64_t k) { return row(k) + n; },
-          depth,
-          size - n,
-          add,
-          factor);
+      const Coefficients<acc> block{c.data + i * c.row, c.row, c.column};
+      multiply_tile<rows.value, width, partial.value>(out + i * stride + n, stride, block, b, n, depth, size - n, add, factor);
     });
   };
   for (; n + width * lanes <= size; n += width * lanes) {
     tiles(std::false_type());
   }
   if constexpr (width > 1) {
-    return multiply_columns<tallest, width / 2>(n, out, stride, height, c, row, depth, size, add, factor);
+    multiply_columns<tallest, width / 2>(n, out, stride, height, c, b, depth, size, add, factor);
   } else if (n < size) {
     tiles(std::true_type());
   }
-  return size;
 }
 
-// out_i = factor (out_i + sum_k c(i, k) b_k), without the first out_i unless `add`; for `height` rows of out, `stride` apart, with
-// row(k) the address of b_k. A block of b, all k by a few vectors, stays in the first-level cache while out's rows pass.
-template <class acc, class RowOf>
-void multiply_from(
+// out_i = factor (out_i + sum_k c(i, k) b_k), without the first out_i unless `add`; for `height` rows of out, `stride` apart. A
+// block of b, all k by a few vectors, stays in the first-level cache while out's rows pass.
+template <class acc>
+void multiply(
     acc* out,
     int64_t stride,
     int64_t height,
     Coefficients<acc> c,
-    const RowOf& row,
+    const acc* const* b,
     int64_t depth,
     int64_t size,
     bool add,
     acc factor = 1) {
   if (height == 1) {
-    // As many accumulators, from as many vectors abreast.
-    multiply_columns<1, abreast(1)>(0, out, stride, height, c, row, depth, size, add, factor);
+    // As many accumulators, from more vectors abreast.
+    multiply_columns<1, abreast(1)>(0, out, stride, height, c, b, depth, size, add, factor);
   } else {
-    multiply_columns<kTallest, abreast(kTallest)>(0, out, stride, height, c, row, depth, size, add, factor);
+    multiply_columns<kTallest, abreast(kTallest)>(0, out, stride, height, c, b, depth, size, add, factor);
   }
-}
-
-// The same for rows in an array of addresses.
-template <class acc>
-void multiply(
-    acc* out, int64_t stride, int64_t height, Coefficients<acc> c, const acc* const* rows, int64_t depth, int64_t size, bool add) {
-  multiply_from(out, stride, height, c, [rows](int64_t k) { return rows[k]; }, depth, size, add);
 }
 
 // out[i][j] = factor * (the sum of sums[i][j]); out's rows are `stride` apart.
@@ -285,18 +278,22 @@ void dot_products(
       constexpr int64_t lanes = Vec<acc>::size();
       const int64_t rest = b_count % lanes;
       const int64_t paneled = rest > lanes / 2 ? b_count : b_count - rest;
+      const acc* columns[kPanelDepth];
+      for (int64_t k = 0; k < kPanelDepth; ++k) {
+        columns[k] = panel + k * kPanelWidth;
+      }
       for (; j0 < paneled; j0 += kPanelWidth) {
         const int64_t width = std::min(kPanelWidth, paneled - j0);
         for (int64_t d = 0; d < size; d += kPanelDepth) {
           const int64_t depth = std::min(kPanelDepth, size - d);
           transpose(panel, kPanelWidth, b + j0, width, d, depth);
           // a's rows are evenly spaced: they are queries.
-          multiply_from(
+          multiply<acc>(
               out + j0,
               stride,
               a_count,
               {a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1},
-              [panel](int64_t k) { return panel + k * kPanelWidth; },
+              columns,
               depth,
               (width + lanes - 1) / lanes * lanes,
               d > 0,
