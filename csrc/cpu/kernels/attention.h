@@ -19,12 +19,6 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 template <class acc>
 constexpr acc kNothing = -std::numeric_limits<acc>::infinity();
 
-template <class acc>
-constexpr int64_t whole_vectors(int64_t count) {
-  constexpr int64_t lanes = Vec<acc>::size();
-  return (count + lanes - 1) / lanes * lanes;
-}
-
 // The scores of a chunk of queries against a tile, rows `stride` apart: masked pairs become -inf, and rows are filled up with it to
 // whole vectors.
 template <class acc>
@@ -73,7 +67,7 @@ template <class Score>
 struct AttentionForward {
   using acc = typename Score::acc;
 
-  // One item's scratch. Until merge() the first four hold its result.
+  // One item's scratch. Until merge() it holds the result of one of several splits.
   struct Slot {
     Slot(const Forward& f, char* base)
         : arena(base),
@@ -81,6 +75,7 @@ struct AttentionForward {
           tiles(f.weights == nullptr ? 0 : f.plan.split_size / f.plan.tile),
           row_max(arena.take<acc>(f.plan.chunk)),
           row_sum(arena.take<acc>(f.plan.chunk)),
+          factors(arena.take<acc>(f.plan.chunk)),
           context(arena.take<acc>(f.plan.chunk * context_stride)),
           tile_max(arena.take<acc>(f.plan.chunk * tiles)),
           tile_end(arena.take<int64_t>(tiles)),
@@ -95,6 +90,7 @@ struct AttentionForward {
     int64_t tiles;  // of a split, at most; 0 without weights
     acc* row_max;
     acc* row_sum;
+    acc* factors;       // of a product's rows
     acc* context;       // not yet divided by row_sum
     acc* tile_max;      // [chunk][tiles] row_max when the tile's weights were written
     int64_t* tile_end;  // [tiles] the step behind each tile's last
@@ -120,7 +116,9 @@ struct AttentionForward {
     SourceWalk walk(problem, item, f.plan.tile);
     int64_t tiles = 0;
     int64_t written = item.first_step;  // up to here the weights are written
-    for (Tile tile; walk.next(tile); ++tiles) {
+    Tile tile, next;
+    for (bool more = walk.next(tile); more; ++tiles, std::swap(tile, next)) {
+      more = walk.next(next);
       slot.memory.load(item.batch, tile);
       slot.score.load_keys(item.batch, tile, slot.memory);
       slot.score.scores(slot.tile_scores, stride, 0, item.queries, tile.count, slot.panel);
@@ -137,15 +135,24 @@ struct AttentionForward {
       if (f.weights != nullptr) {
         slot.tile_end[tiles] = written;
       }
+      // The last product of an item that stands alone goes where it belongs.
+      const bool final = !more && f.plan.splits == 1;
+      for (int64_t t = 0; t < item.queries; ++t) {
+        slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
+      }
+      const acc* before = tiles > 0 ? slot.context : nullptr;
       multiply<acc>(
-          slot.context,
-          slot.context_stride,
+          {final ? context_of(f, item) : slot.context,
+           final ? problem.memory_size : slot.context_stride,
+           before,
+           slot.context_stride,
+           slot.factors,
+           1},
           item.queries,
           {slot.tile_scores, stride, 1},
           slot.memory.addresses(),
           tile.count,
-          problem.memory_size,
-          tiles > 0);
+          problem.memory_size);
     }
     *slot.used = tiles;
     for (int64_t t = 0; t < item.queries; ++t) {
@@ -172,10 +179,12 @@ struct AttentionForward {
     }
     for (int64_t t = 0; t < item.queries; ++t) {
       const acc row_sum = slot.row_sum[t];
-      const acc factor = row_sum == 0 ? acc(0) : 1 / row_sum;
-      acc* context = static_cast<acc*>(f.context) + (first_row + t) * problem.memory_size;
-      scale_row(context, slot.context + t * slot.context_stride, problem.memory_size, factor);
       static_cast<acc*>(f.logsumexp)[first_row + t] = slot.row_max[t] + std::log(row_sum);
+      if (f.plan.splits > 1 || *slot.used == 0) {
+        const acc factor = row_sum == 0 ? acc(0) : 1 / row_sum;
+        acc* context = context_of(f, item) + t * problem.memory_size;
+        scale_row(context, slot.context + t * slot.context_stride, problem.memory_size, factor);
+      }
     }
     if (f.weights == nullptr) {
       return;
@@ -187,6 +196,10 @@ struct AttentionForward {
   }
 
  private:
+  static acc* context_of(const Forward& f, const Item& item) {
+    return static_cast<acc*>(f.context) + (item.batch * f.problem.queries + item.first_query) * f.problem.memory_size;
+  }
+
   static acc* weights_of(const Forward& f, const Item& item, int64_t t) {
     return static_cast<acc*>(f.weights) + (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps;
   }
@@ -220,7 +233,7 @@ struct AttentionForward {
       acc* context = slot.context + t * slot.context_stride;
       const acc* other_context = other.context + t * slot.context_stride;
       scale_row(context, context, size, kept);
-      multiply<acc>(context, 0, 1, {&entering, 0, 0}, &other_context, 1, size, true);
+      multiply<acc>({context, 0, true}, 1, {&entering, 0, 0}, &other_context, 1, size);
       slot.row_sum[t] = slot.row_sum[t] * kept + other.row_sum[t] * entering;
       slot.row_max[t] = row_max;
     }
@@ -339,7 +352,7 @@ struct AttentionBackward {
 
     Arena arena;
     int64_t query_stride;
-    acc* grad_query;  // [queries][key_size]: until merge() the split's share
+    acc* grad_query;  // [queries][key_size]: the split's share, in the output itself where it can be
     acc* delta;
     acc* coefficients;  // a chunk's weights, and right behind them the gradients of its scores, [chunk][tile] each
     acc* panel;
@@ -397,7 +410,7 @@ struct AttentionBackward {
       for (int64_t z = 1; z < f.plan.splits; ++z) {
         const acc one = 1;
         const acc* other = Slot(f, slots + z * slot_size).grad_query + t * slot.query_stride;
-        multiply<acc>(row, 0, 1, {&one, 0, 0}, &other, 1, problem.key_size, true);
+        multiply<acc>({row, 0, true}, 1, {&one, 0, 0}, &other, 1, problem.key_size);
       }
       const int64_t first = (group * problem.queries + t) * problem.key_size;
       store_row(problem.dtype, f.grad_query, first, row, problem.key_size);
@@ -452,14 +465,12 @@ struct AttentionBackward {
       const acc* coefficients = end == rows ? grad_scores : weights;
       end = slot.gradient.queries_of_memory(end, first, count);
       multiply<acc>(
-          slot.grad_memory.rows(),
-          slot.grad_memory.stride(),
+          {slot.grad_memory.rows(), slot.grad_memory.stride(), first > 0},
           tile.count,
           {coefficients, 1, stride},
           rows,
           end - rows,
-          problem.memory_size,
-          first > 0);
+          problem.memory_size);
     }
     slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride);
   }

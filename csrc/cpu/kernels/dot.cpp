@@ -59,7 +59,7 @@ class DotGradient : public DotScore<acc> {
       const acc* grad_scores, int64_t stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t query_stride) {
     if (f_.grad_query != nullptr) {
       acc* out = grad_query + first * query_stride;
-      multiply<acc>(out, query_stride, count, {grad_scores, stride, 1}, this->keys_, steps, this->size_, true);
+      multiply<acc>({out, query_stride, true}, count, {grad_scores, stride, 1}, this->keys_, steps, this->size_);
     }
   }
 

@@ -1,7 +1,7 @@
 // The two matrix products of attention, over rows given by address so that a mask's gaps and any stride cost nothing.
 //
 //   dot_products   out[i][j] = factor a_i . b_j           scores, and the gradient of the weights
-//   multiply       out[i] += sum_k c(i, k) b_k            contexts, and the gradients of rows
+//   multiply       out_i (+)= sum_k c(i, k) b_k           contexts, and the gradients of rows
 //
 // multiply broadcasts its coefficients, so that no sum crosses a vector: with the 64 or more k of a tile it runs at 80 to 95 % of
 // the multiply-add peak, as oneDNN's brgemm does. Dot products of many rows go its way too, over b transposed block by block; those
@@ -15,29 +15,25 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Accumulators of a register tile of multiply, and its greatest height. AVX-512 has 32 registers: 6 x 4 accumulators, 4 vectors of
-// b and a coefficient; AVX2 has 16: 6 x 2, 2 and 1. Two multiply-adds a cycle with a latency of four need eight at least. Without
-// either, a vector of PyTorch's takes two registers.
+// Accumulators of a register tile of multiply. AVX-512 has 32 registers: 24 accumulators, 3 or 4 vectors of b and a coefficient;
+// AVX2 has 16: 12, 2 and 1. Two multiply-adds a cycle with a latency of four need eight at least. Without either, a vector of
+// PyTorch's takes two registers.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kAccumulators = 24, kTallest = 6;
+constexpr int kAccumulators = 24, kWidest = 4;
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int kAccumulators = 12, kTallest = 6;
+constexpr int kAccumulators = 12, kWidest = 2;
 #else
-constexpr int kAccumulators = 4, kTallest = 2;
+constexpr int kAccumulators = 4, kWidest = 2;
 #endif
 
-// The square register tile of sums along vectors: 4 x 4 accumulators and their 8 operands, or half of the columns.
-constexpr int kRows = kTallest < 4 ? kTallest : 4;
-constexpr int kColumns = kAccumulators / kTallest;
-
-// Vectors abreast in a register tile of so many rows: a power of two, at most 8.
-constexpr int abreast(int rows) {
-  int width = 8;
-  while (rows * width > kAccumulators) {
-    width /= 2;
-  }
-  return width;
+// Its height, by the vectors of b abreast; more than eight rows gain nothing.
+constexpr int tallest(int width) {
+  return std::min(kAccumulators / width, 8);
 }
+
+// The square register tile of sums along vectors: 4 x 4 accumulators and their 8 operands, or half of the columns.
+constexpr int kRows = kAccumulators / 4 < 4 ? 2 : 4;
+constexpr int kColumns = kWidest;
 
 // f(std::integral_constant<int, n>, first) over blocks of at most `block` that cover 0 .. count.
 template <int block, class F>
@@ -74,18 +70,34 @@ struct Coefficients {
   int64_t column;
 };
 
+// Where rows go: to_i = factor_i (plus_i + what is computed), without a plus where it is null, with factor_i = factors[i * step].
+template <class acc>
+struct Result {
+  acc* to;
+  int64_t stride;
+  const acc* plus;
+  int64_t plus_stride;
+  const acc* factors;
+  int64_t step;
+
+  static constexpr acc kOne = 1;
+
+  Result(acc* out, int64_t stride, bool add = false) : Result(out, stride, add ? out : nullptr, stride, &kOne, 0) {}
+
+  Result(acc* out, int64_t stride, const acc* plus, int64_t plus_stride, const acc* factors, int64_t step)
+      : to(out), stride(stride), plus(plus), plus_stride(plus_stride), factors(factors), step(step) {}
+
+  // From row i and column n on.
+  Result at(int64_t i, int64_t n) const {
+    return {
+        to + i * stride + n, stride, plus == nullptr ? nullptr : plus + i * plus_stride + n, plus_stride, factors + i * step, step};
+  }
+};
+
 // multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist.
 template <int rows, int width, bool partial, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
-    acc* out,
-    int64_t stride,
-    Coefficients<acc> c,
-    const acc* const* b,
-    int64_t n,
-    int64_t depth,
-    int64_t count,
-    bool add,
-    acc factor) {
+    Result<acc> out, Coefficients<acc> c, const acc* const* b, int64_t n, int64_t depth, int64_t count) {
   static_assert(!partial || width == 1);
   constexpr int lanes = Vec<acc>::size();
   const auto load = [&](const acc* from) { return partial ? Vec<acc>::loadu(from, count) : Vec<acc>::loadu(from); };
@@ -94,7 +106,7 @@ template <int rows, int width, bool partial, class acc>
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      sums[i][w] = add ? load(out + i * stride + w * lanes) : Vec<acc>(0);
+      sums[i][w] = out.plus == nullptr ? Vec<acc>(0) : load(out.plus + i * out.plus_stride + w * lanes);
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -115,61 +127,45 @@ template <int rows, int width, bool partial, class acc>
   }
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
+    const Vec<acc> factor(out.factors[i * out.step]);
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      (sums[i][w] * Vec<acc>(factor)).store(out + i * stride + w * lanes, partial ? static_cast<int>(count) : lanes);
+      (sums[i][w] * factor).store(out.to + i * out.stride + w * lanes, partial ? static_cast<int>(count) : lanes);
     }
   }
 }
 
-// Columns n .. size of the rows, `width` vectors abreast, then half as many, and part of a vector last.
-template <int tallest, int width, class acc>
-void multiply_columns(
-    int64_t n,
-    acc* out,
-    int64_t stride,
-    int64_t height,
-    Coefficients<acc> c,
-    const acc* const* b,
-    int64_t depth,
-    int64_t size,
-    bool add,
-    acc factor) {
-  constexpr int64_t lanes = Vec<acc>::size();
-  const auto tiles = [&](auto partial) {
-    for_even_blocks<tallest>(height, [&](auto rows, int64_t i) {
-      const Coefficients<acc> block{c.data + i * c.row, c.row, c.column};
-      multiply_tile<rows.value, width, partial.value>(out + i * stride + n, stride, block, b, n, depth, size - n, add, factor);
-    });
-  };
-  for (; n + width * lanes <= size; n += width * lanes) {
-    tiles(std::false_type());
-  }
-  if constexpr (width > 1) {
-    multiply_columns<tallest, width / 2>(n, out, stride, height, c, b, depth, size, add, factor);
-  } else if (n < size) {
-    tiles(std::true_type());
-  }
-}
-
-// out_i = factor (out_i + sum_k c(i, k) b_k), without the first out_i unless `add`; for `height` rows of out, `stride` apart. A
-// block of b, all k by a few vectors, stays in the first-level cache while out's rows pass.
+// For `height` rows of the result, sum_k c(i, k) b_k. A block of b, all k by a few vectors, stays in the first-level cache while
+// the result's rows pass.
 template <class acc>
-void multiply(
-    acc* out,
-    int64_t stride,
-    int64_t height,
-    Coefficients<acc> c,
-    const acc* const* b,
-    int64_t depth,
-    int64_t size,
-    bool add,
-    acc factor = 1) {
-  if (height == 1) {
-    // As many accumulators, from more vectors abreast.
-    multiply_columns<1, abreast(1)>(0, out, stride, height, c, b, depth, size, add, factor);
-  } else {
-    multiply_columns<kTallest, abreast(kTallest)>(0, out, stride, height, c, b, depth, size, add, factor);
+void multiply(Result<acc> out, int64_t height, Coefficients<acc> c, const acc* const* b, int64_t depth, int64_t size) {
+  constexpr int lanes = Vec<acc>::size();
+  int64_t n = 0;
+  const auto columns = [&](auto width, auto partial) {
+    for_even_blocks<tallest(width.value)>(height, [&](auto rows, int64_t i) {
+      multiply_tile<rows.value, width.value, partial.value>(
+          out.at(i, n), {c.data + i * c.row, c.row, c.column}, b, n, depth, size - n);
+    });
+    n += width.value * lanes;
+  };
+  // One row gets its accumulators from vectors abreast alone.
+  for (; height == 1 && n + 8 * lanes <= size; n += 8 * lanes) {
+    multiply_tile<1, 8, false>(out.at(0, n), c, b, n, depth, size - n);
+  }
+  for (int64_t vectors; (vectors = (size - n) / lanes) > 0;) {
+    // The last ones as 3 and 2 rather than 4 and 1.
+    if (kWidest == 4 && vectors >= 4 && vectors != 5) {
+      columns(std::integral_constant<int, kWidest>(), std::false_type());
+    } else if (kWidest == 4 && vectors >= 3) {
+      columns(std::integral_constant<int, kWidest - 1>(), std::false_type());
+    } else if (vectors >= 2) {
+      columns(std::integral_constant<int, 2>(), std::false_type());
+    } else {
+      columns(std::integral_constant<int, 1>(), std::false_type());
+    }
+  }
+  if (n < size) {
+    columns(std::integral_constant<int, 1>(), std::true_type());
   }
 }
 
@@ -278,6 +274,7 @@ void dot_products(
       constexpr int64_t lanes = Vec<acc>::size();
       const int64_t rest = b_count % lanes;
       const int64_t paneled = rest > lanes / 2 ? b_count : b_count - rest;
+      constexpr acc one = 1;
       const acc* columns[kPanelDepth];
       for (int64_t k = 0; k < kPanelDepth; ++k) {
         columns[k] = panel + k * kPanelWidth;
@@ -287,17 +284,9 @@ void dot_products(
         for (int64_t d = 0; d < size; d += kPanelDepth) {
           const int64_t depth = std::min(kPanelDepth, size - d);
           transpose(panel, kPanelWidth, b + j0, width, d, depth);
-          // a's rows are evenly spaced: they are queries.
-          multiply<acc>(
-              out + j0,
-              stride,
-              a_count,
-              {a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1},
-              columns,
-              depth,
-              (width + lanes - 1) / lanes * lanes,
-              d > 0,
-              d + depth == size ? factor : acc(1));
+          // a's rows are evenly spaced: they are queries or what comes with them.
+          const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
+          multiply<acc>(block, a_count, {a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1}, columns, depth, whole_vectors<acc>(width));
         }
       }
       j0 = std::min(j0, paneled);

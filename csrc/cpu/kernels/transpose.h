@@ -11,33 +11,42 @@ template <class acc>
 constexpr bool kTransposes = std::is_same_v<acc, float>;
 
 #if defined(CPU_CAPABILITY_AVX512)
-// to[d][j] = from[j][first + d] for 16 rows and 16 features. A register takes four features of four rows that are four apart:
-// masked loads do the first half of the work, which leaves two shuffles a vector.
+// to[d][j] = from[j][first + d] for 16 rows and 16 features. Each row is loaded once and whole: rows that are a multiple of 1 KiB
+// apart share a few sets of the cache, which would not keep them for a second load.
 inline void transpose_square(float* to, int64_t stride, const float* const* from, int64_t first) {
+  __m512 x[16], y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    x[i] = _mm512_loadu_ps(from[i] + first);
+  }
+  // Pairs of rows, then four: y[4i + d] has feature d (and d + 4, 8, 12) of the rows 4i .. 4i + 3.
 #pragma GCC unroll 4
-  for (int d = 0; d < 16; d += 4) {
-    const int64_t column = first + d;
-    __m512 x[4];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d low_01 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1]));
+    const __m512d low_23 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3]));
+    const __m512d high_01 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+    const __m512d high_23 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+    y[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low_01, low_23));
+    y[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low_01, low_23));
+    y[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high_01, high_23));
+    y[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high_01, high_23));
+  }
+  // Quarters change places: even ones (features d and d + 8) and odd ones (d + 4 and d + 12), then once more.
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      x[i] = _mm512_castps128_ps512(_mm_loadu_ps(from[i] + column));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, _mm_loadu_ps(from[i + 4] + column));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, _mm_loadu_ps(from[i + 8] + column));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, _mm_loadu_ps(from[i + 12] + column));
-    }
-    const __m512d low_01 = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
-    const __m512d low_23 = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
-    const __m512d high_01 = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
-    const __m512d high_23 = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
-    _mm512_storeu_pd(to + d * stride, _mm512_unpacklo_pd(low_01, low_23));
-    _mm512_storeu_pd(to + (d + 1) * stride, _mm512_unpackhi_pd(low_01, low_23));
-    _mm512_storeu_pd(to + (d + 2) * stride, _mm512_unpacklo_pd(high_01, high_23));
-    _mm512_storeu_pd(to + (d + 3) * stride, _mm512_unpackhi_pd(high_01, high_23));
+  for (int d = 0; d < 4; ++d) {
+    const __m512 even_low = _mm512_shuffle_f32x4(y[d], y[d + 4], 0x88), odd_low = _mm512_shuffle_f32x4(y[d], y[d + 4], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(y[d + 8], y[d + 12], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(y[d + 8], y[d + 12], 0xdd);
+    _mm512_storeu_ps(to + d * stride, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+    _mm512_storeu_ps(to + (d + 4) * stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
+    _mm512_storeu_ps(to + (d + 8) * stride, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
+    _mm512_storeu_ps(to + (d + 12) * stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
   }
 }
 
 #else
-// to[d][j] = from[j][first + d] for 8 rows and 8 features, likewise.
+// to[d][j] = from[j][first + d] for 8 rows and 8 features. A load brings four features of a row, a second those of the row four
+// below, which leaves two shuffles a vector.
 inline void transpose_square(float* to, int64_t stride, const float* const* from, int64_t first) {
 #pragma GCC unroll 2
   for (int d = 0; d < 8; d += 4) {

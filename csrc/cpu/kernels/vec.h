@@ -29,6 +29,13 @@ int64_t padded(int64_t size) {
   return ((size + line - 1) / line | 1) * line;
 }
 
+// `count` filled up to whole vectors.
+template <class acc>
+constexpr int64_t whole_vectors(int64_t count) {
+  constexpr int64_t lanes = Vec<acc>::size();
+  return (count + lanes - 1) / lanes * lanes;
+}
+
 // exp(x) to 1 ulp. Saturates instead of overflowing where there is no scalef; x below -87 may give a subnormal or the smallest
 // normal.
 template <class acc>
