@@ -12,9 +12,10 @@
 // one, v0/x0 + v1/x1 = (v0 x1 + v1 x0) / (x0 x1) and so on: 19 instructions on four vectors instead of 28. The backward needs every
 // r by itself: 10 instructions a vector.
 //
-// E, and the product of those that share, must neither overflow nor lose its factors to underflow. While the tiles are prepared
-// their largest |2q| and |2k| are found; the sum of both decides how many features share a reciprocal. Where even a single E could
-// leave the type's range, E = exp(2q + 2k) is taken directly, which is exact for any input.
+// E, and the product of those that share, must neither overflow nor lose its factors to underflow. While the exponentials are taken
+// the largest |2q| and |2k| are found; the sum of both decides how many features share a reciprocal. Where even a single E could
+// leave the type's range, E = exp(2 (q + k)) is taken directly, which is exact for any input. A single query takes it so too: for
+// it the exponentials are as many either way, and the keys are read where they stand.
 #include "attention.h"
 #include "kernels.h"
 
@@ -70,63 +71,58 @@ inline Vec<float> add_quotient(const Vec<float>& sum, const Vec<float>& numerato
 }
 #endif
 
-// 1 / (1 + E) for one vector of features.
-template <bool factored, class acc>
-inline Vec<acc> sigmoid_of_minus(const Vec<acc>& query, const Vec<acc>& key) {
-  if constexpr (factored) {
-    return reciprocal<acc>(at::vec::fmadd(query, key, Vec<acc>(1)));
-  } else {
-    return Vec<acc>(1) / (Vec<acc>(1) + exponential<acc>(query + key));
-  }
+// 1 + exp(2 (q + k)), with the exponent limited to `limit`: what is lost of 1 / (1 + E) is at most exp(-limit). Keeps a NaN.
+template <class acc>
+inline Vec<acc> direct_denominator(const Vec<acc>& query, const Vec<acc>& key, acc limit) {
+  const Vec<acc> sum = query + key;
+  return Vec<acc>(1) + exponential<acc>(at::vec::clamp_max(sum + sum, Vec<acc>(limit)));
 }
 
-// `size` in whole blocks of features that may share a reciprocal.
-template <class acc>
-constexpr int64_t shared_size(int64_t size) {
-  constexpr int64_t block = kMostShared * Vec<acc>::size();
-  return (size + block - 1) / block * block;
-}
-
-// Projected rows in scratch: doubled, their exponentials, and the largest magnitude among the doubled. Rows end in zeros, behind
-// a whole number of blocks of features that share a reciprocal.
-template <class acc>
-class DoubledRows {
- public:
-  DoubledRows(Arena& arena, Dtype dtype, const View& view, int64_t capacity, int64_t size)
-      : dtype_(dtype),
-        view_(view),
-        size_(size),
-        stride_(padded<acc>(shared_size<acc>(size))),
-        doubled_(arena.take<acc>(capacity * stride_)),
-        exponentials_(arena.take<acc>(capacity * stride_)) {}
-
-  void begin() {
-    range_ = 0;
-  }
-
-  void load(int64_t i, int64_t b, int64_t row) {
-    acc* doubled = doubled_ + i * stride_;
-    acc* exponentials = exponentials_ + i * stride_;
-    load_row(doubled, dtype_, view_, b, row, size_);
-    std::fill(doubled + size_, doubled + stride_, acc(0));
-    Vec<acc> magnitudes(0);
-    for (int64_t a = 0; a < stride_; a += Vec<acc>::size()) {
-      const Vec<acc> x = Vec<acc>::loadu(doubled + a) * Vec<acc>(2);
-      x.store(doubled + a);
-      exponential(x).store(exponentials + a);
-      magnitudes = at::vec::maximum(magnitudes, x.abs());
+// numerators[0] / denominators[0] = the sum of all their quotients.
+template <int shared, class acc>
+inline void share_denominator(Vec<acc> (&numerators)[shared], Vec<acc> (&denominators)[shared]) {
+#pragma GCC unroll 2
+  for (int left = shared / 2; left > 0; left /= 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < left; ++i) {
+      const int j = i + left;
+      numerators[i] = at::vec::fmadd(numerators[i], denominators[j], numerators[j] * denominators[i]);
+      denominators[i] = denominators[i] * denominators[j];
     }
-    const acc row_range = largest(magnitudes);
-    // A NaN may drop out: it makes its row's results NaN on either way.
-    range_ = row_range > range_ ? row_range : range_;
+  }
+}
+
+// exp(2x) of rows, in scratch, and the largest |2x|. Rows end in ones, behind a whole number of blocks of features that share a
+// reciprocal.
+template <class acc>
+class Exponentials {
+ public:
+  Exponentials(Arena& arena, int64_t capacity, int64_t size)
+      : size_(size), stride_(padded<acc>(shared_size(size))), rows_(arena.take<acc>(capacity * stride_)) {}
+
+  // `size` in whole blocks.
+  static int64_t shared_size(int64_t size) {
+    constexpr int64_t block = kMostShared * Vec<acc>::size();
+    return (size + block - 1) / block * block;
   }
 
-  const acc* doubled(int64_t i) const {
-    return doubled_ + i * stride_;
+  void load(const acc* const* rows, int64_t count) {
+    Vec<acc> magnitudes(0);
+    for (int64_t i = 0; i < count; ++i) {
+      acc* to = rows_ + i * stride_;
+      for (int64_t a = 0; a < size_; a += Vec<acc>::size()) {
+        const auto x = Vec<acc>::loadu(rows[i] + a, std::min<int64_t>(Vec<acc>::size(), size_ - a)) * Vec<acc>(2);
+        exponential(x).store(to + a);
+        // A NaN may drop out: it makes its row's results NaN on either way.
+        magnitudes = at::vec::maximum(magnitudes, x.abs());
+      }
+      std::fill(to + size_, to + stride_, acc(1));
+    }
+    range_ = largest(magnitudes);
   }
 
-  const acc* exponentials(int64_t i) const {
-    return exponentials_ + i * stride_;
+  const acc* row(int64_t i) const {
+    return rows_ + i * stride_;
   }
 
   acc range() const {
@@ -138,12 +134,9 @@ class DoubledRows {
   }
 
  private:
-  Dtype dtype_;
-  View view_;
   int64_t size_;
   int64_t stride_;
-  acc* doubled_;
-  acc* exponentials_;
+  acc* rows_;
   acc range_ = 0;
 };
 
@@ -153,94 +146,96 @@ class AdditiveScore {
   using acc = acc_;
 
   AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena)
-      : scale_(static_cast<acc>(problem.scale)),
-        query_(arena, problem.dtype, problem.query, queries, problem.key_size),
-        keys_(arena, problem.dtype, problem.keys, tile, problem.key_size),
-        v_(arena.take<acc>(keys_.stride())),
+      : size_(problem.key_size),
+        scale_(static_cast<acc>(problem.scale)),
+        may_factor_(queries > 1),
+        query_(arena, problem.dtype, problem.query, queries, size_),
+        keys_(arena, problem.dtype, problem.keys, tile, size_),
+        query_exponentials_(arena, may_factor_ ? queries : 0, size_),
+        key_exponentials_(arena, may_factor_ ? tile : 0, size_),
+        v_(arena.take<acc>(query_exponentials_.stride())),
         problem_(problem) {}
 
   void load_queries(int64_t b, int64_t first, int64_t count) {
-    query_.begin();
-    for (int64_t t = 0; t < count; ++t) {
-      query_.load(t, b, first + t);
+    query_.load(b, first, count);
+    if (may_factor_) {
+      query_exponentials_.load(query_.addresses(), count);
     }
-    load_row(v_, problem_.dtype, problem_.v, 0, 0, problem_.key_size);
-    std::fill(v_ + problem_.key_size, v_ + keys_.stride(), acc(0));
-    v_size_ = 0;
-    for (int64_t a = 0; a < problem_.key_size; ++a) {
-      v_size_ = std::max(v_size_, std::abs(v_[a]));
-    }
+    load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
+    std::fill(v_ + size_, v_ + query_exponentials_.stride(), acc(0));
+    v_is_moderate_ = std::all_of(v_, v_ + size_, [](acc v) { return std::abs(v) < acc(1e6); });
   }
 
   void load_keys(int64_t b, const Tile& tile, const Rows<acc>&) {
-    keys_.begin();
-    for (int64_t j = 0; j < tile.count; ++j) {
-      keys_.load(j, b, tile.steps[j]);
+    keys_.load(b, tile);
+    if (may_factor_) {
+      key_exponentials_.load(keys_.addresses(), tile.count);
     }
-    range_ = query_.range() + keys_.range();
   }
 
   void scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps, acc*) const {
-    if (range_ <= range_of<acc>(4) && v_size_ <= kLargestShared) {
-      scores_of<4>(out, out_stride, first, count, steps);
-    } else if (range_ <= range_of<acc>(2) && v_size_ <= kLargestShared) {
-      scores_of<2>(out, out_stride, first, count, steps);
-    } else if (factored()) {
-      scores_of<1>(out, out_stride, first, count, steps);
+    if (may_share(4)) {
+      factored_scores<4>(out, out_stride, first, count, steps);
+    } else if (may_share(2)) {
+      factored_scores<2>(out, out_stride, first, count, steps);
+    } else if (may_share(1)) {
+      factored_scores<1>(out, out_stride, first, count, steps);
+    } else if (v_is_moderate_) {
+      direct_scores<4>(out, out_stride, first, count, steps);
     } else {
-      direct_scores(out, out_stride, first, count, steps);
+      direct_scores<1>(out, out_stride, first, count, steps);
     }
   }
 
  protected:
-  bool factored() const {
-    return range_ <= range_of<acc>(1);
+  // Whether so many features may share a reciprocal of factored exponentials, one of them being no sharing. Numerators that share
+  // take factors on: v must leave them room.
+  bool may_share(int features) const {
+    const acc range = query_exponentials_.range() + key_exponentials_.range();
+    return may_factor_ && range <= range_of<acc>(features) && (features == 1 || v_is_moderate_);
   }
 
-  template <bool factored>
-  const acc* query_row(int64_t i) const {
-    return factored ? query_.exponentials(i) : query_.doubled(i);
-  }
-
-  template <bool factored>
-  const acc* key_row(int64_t i) const {
-    return factored ? keys_.exponentials(i) : keys_.doubled(i);
-  }
-
+  int64_t size_;
   acc scale_;
-  DoubledRows<acc> query_;
-  DoubledRows<acc> keys_;
-  acc* v_;
-  acc range_ = 0;
-  acc v_size_ = 0;  // the largest |v|
+  bool may_factor_;
+  Rows<acc> query_;
+  Rows<acc> keys_;
+  Exponentials<acc> query_exponentials_;
+  Exponentials<acc> key_exponentials_;
+  acc* v_;  // ends in zeros, as the exponentials in ones
+  bool v_is_moderate_ = true;
   const Problem& problem_;
 
  private:
-  // Numerators that share a denominator take other features' factors on, each at most exp(kRange / 4).
-  static constexpr acc kLargestShared = 1e6;
-
-  // sums[i][j] = sum over blocks of `shared` vectors of features, in a register tile; add(sum, q, k, v) for one block.
-  template <int shared, int most_rows, int most_columns, class Add>
-  void tile_scores(
-      acc* out, int64_t out_stride, const acc* queries, int64_t count, const acc* keys, int64_t steps, const Add& add) const {
-    const int64_t stride = keys_.stride();
-    const int64_t size = shared_size<acc>(problem_.key_size);
-    for_blocks<most_rows>(count, [&](auto rows, int64_t t0) {
-      for_blocks<most_columns>(steps, [&](auto columns, int64_t j0) {
-        const acc* q = queries + t0 * stride;
-        const acc* k = keys + j0 * stride;
+  template <int shared>
+  void factored_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
+    const int64_t stride = key_exponentials_.stride();
+    const int64_t end = Exponentials<acc>::shared_size(size_);
+    for_blocks<kRows>(count, [&](auto rows, int64_t t0) {
+      for_blocks<kColumns>(steps, [&](auto columns, int64_t j0) {
+        const acc* q = query_exponentials_.row(first + t0);
+        const acc* k = key_exponentials_.row(j0);
         Vec<acc> sums[rows.value][columns.value];
         for (int i = 0; i < rows.value; ++i) {
           for (int j = 0; j < columns.value; ++j) {
             sums[i][j] = Vec<acc>(0);
           }
         }
-        for (int64_t a = 0; a < size; a += shared * Vec<acc>::size()) {
+        for (int64_t a = 0; a < end; a += shared * Vec<acc>::size()) {
 #pragma GCC unroll 8
           for (int i = 0; i < rows.value; ++i) {
 #pragma GCC unroll 8
             for (int j = 0; j < columns.value; ++j) {
-              sums[i][j] = add(sums[i][j], q + i * stride + a, k + j * stride + a, v_ + a);
+              Vec<acc> numerators[shared], denominators[shared];
+#pragma GCC unroll 4
+              for (int n = 0; n < shared; ++n) {
+                const int64_t at = a + n * Vec<acc>::size();
+                const auto query = Vec<acc>::loadu(q + i * stride + at);
+                numerators[n] = Vec<acc>::loadu(v_ + at);
+                denominators[n] = at::vec::fmadd(query, Vec<acc>::loadu(k + j * stride + at), Vec<acc>(1));
+              }
+              share_denominator<shared, acc>(numerators, denominators);
+              sums[i][j] = add_quotient<acc>(sums[i][j], numerators[0], denominators[0]);
             }
           }
         }
@@ -250,35 +245,36 @@ class AdditiveScore {
   }
 
   template <int shared>
-  void scores_of(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
-    const auto add = [](const Vec<acc>& sum, const acc* q, const acc* k, const acc* v) {
-      Vec<acc> numerators[shared], denominators[shared];
-#pragma GCC unroll 4
-      for (int i = 0; i < shared; ++i) {
-        const int64_t a = i * Vec<acc>::size();
-        numerators[i] = Vec<acc>::loadu(v + a);
-        denominators[i] = at::vec::fmadd(Vec<acc>::loadu(q + a), Vec<acc>::loadu(k + a), Vec<acc>(1));
-      }
-#pragma GCC unroll 2
-      for (int left = shared / 2; left > 0; left /= 2) {
-#pragma GCC unroll 2
-        for (int i = 0; i < left; ++i) {
-          const int j = i + left;
-          numerators[i] = at::vec::fmadd(numerators[i], denominators[j], numerators[j] * denominators[i]);
-          denominators[i] = denominators[i] * denominators[j];
-        }
-      }
-      return add_quotient<acc>(sum, numerators[0], denominators[0]);
-    };
-    tile_scores<shared, kRows, kColumns>(out, out_stride, query_row<true>(first), count, key_row<true>(0), steps, add);
-  }
-
   void direct_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
-    const auto add = [](const Vec<acc>& sum, const acc* q, const acc* k, const acc* v) {
-      const auto r = sigmoid_of_minus<false>(Vec<acc>::loadu(q), Vec<acc>::loadu(k));
-      return at::vec::fmadd(Vec<acc>::loadu(v), r, sum);
-    };
-    tile_scores<1, 1, 1>(out, out_stride, query_row<false>(first), count, key_row<false>(0), steps, add);
+    constexpr int64_t lanes = Vec<acc>::size();
+    for (int64_t t = 0; t < count; ++t) {
+      const acc* q = query_.addresses()[first + t];
+      for (int64_t j = 0; j < steps; ++j) {
+        const acc* k = keys_.addresses()[j];
+        Vec<acc> total(0);
+        const auto add = [&](int64_t a, auto block, int64_t last) {
+          Vec<acc> numerators[block.value], denominators[block.value];
+#pragma GCC unroll 4
+          for (int n = 0; n < block.value; ++n) {
+            const int64_t at = a + n * lanes;
+            const int64_t filled = n + 1 < block.value ? lanes : last;
+            numerators[n] = Vec<acc>::loadu(v_ + at);
+            denominators[n] =
+                direct_denominator<acc>(Vec<acc>::loadu(q + at, filled), Vec<acc>::loadu(k + at, filled), range_of<acc>(shared));
+          }
+          share_denominator<block.value, acc>(numerators, denominators);
+          total = add_quotient<acc>(total, numerators[0], denominators[0]);
+        };
+        int64_t a = 0;
+        for (; a + shared * lanes <= size_; a += shared * lanes) {
+          add(a, std::integral_constant<int, shared>(), lanes);
+        }
+        for (; a < size_; a += lanes) {
+          add(a, std::integral_constant<int, 1>(), std::min(lanes, size_ - a));
+        }
+        out[t * out_stride + j] = -2 * scale_ * sum(total);
+      }
+    }
   }
 };
 
@@ -288,36 +284,37 @@ class AdditiveGradient : public AdditiveScore<acc> {
   AdditiveGradient(const Backward& f, Arena& arena)
       : AdditiveScore<acc>(f.problem, f.problem.queries, f.plan.tile, arena),
         f_(f),
-        grad_stride_(padded<acc>(f.problem.key_size)),
+        stride_(padded<acc>(f.problem.key_size)),
         grad_keys_(arena, f.grad_keys, f.problem, f.plan.tile, f.problem.key_size, true),
-        grad_v_(arena.take<acc>(grad_stride_)) {}
+        grad_v_(arena.take<acc>(stride_)) {}
 
   void begin(int64_t b, int64_t queries) {
     this->load_queries(b, 0, queries);
-    std::fill_n(grad_v_, grad_stride_, acc(0));
+    std::fill_n(grad_v_, stride_, acc(0));
   }
 
   void begin_tile(int64_t b, const Tile& tile, int64_t written, const Rows<acc>& memory) {
     this->load_keys(b, tile, memory);
     grad_keys_.begin(b, tile, written);
+    std::fill_n(grad_keys_.rows(), tile.count * stride_, acc(0));
   }
 
   const acc** queries_of_memory(const acc** rows, int64_t, int64_t) const {
     return rows;
   }
 
-  void add(const acc* grad_scores, int64_t stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t) {
-    if (this->factored()) {
-      add_of<true>(grad_scores, stride, first, count, steps, grad_query);
+  void add(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t) {
+    if (this->may_share(1)) {
+      add_factored(grad_scores, scores_stride, first, count, steps, grad_query);
     } else {
-      add_of<false>(grad_scores, stride, first, count, steps, grad_query);
+      add_direct(grad_scores, scores_stride, first, count, steps, grad_query);
     }
   }
 
   void end_tile(int64_t b, const Tile& tile) {
     if (grad_keys_.wanted()) {
       for (int64_t j = 0; j < tile.count; ++j) {
-        times_v(grad_keys_.rows() + j * grad_stride_);
+        times_v(grad_keys_.rows() + j * stride_);
       }
       grad_keys_.end(b, tile);
     }
@@ -327,65 +324,88 @@ class AdditiveGradient : public AdditiveScore<acc> {
     grad_keys_.zero(item.batch, written, item.end_step);
     if (f_.grad_query != nullptr) {
       for (int64_t t = 0; t < f_.problem.queries; ++t) {
-        times_v(grad_query + t * grad_stride_);
+        times_v(grad_query + t * stride_);
       }
     }
     if (f_.grad_v != nullptr) {
-      acc* out = static_cast<acc*>(f_.grad_v) + index * f_.problem.key_size;
-      scale_row(out, grad_v_, f_.problem.key_size, acc(-2));
+      acc* out = static_cast<acc*>(f_.grad_v) + index * this->size_;
+      scale_row(out, grad_v_, this->size_, acc(-2));
     }
   }
 
  private:
   void times_v(acc* row) const {
-    for (int64_t a = 0; a < grad_stride_; a += Vec<acc>::size()) {
+    for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
       (Vec<acc>::loadu(row + a) * Vec<acc>::loadu(this->v_ + a) * Vec<acc>(4)).store(row + a);
     }
   }
 
   // A vector of features at a time: the gradients of a few queries stay in registers while the steps go by.
-  template <bool factored>
-  void add_of(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
-    const int64_t stride = this->keys_.stride();
-    for (int64_t a = 0; a < f_.problem.key_size; a += Vec<acc>::size()) {
+  void add_factored(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
+    const int64_t stride = this->key_exponentials_.stride();
+    for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
       auto grad_v = Vec<acc>::loadu(grad_v_ + a);
-      for_blocks<factored ? kRows : 1>(count, [&](auto rows, int64_t t0) {
-        const acc* query = this->template query_row<factored>(first + t0) + a;
-        acc* grad_query_rows = grad_query + (first + t0) * grad_stride_ + a;
-        acc* grad_keys = grad_keys_.rows() + a;
-        const bool adds = first + t0 > 0;
+      // Two registers a query, and half a dozen.
+      for_even_blocks<kAccumulators / 3>(count, [&](auto rows, int64_t t0) {
+        const acc* query = this->query_exponentials_.row(first + t0) + a;
+        acc* grad_query_rows = grad_query + (first + t0) * stride_ + a;
+        const acc* key = this->key_exponentials_.row(0) + a;
+        acc* grad_key = grad_keys_.rows() + a;
+        const acc* scores = grad_scores + t0 * scores_stride;
         Vec<acc> q[rows.value];
         Vec<acc> grad_q[rows.value];
 #pragma GCC unroll 8
         for (int i = 0; i < rows.value; ++i) {
           q[i] = Vec<acc>::loadu(query + i * stride);
-          grad_q[i] = Vec<acc>::loadu(grad_query_rows + i * grad_stride_);
+          grad_q[i] = Vec<acc>::loadu(grad_query_rows + i * stride_);
         }
-        for (int64_t j = 0; j < steps; ++j) {
-          const auto k = Vec<acc>::loadu(this->template key_row<factored>(j) + a);
-          auto grad_k = adds ? Vec<acc>::loadu(grad_keys + j * grad_stride_) : Vec<acc>(0);
+        for (int64_t j = 0; j < steps; ++j, key += stride, grad_key += stride_) {
+          const auto k = Vec<acc>::loadu(key);
+          auto grad_k = Vec<acc>::loadu(grad_key);
 #pragma GCC unroll 8
           for (int i = 0; i < rows.value; ++i) {
-            const Vec<acc> grad_score(grad_scores[(t0 + i) * scores_stride + j]);
-            const auto r = sigmoid_of_minus<factored>(q[i], k);
+            const Vec<acc> grad_score(scores[i * scores_stride + j]);
+            const auto r = reciprocal<acc>(at::vec::fmadd(q[i], k, Vec<acc>(1)));
             const auto y = at::vec::fnmadd(r, r, r);
             grad_q[i] = at::vec::fmadd(grad_score, y, grad_q[i]);
             grad_k = at::vec::fmadd(grad_score, y, grad_k);
             grad_v = at::vec::fmadd(grad_score, r, grad_v);
           }
-          grad_k.store(grad_keys + j * grad_stride_);
+          grad_k.store(grad_key);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < rows.value; ++i) {
-          grad_q[i].store(grad_query_rows + i * grad_stride_);
+          grad_q[i].store(grad_query_rows + i * stride_);
         }
       });
       grad_v.store(grad_v_ + a);
     }
   }
 
+  // Row by row, as the keys stand.
+  void add_direct(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
+    for (int64_t t = 0; t < count; ++t) {
+      const acc* query = this->query_.addresses()[first + t];
+      acc* grad_q = grad_query + (first + t) * stride_;
+      for (int64_t j = 0; j < steps; ++j) {
+        const acc* key = this->keys_.addresses()[j];
+        acc* grad_k = grad_keys_.rows() + j * stride_;
+        const Vec<acc> grad_score(grad_scores[t * scores_stride + j]);
+        for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
+          const int64_t filled = std::min<int64_t>(Vec<acc>::size(), this->size_ - a);
+          const auto r = reciprocal<acc>(
+              direct_denominator<acc>(Vec<acc>::loadu(query + a, filled), Vec<acc>::loadu(key + a, filled), kRange<acc>));
+          const auto grad = grad_score * at::vec::fnmadd(r, r, r);
+          (Vec<acc>::loadu(grad_q + a) + grad).store(grad_q + a);
+          (Vec<acc>::loadu(grad_k + a) + grad).store(grad_k + a);
+          at::vec::fmadd(grad_score, r, Vec<acc>::loadu(grad_v_ + a)).store(grad_v_ + a);
+        }
+      }
+    }
+  }
+
   const Backward& f_;
-  int64_t grad_stride_;          // of every gradient in scratch
+  int64_t stride_;               // of the gradients in scratch
   TileGradient<acc> grad_keys_;  // not yet times 4v
   acc* grad_v_;                  // not yet times -2
 };
