@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
 
 METHODS = ("dot", "general", "concat")
 
+
+def _slow_on_cpu() -> tuple[torch.dtype, ...]:
+    """The halves that this x86 processor has no matrix products of."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ()
+
+    def has(feature: str) -> bool:
+        return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
+
+    products = {torch.bfloat16: has("avx512_bf16") or has("amx_tile"), torch.float16: has("amx_fp16")}
+    return tuple(dtype for dtype, fast in products.items() if not fast)
+
+
+_SLOW_ON_CPU = _slow_on_cpu()
 _OPS = torch.ops.attn_ext
 Attended = tuple[Tensor, Tensor | None]
 
@@ -234,7 +249,7 @@ def attend_unchecked(
         if type(need_weights) is not bool:
             return None
         if query_weight is not None:
-            query = F.linear(query, query_weight)
+            query = linear(query, query_weight)
         return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
@@ -306,9 +321,17 @@ def query_weight(memory: Tensor, method: str, weight: Tensor | None) -> Tensor |
     return weight[:, : weight.shape[1] - memory.shape[-1]]
 
 
+def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, but of float32 on a processor without products of `features`' type: there PyTorch's own are slower."""
+    dtype = features.dtype
+    if dtype in _SLOW_ON_CPU and features.is_cpu and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
+        return F.linear(features.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+    return F.linear(features, weight, bias)
+
+
 def project_query(query: Tensor, query_weight: Tensor | None) -> Tensor:
     """What meets the memory (general: weight q, [B, T, Dm]) or its keys (concat: Wq q, [B, T, A])."""
-    return query if query_weight is None else F.linear(query, query_weight)
+    return query if query_weight is None else linear(query, query_weight)
 
 
 def project_keys(
@@ -327,7 +350,7 @@ def project_keys(
     allowed = reference.allowed_positions(memory, lengths, mask)
     if allowed is not None:
         memory = memory.masked_fill(~allowed.any(dim=1).unsqueeze(-1), 0.0)
-    return F.linear(memory, weight[:, weight.shape[1] - memory.shape[-1] :], bias)
+    return linear(memory, weight[:, weight.shape[1] - memory.shape[-1] :], bias)
 
 
 def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") -> None:

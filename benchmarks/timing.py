@@ -103,7 +103,10 @@ def interleave(calls: Sequence[Timed], schedule: Schedule) -> dict[str, list[flo
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of two medians, with the quartiles of the rounds' own ratios."""
+    """The median and the quartiles of the rounds' own ratios.
+
+    Not of two medians: where the machine changes its pace in the middle of a row, they come from different paces.
+    """
 
     value: float
     low: float
@@ -112,10 +115,10 @@ class Ratio:
     @classmethod
     def of(cls, numerator: Sequence[float], denominator: Sequence[float], factor: float = 1.0) -> Ratio:
         """factor * numerator / denominator, of samples from the same rounds; one that was taken once has no rounds."""
-        value = factor * statistics.median(numerator) / statistics.median(denominator)
         if len(numerator) != len(denominator) or len(numerator) < 2:
+            value = factor * statistics.median(numerator) / statistics.median(denominator)
             return cls(value, value, value)
-        low, _, high = statistics.quantiles(
+        low, value, high = statistics.quantiles(
             (factor * a / b for a, b in zip(numerator, denominator, strict=True)), method="inclusive"
         )
         return cls(value, low, high)
