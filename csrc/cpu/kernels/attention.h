@@ -123,22 +123,20 @@ struct AttentionForward {
       slot.score.load_keys(item.batch, tile, slot.memory);
       slot.score.scores(slot.tile_scores, stride, 0, item.queries, tile.count, slot.panel);
       mask_scores(slot.tile_scores, stride, problem, item.batch, item.first_query, item.queries, tile);
+      // The last product of an item that stands alone goes where it belongs; the weights do so at once if it is the first, too.
+      const bool final = !more && f.plan.splits == 1;
       for (int64_t t = 0; t < item.queries; ++t) {
         acc* row = slot.tile_scores + t * stride;
         enter(slot, t, row, whole_vectors<acc>(tile.count), problem.memory_size);
+        slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
         if (f.weights != nullptr) {
-          keep(weights_of(f, item, t), row, tile, written);
+          keep(weights_of(f, item, t), row, tile, written, tiles == 0 ? slot.factors[t] : acc(1));
           slot.tile_max[t * slot.tiles + tiles] = slot.row_max[t];
         }
       }
       written = tile.steps[tile.count - 1] + 1;
       if (f.weights != nullptr) {
         slot.tile_end[tiles] = written;
-      }
-      // The last product of an item that stands alone goes where it belongs.
-      const bool final = !more && f.plan.splits == 1;
-      for (int64_t t = 0; t < item.queries; ++t) {
-        slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
       }
       const acc* before = tiles > 0 ? slot.context : nullptr;
       multiply<acc>(
@@ -177,16 +175,15 @@ struct AttentionForward {
     for (int64_t z = 1; z < f.plan.splits; ++z) {
       absorb(slot, Slot(f, slots + z * slot_size), item.queries, problem.memory_size);
     }
-    for (int64_t t = 0; t < item.queries; ++t) {
-      const acc row_sum = slot.row_sum[t];
-      static_cast<acc*>(f.logsumexp)[first_row + t] = slot.row_max[t] + std::log(row_sum);
-      if (f.plan.splits > 1 || *slot.used == 0) {
-        const acc factor = row_sum == 0 ? acc(0) : 1 / row_sum;
+    store_logsumexp(static_cast<acc*>(f.logsumexp) + first_row, slot, item.queries);
+    if (f.plan.splits > 1 || *slot.used == 0) {
+      for (int64_t t = 0; t < item.queries; ++t) {
+        const acc factor = slot.row_sum[t] == 0 ? acc(0) : 1 / slot.row_sum[t];
         acc* context = context_of(f, item) + t * problem.memory_size;
         scale_row(context, slot.context + t * slot.context_stride, problem.memory_size, factor);
       }
     }
-    if (f.weights == nullptr) {
+    if (f.weights == nullptr || (f.plan.splits == 1 && *slot.used <= 1)) {
       return;
     }
     for (int64_t z = 0; z < f.plan.splits; ++z) {
@@ -202,6 +199,15 @@ struct AttentionForward {
 
   static acc* weights_of(const Forward& f, const Item& item, int64_t t) {
     return static_cast<acc*>(f.weights) + (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps;
+  }
+
+  static void store_logsumexp(acc* out, const Slot& slot, int64_t queries) {
+    constexpr int64_t lanes = Vec<acc>::size();
+    for (int64_t t = 0; t < queries; t += lanes) {
+      const int64_t count = std::min(lanes, queries - t);
+      (Vec<acc>::loadu(slot.row_max + t, count) + Vec<acc>::loadu(slot.row_sum + t, count).log())
+          .store(out + t, static_cast<int>(count));
+    }
   }
 
   // A row of tile scores enters the running softmax: it becomes exp(e - row_max), and what was summed before is rescaled.
@@ -239,16 +245,16 @@ struct AttentionForward {
     }
   }
 
-  // A tile's exponentials into their places among the weights, and zeros for the steps before and between them.
-  static void keep(acc* weights, const acc* row, const Tile& tile, int64_t written) {
+  // A tile's exponentials, times a factor, into their places among the weights, and zeros for the steps before and between them.
+  static void keep(acc* weights, const acc* row, const Tile& tile, int64_t written, acc factor) {
     std::fill(weights + written, weights + tile.steps[0], acc(0));
     if (tile.contiguous()) {
-      std::copy_n(row, tile.count, weights + tile.steps[0]);
+      scale_row(weights + tile.steps[0], row, tile.count, factor);
       return;
     }
     std::fill(weights + tile.steps[0], weights + tile.steps[tile.count - 1], acc(0));
     for (int64_t j = 0; j < tile.count; ++j) {
-      weights[tile.steps[j]] = row[j];
+      weights[tile.steps[j]] = factor * row[j];
     }
   }
 

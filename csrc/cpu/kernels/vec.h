@@ -36,8 +36,8 @@ constexpr int64_t whole_vectors(int64_t count) {
   return (count + lanes - 1) / lanes * lanes;
 }
 
-// exp(x) to 1 ulp. Saturates instead of overflowing where there is no scalef; x below -87 may give a subnormal or the smallest
-// normal.
+// exp(x) to 1 ulp for x from -87 on. Less gives the smallest normal or, from PyTorch's, a subnormal, which costs a microcode assist;
+// too much saturates where there is no scalef.
 template <class acc>
 inline Vec<acc> exponential(const Vec<acc>& x) {
   return x.exp();
@@ -51,7 +51,7 @@ inline Vec<float> exponential(const Vec<float>& x) {
   using at::vec::fnmadd;
 #if defined(CPU_CAPABILITY_AVX512)
   // The operand order keeps a NaN.
-  const Vec<float> clamped = _mm512_min_ps(_mm512_set1_ps(89), _mm512_max_ps(_mm512_set1_ps(-104), x));
+  const Vec<float> clamped = _mm512_min_ps(_mm512_set1_ps(89), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
   const Vec<float> n = _mm512_roundscale_ps(clamped * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Vec<float> clamped = _mm256_min_ps(_mm256_set1_ps(88.3f), _mm256_max_ps(_mm256_set1_ps(-87.3f), x));
