@@ -349,9 +349,10 @@ struct AttentionBackward {
           delta(arena.take<acc>(f.problem.queries)),
           coefficients(arena.take<acc>(2 * kChunk * f.plan.tile)),
           panel(arena.take<acc>(panel_size<acc>(f.problem.queries))),
-          long_row(arena.take<acc>(std::max(f.problem.memory_size, f.problem.steps))),
+          long_row(arena.take<acc>(f.problem.steps)),
           other_long_row(arena.take<acc>(f.problem.steps)),
           grad_context(arena, kAccumulated<acc>, f.grad_context, f.problem.queries, f.problem.memory_size),
+          context(arena, kAccumulated<acc>, f.context, f.problem.queries, f.problem.memory_size),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           grad_memory(arena, f.grad_memory, f.problem, f.plan.tile, f.problem.memory_size),
           gradient(f, arena) {}
@@ -365,6 +366,7 @@ struct AttentionBackward {
     acc* long_row;
     acc* other_long_row;
     Rows<acc> grad_context;
+    Rows<acc> context;
     Rows<acc> memory;
     TileGradient<acc> grad_memory;
     Gradient gradient;
@@ -381,6 +383,7 @@ struct AttentionBackward {
     std::fill_n(slot.grad_query, problem.queries * slot.query_stride, acc(0));
     if (f.grad_context.data != nullptr) {
       slot.grad_context.load(item.batch, 0, problem.queries);
+      slot.context.load(item.batch, 0, problem.queries);
     }
     find_delta(f, item.batch, slot);
     slot.gradient.begin(item.batch, problem.queries);
@@ -502,9 +505,8 @@ struct AttentionBackward {
     for (int64_t t = 0; t < problem.queries; ++t) {
       slot.delta[t] = 0;
       if (f.grad_context.data != nullptr) {
-        load_row(slot.long_row, kAccumulated<acc>, f.context, b, t, problem.memory_size);
-        const acc* context = slot.long_row;
-        sum_products<acc>(slot.delta + t, 1, &context, 1, slot.grad_context.addresses() + t, 1, problem.memory_size, 1);
+        const acc* const* g = slot.grad_context.addresses() + t;
+        sum_products<acc>(slot.delta + t, 1, slot.context.addresses() + t, 1, g, 1, problem.memory_size, 1);
       }
       if (f.grad_weights.data != nullptr) {
         load_row(slot.long_row, kAccumulated<acc>, f.weights, b, t, problem.steps);
@@ -519,14 +521,12 @@ struct AttentionBackward {
   // A tile's columns of row t.
   static void gather(acc* row, Dtype dtype, const View& view, int64_t b, int64_t t, const Tile& tile) {
     const int64_t start = b * view.batch + t * view.row;
-    for (int64_t j = 0; j < tile.count;) {
-      // Steps that follow each other, as without a mask all do, are loaded together.
-      int64_t run = 1;
-      while (j + run < tile.count && tile.steps[j + run] == tile.steps[j] + run) {
-        ++run;
-      }
-      load_row(row + j, dtype, view.data, start + tile.steps[j] * view.element, view.element, run);
-      j += run;
+    if (tile.contiguous()) {
+      load_row(row, dtype, view.data, start + tile.steps[0] * view.element, view.element, tile.count);
+      return;
+    }
+    for (int64_t j = 0; j < tile.count; ++j) {
+      load_row(row + j, dtype, view.data, start + tile.steps[j] * view.element, view.element, 1);
     }
   }
 };

@@ -36,8 +36,8 @@ constexpr int64_t whole_vectors(int64_t count) {
   return (count + lanes - 1) / lanes * lanes;
 }
 
-// exp(x) to 1 ulp for x from -87 on. Less gives the smallest normal or, from PyTorch's, a subnormal, which costs a microcode assist;
-// too much saturates where there is no scalef.
+// exp(x) to 1 ulp for x from -87 on. Less gives the smallest normal or, from PyTorch's, a subnormal, which costs a microcode
+// assist; too much saturates where there is no scalef.
 template <class acc>
 inline Vec<acc> exponential(const Vec<acc>& x) {
   return x.exp();
