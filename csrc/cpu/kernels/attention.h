@@ -349,8 +349,8 @@ struct AttentionBackward {
           delta(arena.take<acc>(f.problem.queries)),
           coefficients(arena.take<acc>(2 * kChunk * f.plan.tile)),
           panel(arena.take<acc>(panel_size<acc>(f.problem.queries))),
-          long_row(arena.take<acc>(f.problem.steps)),
-          other_long_row(arena.take<acc>(f.problem.steps)),
+          weights_row(arena.take<acc>(f.problem.steps)),
+          grad_weights_row(arena.take<acc>(f.problem.steps)),
           grad_context(arena, kAccumulated<acc>, f.grad_context, f.problem.queries, f.problem.memory_size),
           context(arena, kAccumulated<acc>, f.context, f.problem.queries, f.problem.memory_size),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
@@ -363,8 +363,8 @@ struct AttentionBackward {
     acc* delta;
     acc* coefficients;  // a chunk's weights, and right behind them the gradients of its scores, [chunk][tile] each
     acc* panel;
-    acc* long_row;
-    acc* other_long_row;
+    acc* weights_row;
+    acc* grad_weights_row;
     Rows<acc> grad_context;
     Rows<acc> context;
     Rows<acc> memory;
@@ -505,15 +505,12 @@ struct AttentionBackward {
     for (int64_t t = 0; t < problem.queries; ++t) {
       slot.delta[t] = 0;
       if (f.grad_context.data != nullptr) {
-        const acc* const* g = slot.grad_context.addresses() + t;
-        sum_products<acc>(slot.delta + t, 1, slot.context.addresses() + t, 1, g, 1, problem.memory_size, 1);
+        slot.delta[t] = dot_product(slot.context.addresses()[t], slot.grad_context.addresses()[t], problem.memory_size);
       }
       if (f.grad_weights.data != nullptr) {
-        load_row(slot.long_row, kAccumulated<acc>, f.weights, b, t, problem.steps);
-        load_row(slot.other_long_row, kAccumulated<acc>, f.grad_weights, b, t, problem.steps);
-        for (int64_t s = 0; s < problem.steps; ++s) {
-          slot.delta[t] += slot.long_row[s] == 0 ? acc(0) : slot.long_row[s] * slot.other_long_row[s];
-        }
+        load_row(slot.weights_row, kAccumulated<acc>, f.weights, b, t, problem.steps);
+        load_row(slot.grad_weights_row, kAccumulated<acc>, f.grad_weights, b, t, problem.steps);
+        slot.delta[t] += dot_product(slot.weights_row, slot.grad_weights_row, problem.steps);
       }
     }
   }
