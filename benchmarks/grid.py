@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -76,19 +78,27 @@ def measure(
     done: Iterable[Cell],
     keep: Callable[[Cell], None],
     methods: Sequence[str] = OPS,
+    minutes: float = math.inf,
 ) -> list[Cell]:
-    """The cells of `shapes`, those in `done` as they are; each new one is given to `keep` at once."""
+    """The cells of `shapes`, those in `done` as they are; each new one is given to `keep` at once.
+
+    After so many `minutes` no new one is begun; a later run with what is done goes on.
+    """
+    deadline = time.monotonic() + 60 * minutes
     cells = {cell.key: cell for cell in done}
     wanted = [(method, shape, direction) for shape in shapes for method in methods for direction in DIRECTIONS]
     missing = [each for each in wanted if (each[0], *each[1].sizes, each[2]) not in cells]
     checked: dict[tuple[str, Shape], tuple[int, int, int, int]] = {}
     for method, shape, direction in tqdm(missing, "grid", unit="cell", disable=None):
+        if time.monotonic() > deadline:
+            break
         if (method, shape) not in checked:
             checked[method, shape] = check_results(method, shape)
         cell = _measure(method, shape, direction, schedule, checked[method, shape])
         cells[cell.key] = cell
         keep(cell)
-    return [cells[(method, *shape.sizes, direction)] for method, shape, direction in wanted]
+    keys = ((method, *shape.sizes, direction) for method, shape, direction in wanted)
+    return [cells[key] for key in keys if key in cells]
 
 
 def check_results(

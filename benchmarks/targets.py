@@ -106,6 +106,7 @@ class Run:
     schedule: Schedule
     quick: bool = False
     whole_grid: bool = False
+    minutes: float = math.inf  # for the grid
 
     @property
     def of_limits(self) -> Schedule:
@@ -249,7 +250,12 @@ def shapes_of_the_grid(run: Run) -> Iterator[Finding]:
     )
     print(f"  torch.compile at {', '.join(str(each.sizes) for each in GRID_COMPILED if each.sizes in _sizes(shapes))}")
     done = map(grid.Cell.from_json, run.document.data["grid"])
-    cells = grid.measure(shapes, schedule, done, lambda cell: run.document.add("grid", cell.to_json()))
+    cells = grid.measure(
+        shapes, schedule, done, lambda cell: run.document.add("grid", cell.to_json()), minutes=run.minutes
+    )
+    missing = len(shapes) * len(OPS) * len(DIRECTIONS) - len(cells)
+    if missing:
+        print(f"  {missing} cells, the largest, are left for a later run: the time is over")
     for line in grid.summary(cells):
         print(line)
     for cell in cells:
@@ -430,13 +436,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results; the same run goes on with them")
     parser.add_argument("--quick", action="store_true", help="a few rounds at one shape a target: to see it run")
     parser.add_argument("--grid", action="store_true", help="target 5 over the whole grid, not a sample")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="for the grid; smallest shapes first"
+    )
     parser.add_argument("--seconds-per-row", type=float, default=SECONDS_PER_ROW, metavar="S")
     arguments = parser.parse_args()
 
     if problem := backend.unavailable():
         sys.exit(f"there is nothing to measure: {problem}")
     schedule = QUICK if arguments.quick else Schedule(arguments.seconds_per_row, ROUNDS, TOO_SLOW)
-    run = Run(Document(arguments.json), schedule, arguments.quick, arguments.grid)
+    run = Run(Document(arguments.json), schedule, arguments.quick, arguments.grid, arguments.minutes)
     for line in report.header():
         print(line)
     try:
