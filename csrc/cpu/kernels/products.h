@@ -140,6 +140,14 @@ template <int rows, int width, bool partial, class acc>
 template <class acc>
 void multiply(Result<acc> out, int64_t height, Coefficients<acc> c, const acc* const* b, int64_t depth, int64_t size) {
   constexpr int lanes = Vec<acc>::size();
+  // A few rows of b stay in that cache whole: then a result that does not fit the next is written row by row.
+  constexpr int64_t few = 8, large = 1 << 16, block = tallest(kWidest);
+  if (depth <= few && height * size >= large && height > block) {
+    for (int64_t i = 0; i < height; i += block) {
+      multiply(out.at(i, 0), std::min(block, height - i), {c.data + i * c.row, c.row, c.column}, b, depth, size);
+    }
+    return;
+  }
   int64_t n = 0;
   const auto columns = [&](auto width, auto partial) {
     for_even_blocks<tallest(width.value)>(height, [&](auto rows, int64_t i) {
