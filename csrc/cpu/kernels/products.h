@@ -31,8 +31,8 @@ constexpr int tallest(int width) {
   return std::min(kAccumulators / width, 8);
 }
 
-// The square register tile of sums along vectors: 4 x 4 accumulators and their 8 operands, or half of the columns.
-constexpr int kRows = kAccumulators / 4 < 4 ? 2 : 4;
+// The register tile of sums along vectors: 4 x 4 accumulators and their 8 operands; 4 x 2 with 16 registers.
+constexpr int kRows = kAccumulators < 12 ? 2 : 4;
 constexpr int kColumns = kWidest;
 
 // f(std::integral_constant<int, n>, first) over blocks of at most `block` that cover 0 .. count.
