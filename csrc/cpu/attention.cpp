@@ -88,7 +88,7 @@ int64_t work_of_step(const Problem& problem) {
 }
 
 // A tile of memory, or of keys, stays in the second-level cache from the scores to the context: 256 KiB of it. The additive
-// backward walks down a tile's columns: their lines, and a chunk's gradients of the scores, are to stay in the first level.
+// backward walks down a tile's columns, whose lines are to stay in the first level: its tiles are half as long.
 int64_t tile_of(const Problem& problem) {
   const int64_t row = std::max<int64_t>({problem.memory_size, problem.key_size, 1});
   return std::clamp<int64_t>((int64_t{1} << 16) / row / 32 * 32, 32, problem.keys.data == nullptr ? kTile : kTile / 2);

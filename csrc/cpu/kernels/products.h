@@ -3,9 +3,9 @@
 //   dot_products   out[i][j] = factor a_i . b_j           scores, and the gradient of the weights
 //   multiply       out_i (+)= sum_k c(i, k) b_k           contexts, and the gradients of rows
 //
-// multiply broadcasts its coefficients, so that no sum crosses a vector: with the 64 or more k of a tile it runs at 80 to 95 % of
-// the multiply-add peak, as oneDNN's brgemm does. Dot products of many rows go its way too, over b transposed block by block; those
-// of a few rows, whose transposition would not pay, sum along vectors.
+// multiply broadcasts its coefficients, so that no sum crosses a vector, and nears the multiply-add peak as its products get
+// deeper. Dot products of many rows go its way too, over b transposed block by block; those of a few rows, whose transposition
+// would not pay, sum along vectors. docs/performance.md says what was measured.
 #pragma once
 
 #include "transpose.h"
@@ -292,7 +292,7 @@ void dot_products(
         for (int64_t d = 0; d < size; d += kPanelDepth) {
           const int64_t depth = std::min(kPanelDepth, size - d);
           transpose(panel, kPanelWidth, b + j0, width, d, depth);
-          // a's rows are evenly spaced: they are queries or what comes with them.
+          // a's rows are evenly spaced: they are queries or their gradients.
           const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
           multiply<acc>(block, a_count, {a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1}, columns, depth, whole_vectors<acc>(width));
         }
