@@ -143,6 +143,7 @@ ops = make_extension(
     [
         "csrc/ops.cpp",
         "csrc/autograd.cpp",
+        "csrc/memory.cpp",
         *sources("csrc/cpu", "*.cpp"),
         *(sources("csrc/cuda", "*.cu") if with_cuda else []),
     ],

@@ -35,6 +35,8 @@ def _slow_on_cpu() -> tuple[torch.dtype, ...]:
 
 _SLOW_ON_CPU = _slow_on_cpu()
 _OPS = torch.ops.attn_ext
+# What an op, or a look at what is no tensor, says to wrong arguments.
+REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 Attended = tuple[Tensor, Tensor | None]
 
 
@@ -234,11 +236,7 @@ def attend_unchecked(
     The checks would be most of a small call's time. The ops refuse what they refuse, so they come after a refusal.
     """
     try:
-        if is_compiling():
-            return None
-        # A device writes its type's name anew at each look, which takes as long as all of these conditions.
-        device_type = "cpu" if query.is_cpu else query.device.type
-        if is_autocast_enabled(device_type) or not backend.fused_runs_on(device_type):
+        if not goes_unchecked(query):
             return None
         if scale is None:
             scale = 1.0
@@ -251,8 +249,17 @@ def attend_unchecked(
         if query_weight is not None:
             query = linear(query, query_weight)
         return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except REFUSALS:
         return None
+
+
+def goes_unchecked(query: Tensor) -> bool:
+    """Whether the ops may see a call as it is: nothing is traced or to be cast, and they are the backend."""
+    if is_compiling():
+        return False
+    # A device writes its type's name anew at each look, which takes as long as all of these conditions.
+    device_type = "cpu" if query.is_cpu else query.device.type
+    return not is_autocast_enabled(device_type) and backend.fused_runs_on(device_type)
 
 
 def _fused(
@@ -271,8 +278,12 @@ def _fused(
         context, weights, _ = _OPS.additive_attention.default(
             query, keys, v, memory, lengths, mask, scale, need_weights
         )
-    dtype = query.dtype
-    if context.dtype is not dtype:  # halves come as they were accumulated
+    return rounded(context, weights, query.dtype, need_weights)
+
+
+def rounded(context: Tensor, weights: Tensor, dtype: torch.dtype, need_weights: bool) -> Attended:
+    """An op's results for the caller: of halves they come as they were accumulated."""
+    if context.dtype is not dtype:
         context, weights = context.to(dtype), weights.to(dtype)
     return context, weights if need_weights else None
 
@@ -324,9 +335,14 @@ def query_weight(memory: Tensor, method: str, weight: Tensor | None) -> Tensor |
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, but of float32 on a processor without products of `features`' type: there PyTorch's own are slower."""
     dtype = features.dtype
-    if dtype in _SLOW_ON_CPU and features.is_cpu and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
+    if is_slow(features) and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
         return F.linear(features.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
     return F.linear(features, weight, bias)
+
+
+def is_slow(tensor: Tensor) -> bool:
+    """Whether the processor has no matrix products of `tensor`'s type: float32's are faster."""
+    return tensor.dtype in _SLOW_ON_CPU and tensor.is_cpu
 
 
 def project_query(query: Tensor, query_weight: Tensor | None) -> Tensor:

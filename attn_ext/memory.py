@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from attn_ext import checks, functional
+from attn_ext import backend, checks, functional
+
+_OPS = torch.ops.attn_ext
+
+# A call with more queries is no step of a loop: its gradients, all taken at once, are cheaper than deferred.
+_MOST_QUERIES = 16
 
 
 class AttentionMemory:
@@ -17,6 +24,12 @@ class AttentionMemory:
         memory = attn.memory(encoder_outputs, lengths)       # once per batch
         for t in range(steps):
             context, weights = attn(hidden, memory)          # each decoder step
+
+    What the steps share is prepared here, once: concat's keys and their exponentials. And it is paid for once: a step's
+    backward takes the gradient of its query alone, and that of the memory, of `weight`, `v` and `bias` is taken when
+    all steps' are over, in one matrix product for each. So the steps have no second derivative, which raises; that of
+    :func:`attn_ext.luong_attention` with the encoder outputs themselves has one. For the same reason a memory that
+    takes part in an autograd graph can be neither copied nor pickled.
 
     Args:
         memory: [B, S, Dm] encoder outputs.
@@ -51,24 +64,36 @@ class AttentionMemory:
         arguments.mask(mask)
         self.mask = mask
         self.scale = arguments.scale(scale)
-        self.query_weight = functional.query_weight(memory, method, weight)
         self.keys = functional.project_keys(memory, method, weight, bias, self.lengths, mask)
+        self._prepare_steps()
+
+    def _prepare_steps(self) -> None:
+        """What the ops for a loop's steps take besides: nothing that is not made of the attributes above."""
+        query_weight = functional.query_weight(self.memory, self.method, self.weight)
+        shared = (self.memory, self.keys, self.v, query_weight)
+        self._has_gradients = any(tensor is not None and tensor.requires_grad for tensor in shared)
+        self._is_prepared = not is_compiling() and backend.fused_runs_on(self.memory.device.type)
+        self._query_weight = self._prepared_keys = self._node = None
+        if not self._is_prepared:
+            return
+        if query_weight is not None:
+            self._query_weight = query_weight.detach()
+            if functional.is_slow(query_weight):
+                self._query_weight = self._query_weight.float()
+        if self.keys is not None:
+            self._prepared_keys = _OPS.prepare_keys.default(self.keys.detach())
+        if self._has_gradients and torch.is_grad_enabled():
+            self._node = _OPS.memory_node.default(
+                self.memory, self.keys, self._prepared_keys, self.v, query_weight, self.lengths, self.mask
+            )
 
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """:func:`attn_ext.luong_attention` of `query` [B, T, Dq] or [B, Dq] over this memory."""
-        attended = functional.attend_unchecked(
-            query,
-            self.query_weight,
-            self.keys,
-            self.v,
-            self.memory,
-            self.lengths,
-            self.mask,
-            self.scale,
-            need_weights,
-        )
-        if attended is not None:
-            return attended
+        try:
+            if functional.goes_unchecked(query) and type(need_weights) is bool and self._is_step(query):
+                return self._attend_step(query, need_weights)
+        except functional.REFUSALS:
+            pass  # the checks find better words
         (query,) = functional.autocast(query)
         arguments = checks.Arguments("AttentionMemory")
         functional.check_query(arguments, query)
@@ -80,8 +105,11 @@ class AttentionMemory:
             arguments.floating("weight", self.weight, "A Dq+Dm")
         arguments.mask(self.mask)
         arguments.flag("need_weights", need_weights)
+        if not is_compiling() and backend.fused_runs_on(query.device.type) and self._is_step(query):
+            return self._attend_step(query, need_weights)
+        query_weight = functional.query_weight(self.memory, self.method, self.weight)
         return functional.attend(
-            functional.project_query(query, self.query_weight),
+            functional.project_query(query, query_weight),
             self.keys,
             self.v,
             self.memory,
@@ -90,6 +118,38 @@ class AttentionMemory:
             scale=self.scale,
             need_weights=need_weights,
         )
+
+    def _is_step(self, query: Tensor) -> bool:
+        """Whether `query` goes to the ops for a loop's steps, which the memory is prepared for."""
+        if not self._is_prepared:
+            return False
+        if not torch.is_grad_enabled() or not (self._has_gradients or query.requires_grad):
+            return True
+        return self._node is not None and (query.dim() == 2 or query.shape[1] <= _MOST_QUERIES)
+
+    def _attend_step(self, query: Tensor, need_weights: bool) -> functional.Attended:
+        context, weights = _OPS.memory_attention.default(
+            query,
+            self._query_weight,
+            self.keys,
+            self._prepared_keys,
+            self.v,
+            self.memory,
+            self.lengths,
+            self.mask,
+            self.scale,
+            need_weights,
+            self._node,
+        )
+        return functional.rounded(context, weights, query.dtype, need_weights)
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        if self._has_gradients:
+            raise TypeError(
+                "AttentionMemory: it takes part in an autograd graph and can be neither copied nor pickled; "
+                "make another one from the encoder outputs, or make it under torch.no_grad() from detached ones"
+            )
+        return super().__reduce_ex__(protocol)
 
     def refuse_second_opinion(self, method: str, **overrides: object) -> None:
         """A call that brings its own method or parameters to a memory that has them is a mistake: ValueError."""

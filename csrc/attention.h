@@ -20,6 +20,7 @@ struct Inputs {
   const OptionalTensor& lengths;  // [B] int64
   const OptionalTensor& mask;     // [B, S] or [B, T, S] bool
   double scale;
+  const Tensor* prepared_keys = nullptr;  // [B, S, prepared size], what prepare_keys made of the keys
 };
 
 // Allocated by ops.cpp, contiguous, in the accumulation type; weights has no elements where they are not asked for.
@@ -44,11 +45,15 @@ struct Gradients {
   Tensor keys;
   Tensor v;
   Tensor memory;
+  Tensor scores;  // [B, T, S] in the accumulation type: of q . m, or v . tanh(q + k)
 };
 
 namespace cpu {
 void forward(const Inputs& inputs, Outputs& outputs);
 void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients);
+// The rest of a backward whose gradients of the scores are known: not of the memory, and of no scores.
+void backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients);
+void prepare_keys(const Tensor& keys, Tensor& prepared);
 const char* capability_name();
 }  // namespace cpu
 

@@ -1,5 +1,6 @@
 // Every op's schema, registration and argument checks: the only file that says what exists.
 #include "attention.h"
+#include "cpu/kernels/problem.h"
 #include "cuda/build.h"
 
 #include <ATen/EmptyTensor.h>
@@ -102,6 +103,11 @@ Sizes<Size> check(const Inputs& inputs) {
     check_argument<Size>("keys", *inputs.keys, type, query, {B, S, size});
     check_argument<Size>("v", *inputs.v, type, query, {size});
   }
+  if (inputs.prepared_keys != nullptr) {
+    check_argument<Size>(
+        "prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, cpu::prepared_size(size)});
+    TORCH_CHECK_VALUE(inputs.prepared_keys->sym_stride(2) == 1, "prepared_keys must be what prepare_keys returned");
+  }
   if (inputs.lengths) {
     check_argument<Size>("lengths", *inputs.lengths, at::kLong, query, {B});
     if constexpr (kHasData<Size>) {
@@ -157,6 +163,16 @@ Gradients backward(const Inputs& inputs, const Saved& saved, Gradients gradients
   check<Size>(inputs, saved);
   if constexpr (kHasData<Size>) {
     cpu::backward(inputs, saved, gradients);
+  }
+  return gradients;
+}
+
+template <class Size>
+Gradients backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients gradients) {
+  const auto sizes = check<Size>(inputs);
+  check_argument<Size>("grad_scores", grad_scores, accumulation_type(inputs.query), inputs.query, sizes.of_rows(sizes.S));
+  if constexpr (kHasData<Size>) {
+    cpu::backward_of_scores(inputs, grad_scores, gradients);
   }
   return gradients;
 }
@@ -246,6 +262,97 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
       or_empty<Size>(gradients.memory, values)};
 }
 
+template <class Size>
+Tensor prepare_keys(const Tensor& keys) {
+  const auto type = keys.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "keys is ",
+      type,
+      "; needed is float32, float64, bfloat16 or float16");
+  TORCH_CHECK_VALUE(keys.dim() == 3, "keys has shape ", keys.sym_sizes(), ", needed is [B, S, A]");
+  const auto sizes = sizes_of<Size>(keys);
+  Tensor prepared = empty(ArrayRef<Size>{sizes[0], sizes[1], cpu::prepared_size(sizes[2])}, accumulation_type(keys), keys);
+  if constexpr (kHasData<Size>) {
+    cpu::prepare_keys(keys, prepared);
+  }
+  return prepared;
+}
+
+const Tensor* if_given(const OptionalTensor& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
+
+Inputs step_inputs(
+    const Tensor& query,
+    const OptionalTensor& keys,
+    const OptionalTensor& prepared_keys,
+    const OptionalTensor& v,
+    const Tensor& memory,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale) {
+  TORCH_CHECK_VALUE(keys.has_value() == v.has_value(), "keys and v go together");
+  TORCH_CHECK_VALUE(keys || !prepared_keys, "prepared_keys came without keys");
+  return {query, if_given(keys), if_given(v), memory, lengths, mask, scale, if_given(prepared_keys)};
+}
+
+template <class Size>
+Forwards step_attention(
+    const Tensor& query,
+    const OptionalTensor& keys,
+    const OptionalTensor& prepared_keys,
+    const OptionalTensor& v,
+    const Tensor& memory,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights) {
+  return forward<Size>(step_inputs(query, keys, prepared_keys, v, memory, lengths, mask, scale), need_weights);
+}
+
+template <class Size>
+std::tuple<Tensor, Tensor> step_attention_backward(
+    const OptionalTensor& grad_context,
+    const OptionalTensor& grad_weights,
+    const Tensor& query,
+    const OptionalTensor& keys,
+    const OptionalTensor& prepared_keys,
+    const OptionalTensor& v,
+    const Tensor& memory,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    const Tensor& context,
+    const OptionalTensor& weights,
+    const Tensor& logsumexp) {
+  const Inputs inputs = step_inputs(query, keys, prepared_keys, v, memory, lengths, mask, scale);
+  const auto sizes = check<Size>(inputs);
+  Gradients gradients{wanted_like<Size>(true, query), {}, {}, {}, empty(sizes.of_rows(sizes.S), accumulation_type(query), query)};
+  gradients = backward<Size>(inputs, {grad_context, grad_weights, context, weights, logsumexp}, std::move(gradients));
+  return {gradients.query, gradients.scores};
+}
+
+template <class Size>
+std::tuple<Tensor, Tensor> additive_scores_backward(
+    const Tensor& grad_scores,
+    const Tensor& query,
+    const Tensor& keys,
+    const OptionalTensor& prepared_keys,
+    const Tensor& v,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    std::array<bool, 2> wanted) {
+  // No values take part: of the rows of memory, none has an element.
+  TORCH_CHECK_VALUE(keys.dim() == 3, "keys has shape ", keys.sym_sizes(), ", needed is [B, S, A]");
+  const Tensor none = keys.narrow(2, 0, 0);
+  const Gradients gradients = backward_of_scores<Size>(
+      {query, &keys, &v, none, lengths, mask, 1.0, if_given(prepared_keys)},
+      grad_scores,
+      {{}, wanted_like<Size>(wanted[0], keys), wanted_like<Size>(wanted[1], v), {}, {}});
+  return {or_empty<Size>(gradients.keys, keys), or_empty<Size>(gradients.v, v)};
+}
+
 // Which compilation of the CPU's kernels runs.
 std::string cpu_capability() {
   return cpu::capability_name();
@@ -266,6 +373,10 @@ void implement(torch::Library& m) {
   m.impl("dot_attention_backward", dot_attention_backward<Size>);
   m.impl("additive_attention", additive_attention<Size>);
   m.impl("additive_attention_backward", additive_attention_backward<Size>);
+  m.impl("prepare_keys", prepare_keys<Size>);
+  m.impl("step_attention", step_attention<Size>);
+  m.impl("step_attention_backward", step_attention_backward<Size>);
+  m.impl("additive_scores_backward", additive_scores_backward<Size>);
 }
 
 }  // namespace
@@ -289,6 +400,28 @@ TORCH_LIBRARY(attn_ext, m) {
       "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor v,"
       " Tensor values, Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp,"
       " bool[4] wanted) -> (Tensor grad_query, Tensor grad_keys, Tensor grad_v, Tensor grad_values)");
+
+  // For the steps of a decoder's loop over one AttentionMemory (memory.cpp): of either score, additive with keys and v. A step's
+  // backward gives the query's gradient and that of the scores, [B, T, S]; what the memory's tensors get from all steps comes later.
+  // prepared_keys is what prepare_keys made of the keys: exp(2 keys) and what goes with it.
+  m.def("prepare_keys(Tensor keys) -> Tensor");
+  m.def(
+      "step_attention(Tensor query, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask,"
+      " float scale, bool need_weights) -> (Tensor context, Tensor weights, Tensor logsumexp)");
+  m.def(
+      "step_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor? keys, Tensor? prepared_keys,"
+      " Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp)"
+      " -> (Tensor grad_query, Tensor grad_scores)");
+  m.def(
+      "additive_scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor? prepared_keys, Tensor v, Tensor? lengths,"
+      " Tensor? mask, bool[2] wanted) -> (Tensor grad_keys, Tensor grad_v)");
+  m.def(
+      "memory_node(Tensor memory, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor? query_weight, Tensor? lengths,"
+      " Tensor? mask) -> Tensor");
+  m.def(
+      "memory_attention(Tensor query, Tensor? query_weight, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor memory,"
+      " Tensor? lengths, Tensor? mask, float scale, bool need_weights, Tensor? node) -> (Tensor context, Tensor weights)");
+
   m.def("cpu_capability() -> str", cpu_capability);
   m.def("cuda_build() -> str", cuda_build);
 }

@@ -67,6 +67,9 @@ Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
   if (inputs.keys != nullptr) {
     problem.keys = view_of(*inputs.keys);
     problem.v = view_of(*inputs.v);
+    if (inputs.prepared_keys != nullptr) {
+      problem.prepared_keys = view_of(*inputs.prepared_keys);
+    }
   }
   if (lengths.defined()) {
     problem.lengths = lengths.const_data_ptr<int64_t>();
@@ -171,6 +174,34 @@ Tensor contiguous(const OptionalTensor& tensor) {
   return tensor ? tensor->contiguous() : Tensor();
 }
 
+// `call` lacks the problem, the plan and the outputs.
+void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
+  const Tensor lengths = contiguous(inputs.lengths);
+  call.problem = problem_of(inputs, lengths);
+  call.plan = plan_of(call.problem, std::max<int64_t>(call.problem.queries, 1));
+  call.grad_scores = data_of(gradients.scores);
+  call.grad_query = data_of(gradients.query);
+  call.grad_keys = data_of(gradients.keys);
+  call.grad_memory = data_of(gradients.memory);
+  use_huge_pages(gradients.query);
+  use_huge_pages(gradients.keys);
+  use_huge_pages(gradients.memory);
+  const int64_t items = call.plan.items(call.problem);
+  Tensor grad_v;  // [items, A]: a partial sum an item, summed in a fixed order
+  if (gradients.v.defined()) {
+    const auto type = gradients.v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    grad_v = at::empty({items, call.problem.key_size}, gradients.v.options().dtype(type));
+    call.grad_v = data_of(grad_v);
+  }
+  if (items > 0) {
+    const Kernels& kernels = kernels_for(inputs);
+    run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward);
+  }
+  if (gradients.v.defined()) {
+    gradients.v.copy_(grad_v.sum(0));
+  }
+}
+
 }  // namespace
 
 const char* capability_name() {
@@ -197,35 +228,33 @@ void forward(const Inputs& inputs, Outputs& outputs) {
 
 void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   RECORD_FUNCTION(name_of(inputs, "backward"), c10::ArrayRef<const c10::IValue>{});
-  const Tensor lengths = contiguous(inputs.lengths);
   const Tensor logsumexp = saved.logsumexp.contiguous();
   Backward call{};
-  call.problem = problem_of(inputs, lengths);
-  call.plan = plan_of(call.problem, std::max<int64_t>(call.problem.queries, 1));
   call.grad_context = view_of(saved.grad_context);
   call.grad_weights = view_of(saved.grad_weights);
   call.context = view_of(saved.context);
   call.weights = view_of(saved.weights);
   call.logsumexp = logsumexp.const_data_ptr();
-  call.grad_query = data_of(gradients.query);
-  call.grad_keys = data_of(gradients.keys);
-  call.grad_memory = data_of(gradients.memory);
-  use_huge_pages(gradients.query);
-  use_huge_pages(gradients.keys);
-  use_huge_pages(gradients.memory);
-  const int64_t items = call.plan.items(call.problem);
-  Tensor grad_v;  // [items, A]: a partial sum an item, summed in a fixed order
-  if (gradients.v.defined()) {
-    grad_v = at::empty({items, call.problem.key_size}, saved.logsumexp.options());
-    call.grad_v = data_of(grad_v);
+  run_backward(inputs, call, gradients);
+}
+
+void backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients) {
+  RECORD_FUNCTION(name_of(inputs, "backward"), c10::ArrayRef<const c10::IValue>{});
+  Backward call{};
+  call.score_gradients = view_of(grad_scores);
+  run_backward(inputs, call, gradients);
+}
+
+void prepare_keys(const Tensor& keys, Tensor& prepared) {
+  const int64_t rows = keys.size(0) * keys.size(1);
+  const Preparation call{dtype_of(keys), keys.size(1), keys.size(2), view_of(keys), data_of(prepared)};
+  if (rows == 0) {
+    return;
   }
-  if (items > 0) {
-    const Kernels& kernels = kernels_for(inputs);
-    run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward);
-  }
-  if (gradients.v.defined()) {
-    gradients.v.copy_(grad_v.sum(0));
-  }
+  use_huge_pages(prepared);
+  const Kernels& kernels = capability().additive(call.dtype);
+  const int64_t grain = std::max<int64_t>(kGrain / (kTanhCost * std::max<int64_t>(call.key_size, 1)), 1);
+  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels.prepare(call, begin, end); });
 }
 
 }  // namespace attn_ext::cpu

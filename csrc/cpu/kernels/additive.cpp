@@ -15,7 +15,8 @@
 // E, and the product of those that share, must neither overflow nor lose its factors to underflow. While the exponentials are taken
 // the largest |2q| and |2k| are found; the sum of both decides how many features share a reciprocal. Where even a single E could
 // leave the type's range, E = exp(2 (q + k)) is taken directly, which is exact for any input. A single query takes it so too: for
-// it the exponentials are as many either way, and the keys are read where they stand.
+// it the exponentials are as many either way, and the keys are read where they stand. A decoder's steps share their keys: their
+// exponentials come prepared.
 #include "attention.h"
 #include "kernels.h"
 
@@ -92,13 +93,33 @@ inline void share_denominator(Vec<acc> (&numerators)[shared], Vec<acc> (&denomin
   }
 }
 
-// exp(2x) of rows, in scratch, and the largest |2x|. Rows end in ones, behind a whole number of blocks of features that share a
-// reciprocal.
+// to[a] = exp(2 from[a]), and ones from there to `end`, whole vectors; the largest |2 from[a]| goes into `magnitudes`. A NaN may
+// drop out of that: it makes its row's results NaN on either way.
+template <class acc>
+inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t end, Vec<acc>& magnitudes) {
+  for (int64_t a = 0; a < size; a += Vec<acc>::size()) {
+    const auto x = Vec<acc>::loadu(from + a, std::min<int64_t>(Vec<acc>::size(), size - a)) * Vec<acc>(2);
+    exponential(x).store(to + a);
+    magnitudes = at::vec::maximum(magnitudes, x.abs());
+  }
+  std::fill(to + size, to + end, acc(1));
+}
+
+// exp(2x) of rows, in scratch or as they were prepared, and the largest |2x|. Rows end in ones, behind a whole number of blocks of
+// features that share a reciprocal.
 template <class acc>
 class Exponentials {
  public:
-  Exponentials(Arena& arena, int64_t capacity, int64_t size)
-      : size_(size), stride_(padded<acc>(shared_size(size))), rows_(arena.take<acc>(capacity * stride_)) {}
+  Exponentials(Arena& arena, int64_t capacity, int64_t size, const View& prepared = {})
+      : size_(size),
+        stride_(padded<acc>(shared_size(size))),
+        prepared_(prepared),
+        address_(arena.take<const acc*>(capacity)),
+        rows_(arena.take<acc>(is_prepared() ? 0 : capacity * stride_)) {}
+
+  bool is_prepared() const {
+    return prepared_.data != nullptr;
+  }
 
   // `size` in whole blocks.
   static int64_t shared_size(int64_t size) {
@@ -106,23 +127,25 @@ class Exponentials {
     return (size + block - 1) / block * block;
   }
 
-  void load(const acc* const* rows, int64_t count) {
+  void take(const acc* const* rows, int64_t count) {
     Vec<acc> magnitudes(0);
     for (int64_t i = 0; i < count; ++i) {
-      acc* to = rows_ + i * stride_;
-      for (int64_t a = 0; a < size_; a += Vec<acc>::size()) {
-        const auto x = Vec<acc>::loadu(rows[i] + a, std::min<int64_t>(Vec<acc>::size(), size_ - a)) * Vec<acc>(2);
-        exponential(x).store(to + a);
-        // A NaN may drop out: it makes its row's results NaN on either way.
-        magnitudes = at::vec::maximum(magnitudes, x.abs());
-      }
-      std::fill(to + size_, to + stride_, acc(1));
+      address_[i] = rows_ + i * stride_;
+      take_exponentials(rows_ + i * stride_, rows[i], size_, stride_, magnitudes);
     }
     range_ = largest(magnitudes);
   }
 
-  const acc* row(int64_t i) const {
-    return rows_ + i * stride_;
+  void find(int64_t b, const Tile& tile) {
+    range_ = 0;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      address_[i] = static_cast<const acc*>(prepared_.data) + b * prepared_.batch + tile.steps[i] * prepared_.row;
+      range_ = std::max(range_, address_[i][prepared_size(size_) - kPreparedLine]);
+    }
+  }
+
+  const acc* const* addresses() const {
+    return address_;
   }
 
   acc range() const {
@@ -135,7 +158,9 @@ class Exponentials {
 
  private:
   int64_t size_;
-  int64_t stride_;
+  int64_t stride_;  // of rows in scratch
+  View prepared_;
+  const acc** address_;
   acc* rows_;
   acc range_ = 0;
 };
@@ -148,18 +173,18 @@ class AdditiveScore {
   AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
-        may_factor_(queries > 1),
+        may_factor_(queries > 1 || problem.prepared_keys.data != nullptr),
         query_(arena, problem.dtype, problem.query, queries, size_),
         keys_(arena, problem.dtype, problem.keys, tile, size_),
         query_exponentials_(arena, may_factor_ ? queries : 0, size_),
-        key_exponentials_(arena, may_factor_ ? tile : 0, size_),
+        key_exponentials_(arena, may_factor_ ? tile : 0, size_, problem.prepared_keys),
         v_(arena.take<acc>(query_exponentials_.stride())),
         problem_(problem) {}
 
   void load_queries(int64_t b, int64_t first, int64_t count) {
     query_.load(b, first, count);
     if (may_factor_) {
-      query_exponentials_.load(query_.addresses(), count);
+      query_exponentials_.take(query_.addresses(), count);
     }
     load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
     std::fill(v_ + size_, v_ + query_exponentials_.stride(), acc(0));
@@ -167,9 +192,27 @@ class AdditiveScore {
   }
 
   void load_keys(int64_t b, const Tile& tile, const Rows<acc>&) {
+    if (key_exponentials_.is_prepared()) {
+      key_exponentials_.find(b, tile);
+      if (may_share(1)) {  // nobody looks at the keys themselves
+        return;
+      }
+    }
     keys_.load(b, tile);
-    if (may_factor_) {
-      key_exponentials_.load(keys_.addresses(), tile.count);
+    if (may_factor_ && !key_exponentials_.is_prepared()) {
+      key_exponentials_.take(keys_.addresses(), tile.count);
+    }
+  }
+
+  // The keys `first` to `end` of all B S: their exponentials, ones, and the largest |2k|.
+  static void prepare(const Preparation& p, int64_t first, int64_t end) {
+    const int64_t stride = prepared_size(p.key_size);
+    for (int64_t i = first; i < end; ++i) {
+      acc* row = static_cast<acc*>(p.prepared) + i * stride;
+      load_row(row, p.dtype, p.keys, i / p.steps, i % p.steps, p.key_size);
+      Vec<acc> magnitudes(0);
+      take_exponentials(row, row, p.key_size, stride, magnitudes);
+      row[stride - kPreparedLine] = largest(magnitudes);
     }
   }
 
@@ -209,12 +252,13 @@ class AdditiveScore {
  private:
   template <int shared>
   void factored_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
-    const int64_t stride = key_exponentials_.stride();
+    const int64_t stride = query_exponentials_.stride();
     const int64_t end = Exponentials<acc>::shared_size(size_);
     for_blocks<kRows>(count, [&](auto rows, int64_t t0) {
       for_blocks<kColumns>(steps, [&](auto columns, int64_t j0) {
-        const acc* q = query_exponentials_.row(first + t0);
-        const acc* k = key_exponentials_.row(j0);
+        const acc* q = query_exponentials_.addresses()[first + t0];
+        const acc* k[columns.value];
+        std::copy_n(key_exponentials_.addresses() + j0, columns.value, k);
         Vec<acc> sums[rows.value][columns.value];
         for (int i = 0; i < rows.value; ++i) {
           for (int j = 0; j < columns.value; ++j) {
@@ -232,7 +276,7 @@ class AdditiveScore {
                 const int64_t at = a + n * Vec<acc>::size();
                 const auto query = Vec<acc>::loadu(q + i * stride + at);
                 numerators[n] = Vec<acc>::loadu(v_ + at);
-                denominators[n] = at::vec::fmadd(query, Vec<acc>::loadu(k + j * stride + at), Vec<acc>(1));
+                denominators[n] = at::vec::fmadd(query, Vec<acc>::loadu(k[j] + at), Vec<acc>(1));
               }
               share_denominator<shared, acc>(numerators, denominators);
               sums[i][j] = add_quotient<acc>(sums[i][j], numerators[0], denominators[0]);
@@ -296,7 +340,9 @@ class AdditiveGradient : public AdditiveScore<acc> {
   void begin_tile(int64_t b, const Tile& tile, int64_t written, const Rows<acc>& memory) {
     this->load_keys(b, tile, memory);
     grad_keys_.begin(b, tile, written);
-    std::fill_n(grad_keys_.rows(), tile.count * stride_, acc(0));
+    if (!only_queries()) {
+      std::fill_n(grad_keys_.rows(), tile.count * stride_, acc(0));
+    }
   }
 
   const acc** queries_of_memory(const acc** rows, int64_t, int64_t) const {
@@ -304,10 +350,14 @@ class AdditiveGradient : public AdditiveScore<acc> {
   }
 
   void add(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t) {
-    if (this->may_share(1)) {
-      add_factored(grad_scores, scores_stride, first, count, steps, grad_query);
-    } else {
+    if (!this->may_share(1)) {
       add_direct(grad_scores, scores_stride, first, count, steps, grad_query);
+    } else if (only_queries()) {
+      add_to_queries(grad_scores, scores_stride, first, count, steps, grad_query);
+    } else if (f_.grad_query == nullptr) {
+      add_factored<false>(grad_scores, scores_stride, first, count, steps, grad_query);
+    } else {
+      add_factored<true>(grad_scores, scores_stride, first, count, steps, grad_query);
     }
   }
 
@@ -334,22 +384,72 @@ class AdditiveGradient : public AdditiveScore<acc> {
   }
 
  private:
+  bool only_queries() const {
+    return !grad_keys_.wanted() && f_.grad_v == nullptr;
+  }
+
   void times_v(acc* row) const {
     for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
       (Vec<acc>::loadu(row + a) * Vec<acc>::loadu(this->v_ + a) * Vec<acc>(4)).store(row + a);
     }
   }
 
-  // A vector of features at a time: the gradients of a few queries stay in registers while the steps go by.
+  // The queries' gradients alone: rows of keys are read from left to right, several vectors of them abreast.
+  void add_to_queries(
+      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
+    const int64_t stride = this->query_exponentials_.stride();
+    constexpr int64_t lanes = Vec<acc>::size();
+    constexpr int most = kAccumulators / 3;
+    for_blocks<most>(count, [&](auto rows, int64_t t0) {
+      for_blocks<most / rows.value>((this->size_ + lanes - 1) / lanes, [&](auto width, int64_t vector) {
+        const int64_t a = vector * lanes;
+        const acc* query = this->query_exponentials_.addresses()[first + t0] + a;
+        acc* grad_query_rows = grad_query + (first + t0) * stride_ + a;
+        const acc* scores = grad_scores + t0 * scores_stride;
+        Vec<acc> q[rows.value][width.value];
+        Vec<acc> grad_q[rows.value][width.value];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows.value; ++i) {
+#pragma GCC unroll 8
+          for (int w = 0; w < width.value; ++w) {
+            q[i][w] = Vec<acc>::loadu(query + i * stride + w * lanes);
+            grad_q[i][w] = Vec<acc>::loadu(grad_query_rows + i * stride_ + w * lanes);
+          }
+        }
+        for (int64_t j = 0; j < steps; ++j) {
+          const acc* key = this->key_exponentials_.addresses()[j] + a;
+#pragma GCC unroll 8
+          for (int i = 0; i < rows.value; ++i) {
+            const Vec<acc> grad_score(scores[i * scores_stride + j]);
+#pragma GCC unroll 8
+            for (int w = 0; w < width.value; ++w) {
+              const auto r = reciprocal<acc>(at::vec::fmadd(q[i][w], Vec<acc>::loadu(key + w * lanes), Vec<acc>(1)));
+              grad_q[i][w] = at::vec::fmadd(grad_score, at::vec::fnmadd(r, r, r), grad_q[i][w]);
+            }
+          }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < rows.value; ++i) {
+#pragma GCC unroll 8
+          for (int w = 0; w < width.value; ++w) {
+            grad_q[i][w].store(grad_query_rows + i * stride_ + w * lanes);
+          }
+        }
+      });
+    });
+  }
+
+  // A vector of features at a time: the gradients of a few queries, where they are wanted, stay in registers while the steps go by.
+  template <bool to_queries>
   void add_factored(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
-    const int64_t stride = this->key_exponentials_.stride();
+    const int64_t stride = this->query_exponentials_.stride();
+    const acc* const* keys = this->key_exponentials_.addresses();
     for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
       auto grad_v = Vec<acc>::loadu(grad_v_ + a);
       // Two registers a query, and half a dozen.
       for_even_blocks<kAccumulators / 3>(count, [&](auto rows, int64_t t0) {
-        const acc* query = this->query_exponentials_.row(first + t0) + a;
+        const acc* query = this->query_exponentials_.addresses()[first + t0] + a;
         acc* grad_query_rows = grad_query + (first + t0) * stride_ + a;
-        const acc* key = this->key_exponentials_.row(0) + a;
         acc* grad_key = grad_keys_.rows() + a;
         const acc* scores = grad_scores + t0 * scores_stride;
         Vec<acc> q[rows.value];
@@ -359,15 +459,17 @@ class AdditiveGradient : public AdditiveScore<acc> {
           q[i] = Vec<acc>::loadu(query + i * stride);
           grad_q[i] = Vec<acc>::loadu(grad_query_rows + i * stride_);
         }
-        for (int64_t j = 0; j < steps; ++j, key += stride, grad_key += stride_) {
-          const auto k = Vec<acc>::loadu(key);
+        for (int64_t j = 0; j < steps; ++j, grad_key += stride_) {
+          const auto k = Vec<acc>::loadu(keys[j] + a);
           auto grad_k = Vec<acc>::loadu(grad_key);
 #pragma GCC unroll 8
           for (int i = 0; i < rows.value; ++i) {
             const Vec<acc> grad_score(scores[i * scores_stride + j]);
             const auto r = reciprocal<acc>(at::vec::fmadd(q[i], k, Vec<acc>(1)));
             const auto y = at::vec::fnmadd(r, r, r);
-            grad_q[i] = at::vec::fmadd(grad_score, y, grad_q[i]);
+            if constexpr (to_queries) {
+              grad_q[i] = at::vec::fmadd(grad_score, y, grad_q[i]);
+            }
             grad_k = at::vec::fmadd(grad_score, y, grad_k);
             grad_v = at::vec::fmadd(grad_score, r, grad_v);
           }
@@ -397,8 +499,10 @@ class AdditiveGradient : public AdditiveScore<acc> {
               direct_denominator<acc>(Vec<acc>::loadu(query + a, filled), Vec<acc>::loadu(key + a, filled), kRange<acc>));
           const auto grad = grad_score * at::vec::fnmadd(r, r, r);
           (Vec<acc>::loadu(grad_q + a) + grad).store(grad_q + a);
-          (Vec<acc>::loadu(grad_k + a) + grad).store(grad_k + a);
-          at::vec::fmadd(grad_score, r, Vec<acc>::loadu(grad_v_ + a)).store(grad_v_ + a);
+          if (!only_queries()) {
+            (Vec<acc>::loadu(grad_k + a) + grad).store(grad_k + a);
+            at::vec::fmadd(grad_score, r, Vec<acc>::loadu(grad_v_ + a)).store(grad_v_ + a);
+          }
         }
       }
     }

@@ -2,7 +2,7 @@
 //
 //   forward    p_ts = exp(e_ts - row_max_t), the running maximum;  c_t = sum_s p_ts m_s / sum_s p_ts
 //   backward   da_ts = g_t . m_s + gw_ts;  delta_t = g_t . c_t + sum_s a_ts gw_ts;  de_ts = scale a_ts (da_ts - delta_t)
-//              dm_s = sum_t a_ts g_t, and the score's own share of the gradients from de
+//              dm_s = sum_t a_ts g_t, and the score's own share of the gradients from de, which may also be given
 //
 // Each tile of memory is read once and serves the scores and the context (forward), or all of its gradients (backward), while it
 // is in cache. One query is bound by that read; many are bound by the products in products.h.
@@ -60,6 +60,20 @@ acc maximum(const acc* row, int64_t count, acc start) {
     all = at::vec::maximum(all, Vec<acc>::loadu(row + j));
   }
   return largest(all);
+}
+
+// A tile's row, times a factor, into its places among all steps, and zeros for the steps before and between them.
+template <class acc>
+void scatter(acc* to, const acc* row, const Tile& tile, int64_t written, acc factor) {
+  std::fill(to + written, to + tile.steps[0], acc(0));
+  if (tile.contiguous()) {
+    scale_row(to + tile.steps[0], row, tile.count, factor);
+    return;
+  }
+  std::fill(to + tile.steps[0], to + tile.steps[tile.count - 1], acc(0));
+  for (int64_t j = 0; j < tile.count; ++j) {
+    to[tile.steps[j]] = factor * row[j];
+  }
 }
 
 // Score is DotScore or AdditiveScore: what the queries are scored against, tile by tile.
@@ -130,7 +144,7 @@ struct AttentionForward {
         enter(slot, t, row, whole_vectors<acc>(tile.count), problem.memory_size);
         slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
         if (f.weights != nullptr) {
-          keep(weights_of(f, item, t), row, tile, written, tiles == 0 ? slot.factors[t] : acc(1));
+          scatter(weights_of(f, item, t), row, tile, written, tiles == 0 ? slot.factors[t] : acc(1));
           slot.tile_max[t * slot.tiles + tiles] = slot.row_max[t];
         }
       }
@@ -245,20 +259,7 @@ struct AttentionForward {
     }
   }
 
-  // A tile's exponentials, times a factor, into their places among the weights, and zeros for the steps before and between them.
-  static void keep(acc* weights, const acc* row, const Tile& tile, int64_t written, acc factor) {
-    std::fill(weights + written, weights + tile.steps[0], acc(0));
-    if (tile.contiguous()) {
-      scale_row(weights + tile.steps[0], row, tile.count, factor);
-      return;
-    }
-    std::fill(weights + tile.steps[0], weights + tile.steps[tile.count - 1], acc(0));
-    for (int64_t j = 0; j < tile.count; ++j) {
-      weights[tile.steps[j]] = factor * row[j];
-    }
-  }
-
-  // What keep() wrote is relative to the maximum of its time.
+  // What scatter() wrote is relative to the maximum of its time.
   static void normalize(const Forward& f, const Item& part, const Slot& slot, const acc* row_max, const acc* row_sum) {
     for (int64_t t = 0; t < part.queries; ++t) {
       if (row_sum[t] == 0) {
@@ -394,13 +395,17 @@ struct AttentionBackward {
       slot.gradient.begin_tile(item.batch, tile, written, slot.memory);
       slot.grad_memory.begin(item.batch, tile, written);
       for (int64_t t = 0; t < problem.queries; t += kChunk) {
-        take_chunk(f, item.batch, t, std::min(kChunk, problem.queries - t), tile, slot);
+        take_chunk(f, item.batch, t, std::min(kChunk, problem.queries - t), tile, written, slot);
       }
       slot.grad_memory.end(item.batch, tile);
       slot.gradient.end_tile(item.batch, tile);
       written = tile.steps[tile.count - 1] + 1;
     }
     slot.grad_memory.zero(item.batch, written, item.end_step);
+    for (int64_t t = 0; f.grad_scores != nullptr && t < problem.queries; ++t) {
+      acc* row = grad_scores_of(f, item.batch, t);
+      std::fill(row + written, row + item.end_step, acc(0));
+    }
     slot.gradient.end(item, index, written, slot.grad_query);
     if (f.plan.splits == 1) {
       merge(f, index, base, 0);
@@ -428,11 +433,57 @@ struct AttentionBackward {
 
  private:
   // A chunk of queries against a tile: its weights, the gradient of its scores, and what both add to the other gradients.
-  static void take_chunk(const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot) {
+  static void take_chunk(
+      const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, int64_t written, Slot& slot) {
     const Problem& problem = f.problem;
     const int64_t stride = f.plan.tile;
     acc* weights = slot.coefficients;
     acc* grad_scores = weights + count * stride;
+    if (f.score_gradients.data != nullptr) {
+      for (int64_t t = 0; t < count; ++t) {
+        gather(grad_scores + t * stride, kAccumulated<acc>, f.score_gradients, b, first + t, tile);
+      }
+    } else {
+      find_grad_scores(f, b, first, count, tile, slot, weights, grad_scores);
+    }
+    for (int64_t t = 0; f.grad_scores != nullptr && t < count; ++t) {
+      scatter(grad_scores_of(f, b, first + t), grad_scores + t * stride, tile, written, acc(1));
+    }
+    if (slot.grad_memory.wanted()) {
+      // sum_t a_ts g_t and, where the memory is its own keys, sum_t de_ts q_t: one product of twice the depth.
+      const acc* rows[2 * kChunk];
+      const acc** end = rows;
+      if (f.grad_context.data != nullptr) {
+        end = std::copy_n(slot.grad_context.addresses() + first, count, rows);
+      }
+      const acc* coefficients = end == rows ? grad_scores : weights;
+      end = slot.gradient.queries_of_memory(end, first, count);
+      multiply<acc>(
+          {slot.grad_memory.rows(), slot.grad_memory.stride(), first > 0},
+          tile.count,
+          {coefficients, 1, stride},
+          rows,
+          end - rows,
+          problem.memory_size);
+    }
+    slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride);
+  }
+
+  static acc* grad_scores_of(const Backward& f, int64_t b, int64_t t) {
+    return static_cast<acc*>(f.grad_scores) + (b * f.problem.queries + t) * f.problem.steps;
+  }
+
+  static void find_grad_scores(
+      const Backward& f,
+      int64_t b,
+      int64_t first,
+      int64_t count,
+      const Tile& tile,
+      Slot& slot,
+      acc* weights,
+      acc* grad_scores) {
+    const Problem& problem = f.problem;
+    const int64_t stride = f.plan.tile;
     const acc* const* grad_context = slot.grad_context.addresses() + first;
     if (f.weights.data != nullptr) {
       for (int64_t t = 0; t < count; ++t) {
@@ -464,24 +515,6 @@ struct AttentionBackward {
         row[j] = a[j] == 0 ? acc(0) : scale * a[j] * (row[j] - delta);
       }
     }
-    if (slot.grad_memory.wanted()) {
-      // sum_t a_ts g_t and, where the memory is its own keys, sum_t de_ts q_t: one product of twice the depth.
-      const acc* rows[2 * kChunk];
-      const acc** end = rows;
-      if (f.grad_context.data != nullptr) {
-        end = std::copy_n(grad_context, count, rows);
-      }
-      const acc* coefficients = end == rows ? grad_scores : weights;
-      end = slot.gradient.queries_of_memory(end, first, count);
-      multiply<acc>(
-          {slot.grad_memory.rows(), slot.grad_memory.stride(), first > 0},
-          tile.count,
-          {coefficients, 1, stride},
-          rows,
-          end - rows,
-          problem.memory_size);
-    }
-    slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride);
   }
 
   static void recompute_weights(

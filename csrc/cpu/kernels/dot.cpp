@@ -12,6 +12,9 @@ class DotScore {
  public:
   using acc = acc_;
 
+  // There are no keys to prepare.
+  static constexpr void (*prepare)(const Preparation&, int64_t, int64_t) = nullptr;
+
   DotScore(const Problem& problem, int64_t queries, int64_t, Arena& arena)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),

@@ -16,6 +16,22 @@ struct View {
   int64_t element = 0;
 };
 
+// A prepared key is exp(2k), filled up with ones to a whole number of 64 features, and a line of 16 that begins with the largest |2k|.
+constexpr int64_t kPreparedLine = 16;
+
+template <class Size>
+constexpr Size prepared_size(const Size& key_size) {
+  return (key_size + 63) / 64 * 64 + kPreparedLine;
+}
+
+struct Preparation {
+  Dtype dtype;
+  int64_t steps;     // S
+  int64_t key_size;  // A
+  View keys;         // [B, S, A]
+  void* prepared;    // [B, S, prepared_size(A)] acc, contiguous
+};
+
 // Source steps are taken in tiles of at most kTile rows, queries in chunks of at most kChunk.
 constexpr int64_t kTile = 128;
 constexpr int64_t kChunk = 128;
@@ -30,6 +46,7 @@ struct Problem {
   double scale;
   View query;                        // [B, T, key_size]
   View keys;                         // [B, S, key_size], additive only
+  View prepared_keys;                // [B, S, prepared_size(key_size)] acc, additive only; data may be null
   View v;                            // [key_size] (along element), additive only
   View memory;                       // [B, S, memory_size]
   const int64_t* lengths = nullptr;  // [B]
@@ -94,7 +111,9 @@ struct Backward {
   View context;           // [B, T, memory_size] acc
   View weights;           // [B, T, S] acc; data null: recomputed from logsumexp
   const void* logsumexp;  // [B, T] acc, contiguous
-  void* grad_query;       // each output may be null: not wanted
+  View score_gradients;   // [B, T, S] acc, where they are known, and none of the five above; data may be null
+  void* grad_scores;      // [B, T, S] acc; each output may be null: not wanted
+  void* grad_query;
   void* grad_keys;
   void* grad_v;  // [items, key_size] acc: one partial sum an item
   void* grad_memory;
@@ -108,6 +127,7 @@ struct Kernels {
   size_t (*backward_slot)(const Backward&);
   void (*backward)(const Backward&, int64_t item, char* slot);
   void (*merge_backward)(const Backward&, int64_t group, char* slots, size_t slot_size);
+  void (*prepare)(const Preparation&, int64_t first, int64_t end);  // of the B S keys; additive only
 };
 
 }  // namespace attn_ext::cpu

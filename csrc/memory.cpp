@@ -1,0 +1,402 @@
+// AttentionMemory's autograd: what the steps of a decoder's loop owe their memory is paid once, not at every step.
+//
+// memory_node makes one node of the graph out of the tensors that the steps share, and every step hangs on it. A step's backward takes
+// its query's gradient alone and leaves its small tensors with the node's ledger; autograd runs the node's own backward when those of
+// all steps are over, and the ledger becomes, with a weights, g = d context, de = d scores, q the projected queries of all steps:
+//
+//   dot, general   d memory = [a; de]^T [g; q]
+//   additive       d memory = a^T g, and the gradients of keys and v as of one call with all the queries
+//   general, additive   d query_weight = dq^T (the queries before their projection)
+#include "attention.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace attn_ext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Beneath autograd, and beneath autocast, which has had its say when the memory was made.
+class BelowAutograd {
+  at::AutoDispatchBelowADInplaceOrView below_autograd_;
+  c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
+};
+
+// What a step's backward leaves behind, each [B, T, ...].
+struct Step {
+  Tensor weights, grad_context;  // undefined if none came in
+  Tensor grad_scores;
+  Tensor query;       // as it met the memory
+  Tensor features;    // as it came,
+  Tensor grad_query;  // and the gradient of what its projection gave
+};
+
+// The steps of each backward pass under way. A pass owns its entries, by way of a callback that does nothing: they go when it ends,
+// whether it came as far as the node, never meant to, or raised.
+class Ledger : public torch::CustomClassHolder {
+ public:
+  void leave(Step step) {
+    const std::lock_guard lock(mutex_);
+    auto& entries = passes_[torch::autograd::get_current_graph_task_id()];
+    auto steps = entries.lock();
+    if (steps == nullptr) {
+      steps = std::make_shared<std::vector<Step>>();
+      entries = steps;
+      torch::autograd::Engine::get_default_engine().queue_callback([steps] {});
+      std::erase_if(passes_, [](const auto& pass) { return pass.second.expired(); });
+    }
+    steps->push_back(std::move(step));
+  }
+
+  // This pass's.
+  std::vector<Step> take() {
+    const std::lock_guard lock(mutex_);
+    const auto pass = passes_.find(torch::autograd::get_current_graph_task_id());
+    const auto steps = pass == passes_.end() ? nullptr : pass->second.lock();
+    return steps == nullptr ? std::vector<Step>() : std::exchange(*steps, {});
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int, std::weak_ptr<std::vector<Step>>> passes_;
+};
+
+constexpr char kLedger[] = "ledger";
+
+Ledger& ledger_of(AutogradContext& ctx) {
+  return *c10::static_intrusive_pointer_cast<Ledger>(ctx.saved_data.at(kLedger).toCapsule());
+}
+
+// The gradients that a backward returns under create_graph=True: to differentiate them would miss all that is deferred.
+void refuse_second_derivative(variable_list& grads) {
+  torch::autograd::DelayedError error(
+      "the steps of an AttentionMemory have no second derivative: their gradients are taken once a loop. Call luong_attention with"
+      " the encoder outputs themselves, which has one",
+      static_cast<int64_t>(grads.size()));
+  variable_list waiting;
+  for (const Tensor& grad : grads) {
+    waiting.push_back(grad.defined() ? grad.detach().requires_grad_() : grad);
+  }
+  grads = error.apply(std::move(waiting));
+}
+
+OptionalTensor if_defined(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+Tensor or_undefined(const OptionalTensor& tensor) {
+  return tensor.value_or(Tensor());
+}
+
+template <class Signature>
+auto find(const char* op) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();
+}
+
+Tensor project(const Tensor& input, const Tensor& weight) {
+  // Halves are projected in float32 where functional.py found the processor without products of theirs.
+  const bool widened = at::isReducedFloatingType(input.scalar_type()) && weight.scalar_type() == at::kFloat;
+  return widened ? at::linear(input.to(at::kFloat), weight).to(input.scalar_type()) : at::linear(input, weight);
+}
+
+// The field of all steps, one after the other along T.
+Tensor join(const std::vector<Step>& steps, Tensor Step::* field) {
+  std::vector<Tensor> parts;
+  for (const Step& step : steps) {
+    parts.push_back(step.*field);
+  }
+  return at::cat(parts, 1);
+}
+
+struct Node : torch::autograd::Function<Node> {
+  static constexpr size_t kInputs = 7;
+
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& memory,
+      const OptionalTensor& keys,
+      const OptionalTensor& v,
+      const OptionalTensor& query_weight,
+      const OptionalTensor& prepared_keys,
+      const OptionalTensor& lengths,
+      const OptionalTensor& mask) {
+    ctx->set_materialize_grads(false);
+    ctx->saved_data[kLedger] = c10::IValue::make_capsule(c10::make_intrusive<Ledger>());
+    ctx->saved_data["memory"] = memory.scalar_type();
+    ctx->saved_data["query_weight"] = query_weight ? query_weight->scalar_type() : at::kFloat;
+    if (keys) {
+      // A mask by query is of a step's queries, not of all steps'.
+      const bool by_row = mask && mask->dim() == 2;
+      ctx->save_for_backward(
+          {*keys, or_undefined(v), or_undefined(prepared_keys), or_undefined(lengths), by_row ? *mask : Tensor()});
+    }
+    return at::empty({0}, memory.options().dtype(at::kFloat));
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    const bool twice = at::GradMode::is_enabled();
+    const at::NoGradGuard no_grad;
+    const BelowAutograd guard;
+    variable_list grads(kInputs);
+    const std::vector<Step> steps = ledger_of(*ctx).take();
+    const variable_list saved = ctx->get_saved_variables();
+    const bool is_additive = !saved.empty();
+    if (steps.empty()) {
+      return grads;
+    }
+    if (ctx->needs_input_grad(0)) {
+      grads[0] = grad_memory(steps, !is_additive, ctx->saved_data.at("memory").toScalarType());
+    }
+    if (is_additive) {
+      std::tie(grads[1], grads[2]) = grad_keys_and_v(steps, saved, {ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
+    }
+    // Inputs that are not there have no edge: query_weight's follows the memory's, or that of v.
+    const size_t edge = is_additive ? 3 : 1;
+    if (steps.front().features.defined() && ctx->needs_input_grad(edge)) {
+      const Tensor features = join(steps, &Step::features), grad_query = join(steps, &Step::grad_query);
+      const auto type = steps.front().grad_scores.scalar_type();
+      grads[3] = at::mm(grad_query.flatten(0, 1).t().to(type), features.flatten(0, 1).to(type))
+                     .to(ctx->saved_data.at("query_weight").toScalarType());
+    }
+    if (twice) {
+      refuse_second_derivative(grads);
+    }
+    return grads;
+  }
+
+ private:
+  static Tensor grad_memory(const std::vector<Step>& steps, bool is_its_own_keys, at::ScalarType type) {
+    std::vector<Tensor> coefficients, rows;
+    for (const Step& step : steps) {
+      if (step.grad_context.defined()) {
+        coefficients.push_back(step.weights);
+        rows.push_back(step.grad_context);
+      }
+      if (is_its_own_keys) {
+        coefficients.push_back(step.grad_scores);
+        rows.push_back(step.query.to(step.grad_scores.scalar_type()));
+      }
+    }
+    return rows.empty() ? Tensor() : at::bmm(at::cat(coefficients, 1).transpose(1, 2), at::cat(rows, 1)).to(type);
+  }
+
+  static std::tuple<Tensor, Tensor> grad_keys_and_v(
+      const std::vector<Step>& steps, const variable_list& saved, std::array<bool, 2> wanted) {
+    static const auto op = find<std::tuple<Tensor, Tensor>(
+        const Tensor&,
+        const Tensor&,
+        const Tensor&,
+        const OptionalTensor&,
+        const Tensor&,
+        const OptionalTensor&,
+        const OptionalTensor&,
+        std::array<bool, 2>)>("attn_ext::additive_scores_backward");
+    const auto& [keys, v, prepared_keys, lengths, mask] = std::tie(saved[0], saved[1], saved[2], saved[3], saved[4]);
+    auto [grad_keys, grad_v] = op.call(
+        join(steps, &Step::grad_scores),
+        join(steps, &Step::query),
+        keys,
+        if_defined(prepared_keys),
+        v,
+        if_defined(lengths),
+        if_defined(mask),
+        wanted);
+    return {wanted[0] ? grad_keys : Tensor(), wanted[1] ? grad_v : Tensor()};
+  }
+};
+
+// One step's arguments, but for the query.
+struct Arguments {
+  const OptionalTensor& query_weight;
+  const OptionalTensor& keys;
+  const OptionalTensor& prepared_keys;
+  const OptionalTensor& v;
+  const Tensor& memory;
+  const OptionalTensor& lengths;
+  const OptionalTensor& mask;
+  double scale;
+  bool need_weights;
+
+  Tensor project(const Tensor& query) const {
+    return query_weight ? attn_ext::project(query, *query_weight) : query;
+  }
+
+  // Of a projected query: context, weights and log-sum-exp.
+  auto attend(const Tensor& query, bool with_weights) const {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&,
+        const OptionalTensor&,
+        const OptionalTensor&,
+        const OptionalTensor&,
+        const Tensor&,
+        const OptionalTensor&,
+        const OptionalTensor&,
+        double,
+        bool)>("attn_ext::step_attention");
+    return op.call(query, keys, prepared_keys, v, memory, lengths, mask, scale, with_weights);
+  }
+
+  bool scores_have_gradients(const Tensor& query) const {
+    const auto varies = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
+    return !keys || query.requires_grad() || varies(keys) || varies(v) || varies(query_weight);
+  }
+};
+
+struct StepFunction : torch::autograd::Function<StepFunction> {
+  // The context, and the weights where they are asked for and have a derivative. All of the weights go to `weights`.
+  static variable_list forward(
+      AutogradContext* ctx,
+      const Tensor& query,
+      const Tensor& node,
+      const c10::IValue& ledger,
+      const Arguments* arguments,
+      Tensor* all_weights) {
+    const BelowAutograd guard;
+    const Arguments& of = *arguments;
+    const Tensor projected = of.project(query);
+    const auto [context, weights, logsumexp] = of.attend(projected, true);
+    ctx->set_materialize_grads(false);
+    ctx->saved_data[kLedger] = ledger;
+    ctx->saved_data["scale"] = of.scale;
+    ctx->save_for_backward(
+        {query,
+         of.query_weight ? projected : Tensor(),
+         or_undefined(of.query_weight),
+         or_undefined(of.keys),
+         or_undefined(of.prepared_keys),
+         or_undefined(of.v),
+         of.memory,
+         or_undefined(of.lengths),
+         or_undefined(of.mask),
+         context,
+         weights,
+         logsumexp});
+    *all_weights = weights;
+    const bool weights_vary = of.need_weights && of.scores_have_gradients(query);
+    return weights_vary ? variable_list{context, weights} : variable_list{context};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
+    static const auto op = find<std::tuple<Tensor, Tensor>(
+        const OptionalTensor&,
+        const OptionalTensor&,
+        const Tensor&,
+        const OptionalTensor&,
+        const OptionalTensor&,
+        const OptionalTensor&,
+        const Tensor&,
+        const OptionalTensor&,
+        const OptionalTensor&,
+        double,
+        const Tensor&,
+        const OptionalTensor&,
+        const Tensor&)>("attn_ext::step_attention_backward");
+    variable_list grads(5);  // as many as forward's arguments
+    const Tensor grad_context = incoming[0], grad_weights = incoming.size() > 1 ? incoming[1] : Tensor();
+    if (!grad_context.defined() && !grad_weights.defined()) {
+      return grads;
+    }
+    const bool twice = at::GradMode::is_enabled();
+    const at::NoGradGuard no_grad;
+    const BelowAutograd guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &query = saved[0], &query_weight = saved[2], &context = saved[9], &weights = saved[10];
+    const Tensor& projected = query_weight.defined() ? saved[1] : query;
+    const auto [grad_query, grad_scores] = op.call(
+        if_defined(grad_context),
+        if_defined(grad_weights),
+        projected,
+        if_defined(saved[3]),
+        if_defined(saved[4]),
+        if_defined(saved[5]),
+        saved[6],
+        if_defined(saved[7]),
+        if_defined(saved[8]),
+        ctx->saved_data.at("scale").toDouble(),
+        context,
+        weights,
+        saved[11]);
+    if (ctx->needs_input_grad(1)) {
+      // One step or several: [B, T, ...].
+      const auto steps = [&](const Tensor& t) { return t.defined() && query.dim() == 2 ? t.unsqueeze(1) : t; };
+      const bool is_projected = query_weight.defined();
+      ledger_of(*ctx).leave(
+          {steps(weights),
+           steps(grad_context),
+           steps(grad_scores),
+           steps(projected),
+           is_projected ? steps(query) : Tensor(),
+           is_projected ? steps(grad_query) : Tensor()});
+    }
+    if (ctx->needs_input_grad(0)) {
+      grads[0] = query_weight.defined() ? project(grad_query, query_weight.t()) : grad_query;
+    }
+    if (twice) {
+      refuse_second_derivative(grads);
+    }
+    return grads;
+  }
+};
+
+// What every step of a loop is to be given; it carries the gradients of all tensors here. prepared_keys have none: those of keys are
+// theirs.
+Tensor memory_node(
+    const Tensor& memory,
+    const OptionalTensor& keys,
+    const OptionalTensor& prepared_keys,
+    const OptionalTensor& v,
+    const OptionalTensor& query_weight,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask) {
+  return Node::apply(memory, keys, v, query_weight, prepared_keys, lengths, mask);
+}
+
+// A query [B, T, Dq] or [B, Dq] against the memory: its projection, and the op. Results as of the ops, halves in float32.
+std::tuple<Tensor, Tensor> memory_attention(
+    const Tensor& query,
+    const OptionalTensor& query_weight,
+    const OptionalTensor& keys,
+    const OptionalTensor& prepared_keys,
+    const OptionalTensor& v,
+    const Tensor& memory,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights,
+    const OptionalTensor& node) {
+  const Arguments arguments{query_weight, keys, prepared_keys, v, memory, lengths, mask, scale, need_weights};
+  const bool has_node = node && node->requires_grad();
+  if (!query._fw_grad(0).defined() && !(at::GradMode::is_enabled() && (query.requires_grad() || has_node))) {
+    const BelowAutograd guard;
+    auto [context, weights, logsumexp] = arguments.attend(arguments.project(query), need_weights);
+    return {context, weights};
+  }
+  const auto* made = has_node ? dynamic_cast<torch::autograd::CppNode<Node>*>(node->grad_fn().get()) : nullptr;
+  TORCH_CHECK_VALUE(made != nullptr, "node must be what memory_node returned, of tensors that require a gradient");
+  Tensor weights;
+  const variable_list outputs = StepFunction::apply(query, *node, made->ctx_.saved_data.at(kLedger), &arguments, &weights);
+  return {outputs[0], outputs.size() > 1 ? outputs[1] : weights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(attn_ext, CompositeImplicitAutograd, m) {
+  m.impl("memory_node", memory_node);
+  m.impl("memory_attention", memory_attention);
+}
+
+}  // namespace attn_ext
