@@ -1,8 +1,9 @@
 // AttentionMemory's autograd: what the steps of a decoder's loop owe their memory is paid once, not at every step.
 //
-// memory_node makes one node of the graph out of the tensors that the steps share, and every step hangs on it. A step's backward takes
-// its query's gradient alone and leaves its small tensors with the node's ledger; autograd runs the node's own backward when those of
-// all steps are over, and the ledger becomes, with a weights, g = d context, de = d scores, q the projected queries of all steps:
+// memory_node makes one node of the graph out of the tensors that the steps share, and every step hangs on it. A step's backward
+// takes its query's gradient alone and leaves its small tensors with the node's ledger; autograd runs the node's own backward when
+// those of all steps are over, and the ledger becomes, with a weights, g = d context, de = d scores, q the projected queries of all
+// steps:
 //
 //   dot, general   d memory = [a; de]^T [g; q]
 //   additive       d memory = a^T g, and the gradients of keys and v as of one call with all the queries
@@ -13,10 +14,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <tuple>
@@ -43,6 +45,7 @@ struct Step {
   Tensor query;       // as it met the memory
   Tensor features;    // as it came,
   Tensor grad_query;  // and the gradient of what its projection gave
+  Tensor origin;      // the query in the graph
 };
 
 // The steps of each backward pass under way. A pass owns its entries, by way of a callback that does nothing: they go when it ends,
@@ -81,17 +84,30 @@ Ledger& ledger_of(AutogradContext& ctx) {
   return *c10::static_intrusive_pointer_cast<Ledger>(ctx.saved_data.at(kLedger).toCapsule());
 }
 
-// The gradients that a backward returns under create_graph=True: to differentiate them would miss all that is deferred.
-void refuse_second_derivative(variable_list& grads) {
-  torch::autograd::DelayedError error(
-      "the steps of an AttentionMemory have no second derivative: their gradients are taken once a loop. Call luong_attention with"
-      " the encoder outputs themselves, which has one",
-      static_cast<int64_t>(grads.size()));
-  variable_list waiting;
-  for (const Tensor& grad : grads) {
-    waiting.push_back(grad.defined() ? grad.detach().requires_grad_() : grad);
+// A gradient that a backward returns under create_graph=True, as the function of `origins` that it is: to differentiate it would
+// miss all that is deferred, and raises.
+struct Once : torch::autograd::Function<Once> {
+  static Tensor forward(AutogradContext*, const Tensor& grad, at::TensorList) {
+    return grad.alias();
   }
-  grads = error.apply(std::move(waiting));
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false,
+        "the steps of an AttentionMemory have no second derivative: their gradients are taken once a loop. Call luong_attention "
+        "with"
+        " the encoder outputs themselves, which has one");
+  }
+};
+
+void refuse_second_derivative(variable_list& grads, const variable_list& origins) {
+  variable_list known;
+  std::copy_if(origins.begin(), origins.end(), std::back_inserter(known), [](const Tensor& origin) { return origin.defined(); });
+  for (Tensor& grad : grads) {
+    if (grad.defined()) {
+      grad = Once::apply(grad, at::TensorList(known));
+    }
+  }
 }
 
 OptionalTensor if_defined(const Tensor& tensor) {
@@ -136,49 +152,54 @@ struct Node : torch::autograd::Function<Node> {
       const OptionalTensor& mask) {
     ctx->set_materialize_grads(false);
     ctx->saved_data[kLedger] = c10::IValue::make_capsule(c10::make_intrusive<Ledger>());
-    ctx->saved_data["memory"] = memory.scalar_type();
-    ctx->saved_data["query_weight"] = query_weight ? query_weight->scalar_type() : at::kFloat;
-    if (keys) {
-      // A mask by query is of a step's queries, not of all steps'.
-      const bool by_row = mask && mask->dim() == 2;
-      ctx->save_for_backward(
-          {*keys, or_undefined(v), or_undefined(prepared_keys), or_undefined(lengths), by_row ? *mask : Tensor()});
-    }
+    // A mask by query is of a step's queries, not of all steps'.
+    const bool by_row = mask && mask->dim() == 2;
+    ctx->save_for_backward(
+        {memory,
+         or_undefined(keys),
+         or_undefined(v),
+         or_undefined(query_weight),
+         or_undefined(prepared_keys),
+         or_undefined(lengths),
+         by_row ? *mask : Tensor()});
     return at::empty({0}, memory.options().dtype(at::kFloat));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    const bool twice = at::GradMode::is_enabled();
-    const at::NoGradGuard no_grad;
-    const BelowAutograd guard;
     variable_list grads(kInputs);
     const std::vector<Step> steps = ledger_of(*ctx).take();
-    const variable_list saved = ctx->get_saved_variables();
-    const bool is_additive = !saved.empty();
     if (steps.empty()) {
       return grads;
     }
-    if (ctx->needs_input_grad(0)) {
-      grads[0] = grad_memory(steps, !is_additive, ctx->saved_data.at("memory").toScalarType());
+    variable_list saved = ctx->get_saved_variables();
+    {
+      const at::NoGradGuard no_grad;
+      const BelowAutograd guard;
+      const Tensor &memory = saved[0], &keys = saved[1], &query_weight = saved[3];
+      if (ctx->needs_input_grad(0)) {
+        grads[0] = grad_memory(steps, !keys.defined(), memory.scalar_type());
+      }
+      if (keys.defined()) {
+        std::tie(grads[1], grads[2]) = grad_keys_and_v(steps, saved, {ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
+      }
+      // Inputs that are not there have no edge: query_weight's follows the memory's, or that of v.
+      if (query_weight.defined() && ctx->needs_input_grad(keys.defined() ? 3 : 1)) {
+        const Tensor features = join(steps, &Step::features), grad_query = join(steps, &Step::grad_query);
+        const auto type = steps.front().grad_scores.scalar_type();
+        grads[3] = at::mm(grad_query.flatten(0, 1).t().to(type), features.flatten(0, 1).to(type)).to(query_weight.scalar_type());
+      }
     }
-    if (is_additive) {
-      std::tie(grads[1], grads[2]) = grad_keys_and_v(steps, saved, {ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
-    }
-    // Inputs that are not there have no edge: query_weight's follows the memory's, or that of v.
-    const size_t edge = is_additive ? 3 : 1;
-    if (steps.front().features.defined() && ctx->needs_input_grad(edge)) {
-      const Tensor features = join(steps, &Step::features), grad_query = join(steps, &Step::grad_query);
-      const auto type = steps.front().grad_scores.scalar_type();
-      grads[3] = at::mm(grad_query.flatten(0, 1).t().to(type), features.flatten(0, 1).to(type))
-                     .to(ctx->saved_data.at("query_weight").toScalarType());
-    }
-    if (twice) {
-      refuse_second_derivative(grads);
+    if (at::GradMode::is_enabled()) {
+      for (const Step& step : steps) {
+        saved.push_back(step.origin);
+      }
+      refuse_second_derivative(grads, saved);
     }
     return grads;
   }
 
  private:
+  // In float64, or in float32, as everything that the steps left; then in the memory's type.
   static Tensor grad_memory(const std::vector<Step>& steps, bool is_its_own_keys, at::ScalarType type) {
     std::vector<Tensor> coefficients, rows;
     for (const Step& step : steps) {
@@ -205,16 +226,10 @@ struct Node : torch::autograd::Function<Node> {
         const OptionalTensor&,
         const OptionalTensor&,
         std::array<bool, 2>)>("attn_ext::additive_scores_backward");
-    const auto& [keys, v, prepared_keys, lengths, mask] = std::tie(saved[0], saved[1], saved[2], saved[3], saved[4]);
-    auto [grad_keys, grad_v] = op.call(
-        join(steps, &Step::grad_scores),
-        join(steps, &Step::query),
-        keys,
-        if_defined(prepared_keys),
-        v,
-        if_defined(lengths),
-        if_defined(mask),
-        wanted);
+    const Tensor &keys = saved[1], &v = saved[2];
+    const OptionalTensor prepared_keys = if_defined(saved[4]), lengths = if_defined(saved[5]), mask = if_defined(saved[6]);
+    auto [grad_keys, grad_v] =
+        op.call(join(steps, &Step::grad_scores), join(steps, &Step::query), keys, prepared_keys, v, lengths, mask, wanted);
     return {wanted[0] ? grad_keys : Tensor(), wanted[1] ? grad_v : Tensor()};
   }
 };
@@ -291,6 +306,28 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
+    variable_list grads(5);  // as many as forward's arguments
+    const Tensor grad_context = incoming[0], grad_weights = incoming.size() > 1 ? incoming[1] : Tensor();
+    if (!grad_context.defined() && !grad_weights.defined()) {
+      return grads;
+    }
+    const variable_list saved = ctx->get_saved_variables();
+    step_backward(ctx, saved, grad_context, grad_weights, grads);
+    if (at::GradMode::is_enabled()) {
+      variable_list origins(incoming);
+      origins.insert(origins.end(), {saved[0], saved[2], saved[3], saved[5], saved[6]});
+      refuse_second_derivative(grads, origins);
+    }
+    return grads;
+  }
+
+ private:
+  static void step_backward(
+      AutogradContext* ctx,
+      const variable_list& saved,
+      const Tensor& grad_context,
+      const Tensor& grad_weights,
+      variable_list& grads) {
     static const auto op = find<std::tuple<Tensor, Tensor>(
         const OptionalTensor&,
         const OptionalTensor&,
@@ -305,15 +342,8 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
         const Tensor&,
         const OptionalTensor&,
         const Tensor&)>("attn_ext::step_attention_backward");
-    variable_list grads(5);  // as many as forward's arguments
-    const Tensor grad_context = incoming[0], grad_weights = incoming.size() > 1 ? incoming[1] : Tensor();
-    if (!grad_context.defined() && !grad_weights.defined()) {
-      return grads;
-    }
-    const bool twice = at::GradMode::is_enabled();
     const at::NoGradGuard no_grad;
     const BelowAutograd guard;
-    const variable_list saved = ctx->get_saved_variables();
     const Tensor &query = saved[0], &query_weight = saved[2], &context = saved[9], &weights = saved[10];
     const Tensor& projected = query_weight.defined() ? saved[1] : query;
     const auto [grad_query, grad_scores] = op.call(
@@ -340,20 +370,17 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
            steps(grad_scores),
            steps(projected),
            is_projected ? steps(query) : Tensor(),
-           is_projected ? steps(grad_query) : Tensor()});
+           is_projected ? steps(grad_query) : Tensor(),
+           query});
     }
     if (ctx->needs_input_grad(0)) {
       grads[0] = query_weight.defined() ? project(grad_query, query_weight.t()) : grad_query;
     }
-    if (twice) {
-      refuse_second_derivative(grads);
-    }
-    return grads;
   }
 };
 
-// What every step of a loop is to be given; it carries the gradients of all tensors here. prepared_keys have none: those of keys are
-// theirs.
+// What every step of a loop is to be given; it carries the gradients of all tensors here. prepared_keys have none: those of keys
+// are theirs.
 Tensor memory_node(
     const Tensor& memory,
     const OptionalTensor& keys,

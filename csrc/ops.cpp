@@ -104,8 +104,7 @@ Sizes<Size> check(const Inputs& inputs) {
     check_argument<Size>("v", *inputs.v, type, query, {size});
   }
   if (inputs.prepared_keys != nullptr) {
-    check_argument<Size>(
-        "prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, cpu::prepared_size(size)});
+    check_argument<Size>("prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, cpu::prepared_size(size)});
     TORCH_CHECK_VALUE(inputs.prepared_keys->sym_stride(2) == 1, "prepared_keys must be what prepare_keys returned");
   }
   if (inputs.lengths) {
@@ -402,8 +401,8 @@ TORCH_LIBRARY(attn_ext, m) {
       " bool[4] wanted) -> (Tensor grad_query, Tensor grad_keys, Tensor grad_v, Tensor grad_values)");
 
   // For the steps of a decoder's loop over one AttentionMemory (memory.cpp): of either score, additive with keys and v. A step's
-  // backward gives the query's gradient and that of the scores, [B, T, S]; what the memory's tensors get from all steps comes later.
-  // prepared_keys is what prepare_keys made of the keys: exp(2 keys) and what goes with it.
+  // backward gives the query's gradient and that of the scores, [B, T, S]; what the memory's tensors get from all steps comes
+  // later. prepared_keys is what prepare_keys made of the keys: exp(2 keys) and what goes with it.
   m.def("prepare_keys(Tensor keys) -> Tensor");
   m.def(
       "step_attention(Tensor query, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask,"

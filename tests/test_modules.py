@@ -1,4 +1,4 @@
-"""LuongAttention, Attention and AttentionMemory: parameters, and the numbers of formulas that are not the library's."""
+"""LuongAttention and Attention: parameters, and the numbers of formulas that are not the library's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import attn_ext
-from attn_ext import Attention, AttentionMemory, LuongAttention
+from attn_ext import Attention, LuongAttention
 
 B, T, S, DQ, DM, A = 3, 5, 7, 8, 12, 10
 MODULES: dict[str, dict[str, Any]] = {
@@ -121,55 +121,6 @@ def test_is_the_functional_form(name: str) -> None:
     context, weights = module(hidden, encoder_outputs, **masking, need_weights=False)
     assert weights is None
     torch.testing.assert_close(context, expected[0])
-
-
-@pytest.mark.parametrize("masking", ["none", "lengths", "rows", "pairs"])
-@pytest.mark.parametrize("name", MODULES)
-def test_memory_gives_the_same(name: str, masking: str, each_backend: str) -> None:
-    """Through `attn.memory`, once per batch: all steps in one call, and step by step; values and every gradient."""
-    module = build(name, dtype=torch.float64)
-    tensors = [tensor.requires_grad_() for tensor in inputs(module, torch.float64)]
-    hidden, encoder_outputs = tensors
-    options = {
-        "none": {},
-        "lengths": {"lengths": torch.tensor([S, 0, 3])},
-        "rows": {"mask": torch.arange(S).expand(B, S) % 3 > 0},
-        "pairs": {"mask": (torch.arange(S) + torch.arange(T).unsqueeze(1)).expand(B, T, S) % 3 > 0},
-    }[masking]
-
-    def at_once() -> tuple[Tensor, Tensor]:
-        return module(hidden, module.memory(encoder_outputs, **options))
-
-    def step_by_step() -> tuple[Tensor, Tensor]:
-        memory = module.memory(encoder_outputs, **options)
-        steps = [module(hidden[:, t], memory) for t in range(T)]
-        return tuple(torch.stack(outputs, dim=1) for outputs in zip(*steps, strict=True))
-
-    def results(context: Tensor, weights: Tensor) -> list[Tensor]:
-        loss = context.sin().sum() + weights.square().sum()
-        return [context, weights, *torch.autograd.grad(loss, [*tensors, *module.parameters()])]
-
-    expected = results(*module(hidden, encoder_outputs, **options))
-    for attend in (at_once, step_by_step) if masking != "pairs" else (at_once,):
-        torch.testing.assert_close(results(*attend()), expected)
-
-
-def test_memory_without_a_module() -> None:
-    module = build("concat with bias")
-    hidden, encoder_outputs = inputs(module)
-    memory = AttentionMemory(
-        encoder_outputs,
-        "concat",
-        weight=module.Wa.weight,
-        v=module.Va,
-        bias=module.Wa.bias,
-        scale=0.5,
-        lengths=[2, 1, 0],
-    )
-    expected = module(hidden, encoder_outputs, [2, 1, 0])
-    for context, weights in (memory.attend(hidden), attn_ext.luong_attention(hidden, memory)):
-        torch.testing.assert_close((context, weights), expected)
-    assert memory.attend(hidden, need_weights=False)[1] is None
 
 
 @pytest.mark.parametrize("name", MODULES)

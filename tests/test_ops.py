@@ -259,3 +259,125 @@ def test_no_gradient_comes_back(method: str) -> None:
     except (RuntimeError, ValueError):
         return
     assert all((grad == 0).all() for grad in grads)
+
+
+# The ops of a decoder loop's steps, which AttentionMemory calls.
+
+STEP_OPS = ("prepare_keys", "step_attention", "step_attention_backward", "additive_scores_backward")
+
+
+def step_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
+    """Valid ones for each of the ops that the score has."""
+    problem = case.problem()
+    query, *keys_and_v, memory = (problem.tensors[name] for name in TENSORS[case.method])
+    keys, v = keys_and_v or (None, None)
+    prepared = None if keys is None else torch.ops.attn_ext.prepare_keys(keys)
+    lengths, mask, scale = problem.options["lengths"], problem.options["mask"], 0.5
+    inputs = (query, keys, prepared, v, memory, lengths, mask, scale)
+    context, weights, logsumexp = torch.ops.attn_ext.step_attention(*inputs, True)
+    grads = [problem.grad_outputs.get(name) for name in ("context", "weights")]
+    grads = [None if grad is None else grad.to(context.dtype) for grad in grads]
+    calls: dict[str, tuple[Any, ...]] = {
+        "step_attention": (*inputs, True),
+        "step_attention_backward": (*grads, *inputs, context, weights, logsumexp),
+    }
+    if keys is not None:
+        _, grad_scores = torch.ops.attn_ext.step_attention_backward(*calls["step_attention_backward"])
+        calls["prepare_keys"] = (keys,)
+        calls["additive_scores_backward"] = (grad_scores, query, keys, prepared, v, lengths, mask, [True, True])
+    return calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
+def test_opcheck_of_steps(method: str, masking: str, dtype: torch.dtype) -> None:
+    for name, args in step_arguments(Case(method, masking=masking, dtype=dtype)).items():
+        opcheck(getattr(torch.ops.attn_ext, name).default, args)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (1, 1, 1, 1), (1, 70, 40, 33)], ids=str
+)
+def test_opcheck_of_sizes_of_steps(method: str, sizes: tuple[int, ...]) -> None:
+    for name, args in step_arguments(Case(method, *sizes, masking="lengths")).items():
+        opcheck(getattr(torch.ops.attn_ext, name).default, args)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("masking", ["none", "lengths", "rows", "pairs", "lengths+pairs"])
+@pytest.mark.parametrize("T", [1, 2, 7, 70], ids="T={}".format)
+def test_steps_and_the_rest_make_the_whole(method: str, T: int, masking: str, loss: str) -> None:
+    """A step's gradients, and what the gradients of its scores give the memory's tensors, are those of the whole op."""
+    case = Case(method, T=T, S=150, D=70, Dm=20, masking=masking, loss=loss, scale=0.5)
+    calls = step_arguments(case)
+    context, weights, logsumexp = torch.ops.attn_ext.step_attention(*calls["step_attention"])
+    whole = arguments(case, "backward")
+    torch.testing.assert_close(
+        torch.ops.attn_ext.step_attention(*calls["step_attention"]),
+        op(method, "forward")(
+            *(a for a in calls["step_attention"][:5] if a is not None and a is not calls["step_attention"][2]),
+            *calls["step_attention"][5:],
+        ),
+    )
+    grad_query, grad_scores = torch.ops.attn_ext.step_attention_backward(*calls["step_attention_backward"])
+    grad_context, grad_weights, *_ = calls["step_attention_backward"]
+    expected = op(method, "backward")(
+        grad_context,
+        grad_weights,
+        *whole[2 : 2 + len(TENSORS[method])],
+        *whole[-7:-4],
+        context,
+        weights,
+        logsumexp,
+        whole[-1],
+    )
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(grad_query, expected[0], **close)
+    grad_memory = torch.zeros_like(expected[-1]) if grad_context is None else weights.mT @ grad_context
+    if method == "dot":
+        grad_memory += grad_scores.mT @ calls["step_attention"][0]
+    else:
+        rest = torch.ops.attn_ext.additive_scores_backward(*calls["additive_scores_backward"])
+        torch.testing.assert_close(rest, expected[1:3], **close)
+        *others, _ = calls["additive_scores_backward"]
+        for wanted in ([True, False], [False, True], [False, False]):
+            some = torch.ops.attn_ext.additive_scores_backward(*others, wanted)
+            for grad, full, want in zip(some, rest, wanted, strict=True):
+                torch.testing.assert_close(grad, full if want else full.new_empty(0), **close)
+    torch.testing.assert_close(grad_memory, expected[-1], **close)
+
+
+def test_nothing_crashes_in_a_step(method: str) -> None:
+    """As for the ops themselves. What keys alone tell the size of, nothing contradicts."""
+    accepted = []
+    for name, valid in step_arguments(Case(method, masking="lengths+pairs")).items():
+        for position, argument in enumerate(valid):
+            for what, wrong in spoiled(argument) if isinstance(argument, Tensor) else ():
+                try:
+                    getattr(torch.ops.attn_ext, name)(*valid[:position], wrong, *valid[position + 1 :])
+                except (RuntimeError, ValueError, TypeError):
+                    continue
+                accepted.append((name, position, what))
+    free = {("prepare_keys", 0), ("step_attention", 4)} if method == "additive" else set()
+    assert {entry[:2] for entry in accepted} <= free, accepted
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("spread", [1.0, 30.0, 400.0], ids="spread={}".format)
+@pytest.mark.parametrize("T", [1, 9], ids="T={}".format)
+def test_prepared_keys_are_guarded(T: int, spread: float) -> None:
+    """Exponentials out of range: the keys themselves are taken, by tiles. Nobody looks behind a length."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, v = (torch.randn(size, generator=generator) for size in [(2, T, 70), (2, 300, 70), (70,)])
+    query[0, :, 3], keys[0, :100, 3] = spread, -spread
+    keys[1, 200:] = float("nan")
+    lengths = torch.tensor([300, 200])
+    values = torch.randn(2, 300, 5, generator=generator)
+    prepared = torch.ops.attn_ext.prepare_keys(keys)
+    results = torch.ops.attn_ext.step_attention(query, keys, prepared, v, values, lengths, None, 1.0, True)
+    expected = torch.ops.attn_ext.additive_attention(
+        query.double(), keys.double(), v.double(), values.double(), lengths, None, 1.0, True
+    )
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.double(), truth, rtol=1e-4, atol=1e-5)

@@ -395,8 +395,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
   }
 
   // The queries' gradients alone: rows of keys are read from left to right, several vectors of them abreast.
-  void add_to_queries(
-      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
+  void add_to_queries(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
     const int64_t stride = this->query_exponentials_.stride();
     constexpr int64_t lanes = Vec<acc>::size();
     constexpr int most = kAccumulators / 3;

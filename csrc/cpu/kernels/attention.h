@@ -474,14 +474,7 @@ struct AttentionBackward {
   }
 
   static void find_grad_scores(
-      const Backward& f,
-      int64_t b,
-      int64_t first,
-      int64_t count,
-      const Tile& tile,
-      Slot& slot,
-      acc* weights,
-      acc* grad_scores) {
+      const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot, acc* weights, acc* grad_scores) {
     const Problem& problem = f.problem;
     const int64_t stride = f.plan.tile;
     const acc* const* grad_context = slot.grad_context.addresses() + first;

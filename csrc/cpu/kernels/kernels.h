@@ -13,7 +13,13 @@ const Kernels& kernels_of(Dtype dtype) {
     using Forwards = AttentionForward<Score<acc>>;
     using Backwards = AttentionBackward<Gradient<acc>>;
     static constexpr Kernels kernels = {
-        Forwards::slot_size, Forwards::run, Forwards::merge, Backwards::slot_size, Backwards::run, Backwards::merge, Score<acc>::prepare};
+        Forwards::slot_size,
+        Forwards::run,
+        Forwards::merge,
+        Backwards::slot_size,
+        Backwards::run,
+        Backwards::merge,
+        Score<acc>::prepare};
     return kernels;
   };
   return dtype == Dtype::Double ? of(double()) : of(float());

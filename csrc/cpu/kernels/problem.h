@@ -16,7 +16,8 @@ struct View {
   int64_t element = 0;
 };
 
-// A prepared key is exp(2k), filled up with ones to a whole number of 64 features, and a line of 16 that begins with the largest |2k|.
+// A prepared key is exp(2k), filled up with ones to a whole number of 64 features, and a line of 16 that begins with the largest
+// |2k|.
 constexpr int64_t kPreparedLine = 16;
 
 template <class Size>

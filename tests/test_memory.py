@@ -1,0 +1,570 @@
+"""AttentionMemory: a loop's steps give what autograd alone would give, under everything that autograd allows."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import attn_ext
+from attn_ext import AttentionMemory, LuongAttention
+
+B, T, S, DQ, DM, A = 3, 5, 7, 8, 12, 10
+MODULES: dict[str, dict[str, Any]] = {
+    "dot": {"hidden_size": DM},
+    "general": {"hidden_size": DQ, "memory_size": DM},
+    "concat": {"hidden_size": DQ, "memory_size": DM, "attention_size": A},
+    "concat with bias": {"hidden_size": DQ, "memory_size": DM, "attention_size": A, "bias": True, "scale": 0.5},
+}
+MASKINGS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "lengths": {"lengths": torch.tensor([S, 0, 3])},
+    "rows": {"mask": torch.arange(S).expand(B, S) % 3 > 0},
+    "step": {"mask": (torch.arange(S) + torch.arange(B).view(B, 1, 1)) % 3 > 0},
+}
+Outputs = list[tuple[Tensor, Tensor]]
+
+
+class Loop:
+    """A decoder that feeds the context back, over one batch: its leaves, its steps, and the gradients of its leaves."""
+
+    def __init__(self, name: str, masking: str = "everything", dtype: torch.dtype = torch.float64) -> None:
+        torch.manual_seed(0)
+        self.attention = LuongAttention(name.split()[0], **MODULES[name], dtype=dtype)
+        self.masking = MASKINGS[masking]
+        self.encoder_outputs = torch.randn(B, S, DM, dtype=dtype).requires_grad_()
+        self.start = torch.randn(B, self.attention.hidden_size, dtype=dtype).requires_grad_()
+        self.others = torch.randn(B, S, DM, dtype=dtype).requires_grad_()  # encoder outputs of another memory
+        self.leaves = [self.encoder_outputs, self.start, self.others, *self.attention.parameters()]
+
+    def memory(self) -> AttentionMemory:
+        return self.attention.memory(self.encoder_outputs, **self.masking)
+
+    def steps(self, memory: AttentionMemory | Tensor, count: int = T, start: Tensor | None = None) -> Outputs:
+        hidden = self.start if start is None else start
+        options = {} if isinstance(memory, AttentionMemory) else self.masking
+        outputs = []
+        for _ in range(count):
+            context, weights = self.attention(hidden, memory, **options)
+            hidden = torch.tanh(hidden + context[:, : hidden.shape[1]])
+            outputs.append((context, weights))
+        return outputs
+
+    def grads(self, loss: Tensor, leaves: list[Tensor] | None = None, **options: Any) -> list[Tensor | None]:
+        leaves = self.leaves if leaves is None else leaves
+        return list(torch.autograd.grad(loss, leaves, allow_unused=True, **options))
+
+    def accumulated(self) -> list[Tensor | None]:
+        return [leaf.grad for leaf in self.leaves]
+
+
+def loss_of(outputs: Outputs) -> Tensor:
+    return sum(((context.sin().sum() + weights.square().sum()) for context, weights in outputs), torch.tensor(0.0))
+
+
+def one_loss(loop: Loop) -> list[Tensor | None]:
+    outputs = loop.steps(loop.memory())
+    return [*(tensor for pair in outputs for tensor in pair), *loop.grads(loss_of(outputs))]
+
+
+def several_losses(loop: Loop) -> list[Tensor | None]:
+    for output in loop.steps(loop.memory()):
+        loss_of([output]).backward(retain_graph=True)
+    return loop.accumulated()
+
+
+def the_same_loss_twice(loop: Loop) -> list[Tensor | None]:
+    loss = loss_of(loop.steps(loop.memory()))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return loop.accumulated()
+
+
+def some_inputs_only(loop: Loop) -> list[Tensor | None]:
+    loss = loss_of(loop.steps(loop.memory()))
+    results = []
+    for leaf in loop.leaves:
+        results += loop.grads(loss, [leaf], retain_graph=True)
+    return [*results, *loop.grads(loss)]
+
+
+def unused_outputs(loop: Loop) -> list[Tensor | None]:
+    outputs = loop.steps(loop.memory())
+    return loop.grads(outputs[0][0].sum() + outputs[2][1].square().sum() + outputs[3][0].square().sum())
+
+
+def contexts_only(loop: Loop) -> list[Tensor | None]:
+    memory = loop.memory()
+    return loop.grads(memory.attend(loop.start, need_weights=False)[0].sin().sum())
+
+
+def weights_only(loop: Loop) -> list[Tensor | None]:
+    return loop.grads(loop.attention(loop.start, loop.memory())[1].square().sum())
+
+
+def several_queries_a_step(loop: Loop) -> list[Tensor | None]:
+    memory = loop.memory()
+    outputs = [
+        loop.attention(
+            torch.stack([loop.start * (t + k) for k in range(1 if "mask" in loop.masking else 3)], 1), memory
+        )
+        for t in range(3)
+    ]
+    return loop.grads(loss_of(outputs))
+
+
+def every_step_in_a_checkpoint(loop: Loop) -> list[Tensor | None]:
+    memory = loop.memory()
+
+    def step(hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden + loop.attention(hidden, memory)[0][:, : hidden.shape[1]])
+
+    hidden = loop.start
+    for _ in range(T):
+        hidden = checkpoint(step, hidden, use_reentrant=False)
+    return loop.grads(hidden.square().sum())
+
+
+def the_loop_in_a_checkpoint(loop: Loop, reentrant: bool = False) -> list[Tensor | None]:
+    def run(encoder_outputs: Tensor, start: Tensor) -> Tensor:
+        memory = loop.attention.memory(encoder_outputs, **loop.masking)
+        return loss_of(loop.steps(memory, start=start))
+
+    checkpoint(run, loop.encoder_outputs, loop.start, use_reentrant=reentrant).backward()
+    return loop.accumulated()
+
+
+def the_loop_in_a_reentrant_checkpoint(loop: Loop) -> list[Tensor | None]:
+    return the_loop_in_a_checkpoint(loop, reentrant=True)
+
+
+def two_memories_interleaved(loop: Loop) -> list[Tensor | None]:
+    memories = loop.memory(), loop.attention.memory(loop.others, **loop.masking)
+    hidden, outputs = loop.start, []
+    for t in range(T):
+        context, weights = loop.attention(hidden, memories[t % 2])
+        hidden = torch.tanh(hidden + context[:, : hidden.shape[1]])
+        outputs.append((context, weights))
+    return loop.grads(loss_of(outputs))
+
+
+def two_decoders_and_the_loss_itself(loop: Loop) -> list[Tensor | None]:
+    memory = loop.memory()
+    first, second = loop.steps(memory), loop.steps(memory, start=loop.start.flip(0) * 2)
+    return loop.grads(loss_of(first) * loss_of(second) + loop.encoder_outputs.square().sum())
+
+
+def an_exception_in_between(loop: Loop) -> list[Tensor | None]:
+    outputs = loop.steps(loop.memory())
+    loss = loss_of(outputs)
+
+    def fail(_: Tensor) -> None:
+        raise KeyError("in the middle")
+
+    handle = outputs[2][0].register_hook(fail)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="in the middle"):
+            loss.backward(retain_graph=True)
+    handle.remove()
+    for leaf in loop.leaves:
+        leaf.grad = None
+    loss.backward()
+    return loop.accumulated()
+
+
+def anomaly_mode(loop: Loop) -> list[Tensor | None]:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        return one_loss(loop)
+
+
+def another_thread(loop: Loop) -> list[Tensor | None]:
+    loss = loss_of(loop.steps(loop.memory()))
+    results: list[Tensor | None] = []
+    thread = threading.Thread(target=lambda: results.extend(loop.grads(loss)))
+    thread.start()
+    thread.join()
+    return results
+
+
+def several_threads(loop: Loop) -> list[Tensor | None]:
+    memory = loop.memory()
+    losses = [loss_of(loop.steps(memory, start=loop.start * (i + 1))) for i in range(4)]
+    results: list[list[Tensor | None]] = [[] for _ in losses]
+
+    def run(i: int) -> None:
+        for _ in range(20):
+            results[i] = loop.grads(losses[i], retain_graph=True)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(losses))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [grad for grads in results for grad in grads]
+
+
+def a_backward_within_the_backward(loop: Loop) -> list[Tensor | None]:
+    memory = loop.memory()
+    inner = loss_of(loop.steps(memory))
+    outer = loop.steps(memory, start=loop.start * 3)
+    within: list[Tensor | None] = []
+    outer[2][0].register_hook(lambda _: within.extend(loop.grads(inner, retain_graph=True)))
+    return [*loop.grads(loss_of(outer)), *within]
+
+
+def without_a_graph_in_between(loop: Loop) -> list[Tensor | None]:
+    memory = loop.memory()
+    first = loop.steps(memory, 2)
+    values = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            values += [tensor.clone() for pair in loop.steps(memory, 2) for tensor in pair]
+    assert not any(value.requires_grad for value in values)
+    return [*values, *loop.grads(loss_of(first) + loss_of(loop.steps(memory, start=loop.start * 2)))]
+
+
+def made_without_a_graph(loop: Loop) -> list[Tensor | None]:
+    """Keys have no gradient then; the queries, the memory and the query's part of the weight do."""
+    with torch.no_grad():
+        memory = loop.memory()
+    return loop.grads(loss_of(loop.steps(memory)))
+
+
+def a_frozen_encoder(loop: Loop) -> list[Tensor | None]:
+    loop.encoder_outputs.requires_grad_(False)
+    return loop.grads(loss_of(loop.steps(loop.memory())), loop.leaves[1:])
+
+
+def frozen_parameters(loop: Loop) -> list[Tensor | None]:
+    loop.attention.requires_grad_(False)
+    return loop.grads(loss_of(loop.steps(loop.memory())), loop.leaves[:3])
+
+
+def only_the_hidden_states(loop: Loop) -> list[Tensor | None]:
+    loop.attention.requires_grad_(False)
+    loop.encoder_outputs.requires_grad_(False)
+    return loop.grads(loss_of(loop.steps(loop.memory())), [loop.start])
+
+
+def saved_tensors_elsewhere(loop: Loop) -> list[Tensor | None]:
+    with torch.autograd.graph.save_on_cpu():
+        return loop.grads(loss_of(loop.steps(loop.memory())))
+
+
+SCENARIOS = (
+    one_loss,
+    several_losses,
+    the_same_loss_twice,
+    some_inputs_only,
+    unused_outputs,
+    contexts_only,
+    weights_only,
+    several_queries_a_step,
+    every_step_in_a_checkpoint,
+    the_loop_in_a_checkpoint,
+    the_loop_in_a_reentrant_checkpoint,
+    two_memories_interleaved,
+    two_decoders_and_the_loss_itself,
+    an_exception_in_between,
+    anomaly_mode,
+    another_thread,
+    several_threads,
+    a_backward_within_the_backward,
+    without_a_graph_in_between,
+    made_without_a_graph,
+    a_frozen_encoder,
+    frozen_parameters,
+    only_the_hidden_states,
+    saved_tensors_elsewhere,
+)
+
+
+def assert_same_gradients(actual: list[Tensor | None], expected: list[Tensor | None], **tolerances: float) -> None:
+    assert len(actual) == len(expected) > 0
+    for a, e in zip(actual, expected, strict=True):
+        # Where the reference's autograd knows no gradient, zeros are one.
+        zero = torch.zeros(()) if a is None or e is None else None
+        if zero is None:
+            torch.testing.assert_close(a, e, **tolerances)
+        else:
+            assert all(not grad.any() for grad in (a, e) if grad is not None)
+
+
+@pytest.mark.parametrize("masking", ["everything", "lengths", "rows", "pairs"])
+@pytest.mark.parametrize("name", MODULES)
+def test_is_the_functional_form(name: str, masking: str, each_backend: str) -> None:
+    """All queries in one call, and one by one: values and every gradient of a call without a memory."""
+    loop = Loop(name)
+    pairs = (torch.arange(S) + torch.arange(T).unsqueeze(1)).expand(B, T, S) % 3 > 0
+    options = {"mask": pairs} if masking == "pairs" else MASKINGS[masking]
+    hidden = torch.randn(B, T, loop.attention.hidden_size, dtype=torch.float64).requires_grad_()
+
+    def at_once() -> tuple[Tensor, Tensor]:
+        return loop.attention(hidden, loop.attention.memory(loop.encoder_outputs, **options))
+
+    def one_by_one() -> tuple[Tensor, Tensor]:
+        memory = loop.attention.memory(loop.encoder_outputs, **options)
+        steps = [loop.attention(hidden[:, t], memory) for t in range(T)]
+        context, weights = (torch.stack(outputs, dim=1) for outputs in zip(*steps, strict=True))
+        return context, weights
+
+    def results(*output: Tensor) -> list[Tensor | None]:
+        return [*output, *loop.grads(loss_of([output]), [hidden, *loop.leaves])]
+
+    expected = results(*loop.attention(hidden, loop.encoder_outputs, **options))
+    for attend in (at_once, one_by_one) if masking != "pairs" else (at_once,):
+        assert_same_gradients(results(*attend()), expected)
+
+
+def test_without_a_module() -> None:
+    loop = Loop("concat with bias")
+    attention, lengths = loop.attention, [2, 1, 0]
+    parameters = {"weight": attention.Wa.weight, "v": attention.Va, "bias": attention.Wa.bias, "scale": 0.5}
+    memory = AttentionMemory(loop.encoder_outputs, "concat", **parameters, lengths=lengths)
+    expected = attention(loop.start, loop.encoder_outputs, lengths)
+    for context, weights in (memory.attend(loop.start), attn_ext.luong_attention(loop.start, memory)):
+        torch.testing.assert_close((context, weights), expected)
+    assert memory.attend(loop.start, need_weights=False)[1] is None
+
+
+@pytest.mark.fused
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_as_without_deferring(scenario: Callable[[Loop], list[Tensor | None]], name: str, masking: str) -> None:
+    """What the reference backend, plain autograd, gives in the same situation, in float64."""
+    with attn_ext.use_backend("reference"):
+        expected = scenario(Loop(name, masking))
+    with attn_ext.use_backend("fused"):
+        actual = scenario(Loop(name, masking))
+    assert_same_gradients(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_types(name: str, dtype: torch.dtype) -> None:
+    """Each gradient in its own tensor's dtype, near that of a call without a memory."""
+    loop = Loop(name, "lengths", dtype)
+    deferred = loop.grads(loss_of(loop.steps(loop.memory())).float())
+    plain = loop.grads(loss_of(loop.steps(loop.encoder_outputs)).float())
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}[dtype]
+    for leaf, a, e in zip(loop.leaves, deferred, plain, strict=True):
+        if e is not None:
+            assert a is not None
+            assert a.dtype == leaf.dtype
+            torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * e.abs().max().item())
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    """The steps of a loop under autocast defer too: gradients in the parameters' own dtype, near the exact ones."""
+    loop = Loop(name, "lengths", torch.float32)
+    expected = loop.grads(loss_of(loop.steps(loop.encoder_outputs)))
+    with torch.autocast("cpu", dtype):
+        outputs = loop.steps(loop.memory())
+        assert outputs[0][0].dtype == dtype
+    counts, actual = calls(lambda: loop.grads(loss_of(outputs)))
+    assert counts["attn_ext::step_attention_backward"] == T
+    for a, e in zip(actual, expected, strict=True):
+        if e is not None:
+            torch.testing.assert_close(a, e, rtol=0.1, atol=0.1 * e.abs().max().item())
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", ["dot", "concat"])
+def test_large_scores(name: str) -> None:
+    """Queries and keys out of the range of factored exponentials, in some tiles and not in others."""
+    loop = Loop(name, "everything")
+    with torch.no_grad():
+        loop.start[0] *= 40
+        loop.encoder_outputs[0, 1] *= 60
+        loop.encoder_outputs[2] *= 200
+    with attn_ext.use_backend("reference"):
+        expected = one_loss(loop)
+    assert_same_gradients(one_loss(loop), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", MODULES)
+def test_junk_behind_the_lengths(name: str) -> None:
+    """Rows that nobody attends may hold anything, in both directions."""
+    clean = Loop(name, "lengths")
+    expected = one_loss(clean)
+    junk = Loop(name, "lengths")
+    with torch.no_grad():
+        junk.encoder_outputs[2, 3:] = float("nan")
+        junk.encoder_outputs[1] = float("inf")
+    assert_same_gradients(one_loss(junk), expected)
+
+
+@pytest.mark.parametrize("sizes", [(0, S), (B, 0)], ids=["no batch", "no memory"])
+@pytest.mark.parametrize("name", MODULES)
+def test_sizes_of_zero(name: str, sizes: tuple[int, int], each_backend: str) -> None:
+    loop = Loop(name)
+    encoder_outputs = torch.zeros(*sizes, DM, dtype=torch.float64, requires_grad=True)
+    memory = loop.attention.memory(encoder_outputs)
+    queries = torch.zeros(sizes[0], loop.attention.hidden_size, dtype=torch.float64, requires_grad=True)
+    outputs = [loop.attention(queries, memory), loop.attention(queries.unsqueeze(1).expand(-1, 0, -1), memory)]
+    grads = torch.autograd.grad(loss_of(outputs), [encoder_outputs, queries])
+    assert all(not grad.any() for grad in grads)
+
+
+def calls(function: Callable[[], Any]) -> tuple[Counter[str], Any]:
+    """How often each op ran, and the result."""
+    with torch.autograd.profiler.profile() as profile:
+        result = function()
+    return Counter(event.name for event in profile.function_events), result
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_deferred(name: str) -> None:
+    """A step's backward takes its query's gradient; the rest is taken once, however many steps there were."""
+    loop = Loop(name)
+    loss = loss_of(loop.steps(loop.memory()))
+    counts, _ = calls(lambda: loop.grads(loss))
+    assert counts["attn_ext::step_attention_backward"] == T
+    assert counts["aten::bmm"] == 1
+    assert counts["attn_ext::additive_scores_backward"] == (1 if "concat" in name else 0)
+    # The keys' own projection apart.
+    assert counts["aten::mm"] <= {"dot": 0, "general": T + 1}.get(name, T + 4)
+    queries = loop.start.unsqueeze(1).expand(-1, 17, -1)
+    outputs = loop.attention(queries, loop.memory())
+    counts, _ = calls(lambda: loop.grads(loss_of([outputs])))
+    assert counts["attn_ext::step_attention_backward"] == 0
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", MODULES)
+def test_second_derivative(name: str) -> None:
+    """The first is as ever under create_graph; the second raises, naming the form that has one."""
+    loop = Loop(name)
+    expected = loop.grads(loss_of(loop.steps(loop.memory())))
+    loss = loss_of(loop.steps(loop.memory()))
+    grads = loop.grads(loss, create_graph=True)
+    assert_same_gradients(grads, expected)
+    for grad in grads:
+        for leaf in loop.leaves:
+            if grad is not None and leaf is not loop.others:
+                with pytest.raises(NotImplementedError, match=r"no second derivative.*luong_attention"):
+                    torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", ["dot", "concat"])
+def test_gradcheck(name: str) -> None:
+    loop = Loop(name, "lengths")
+
+    def run(*leaves: Tensor) -> Tensor:
+        encoder_outputs, start, others, *_ = leaves
+        return loss_of(loop.steps(loop.attention.memory(encoder_outputs * 2 + others, lengths=[S, 0, 3]), 2, start))
+
+    assert torch.autograd.gradcheck(run, loop.leaves)
+
+
+@pytest.mark.fused
+def test_in_place_change_is_noticed() -> None:
+    loop = Loop("dot")
+    encoder_outputs = loop.encoder_outputs * 1
+    outputs = loop.steps(loop.attention.memory(encoder_outputs))
+    encoder_outputs.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_of(outputs).backward()
+
+
+@pytest.mark.fused
+def test_the_node_is_checked() -> None:
+    """The op by itself: what is no node of a memory is refused."""
+    query, memory = torch.randn(2, 4, requires_grad=True), torch.randn(2, 3, 4)
+    for node in (None, torch.zeros(0), torch.zeros(0, requires_grad=True), memory * query.sum()):
+        with pytest.raises(ValueError, match="node must be what memory_node returned"):
+            torch.ops.attn_ext.memory_attention(query, None, None, None, None, memory, None, None, 1.0, True, node)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_copies(name: str) -> None:
+    """A memory of a graph is no thing to copy; one without a graph is data like any other."""
+    loop = Loop(name)
+    in_graph = loop.memory()
+    for attempt in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="can be neither copied nor pickled"):
+            attempt(in_graph)
+    with torch.no_grad():
+        loop.attention.requires_grad_(False)
+        data = loop.attention.memory(loop.encoder_outputs.detach(), **MASKINGS["lengths"])
+        expected = data.attend(loop.start)
+        for again in (copy.deepcopy(data), pickle.load(io.BytesIO(pickle.dumps(data)))):
+            assert all(map(torch.equal, again.attend(loop.start), expected))
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("ending", ["backward", "retained", "raises", "never"])
+def test_nothing_keeps_a_memory_alive(name: str, ending: str) -> None:
+    """No reference cycle: without the garbage collector, memory and encoder outputs go with their last name."""
+    loop = Loop(name)
+    gc.disable()
+    try:
+        encoder_outputs = loop.encoder_outputs * 1
+        memory = loop.attention.memory(encoder_outputs)
+        gone = weakref.ref(encoder_outputs), weakref.ref(memory)
+        outputs = loop.steps(memory)
+        loss = loss_of(outputs)
+        if ending == "raises":
+
+            def fail(_: Tensor) -> None:
+                raise KeyError
+
+            outputs[2][0].register_hook(fail)
+            with pytest.raises(KeyError):
+                loss.backward()
+        elif ending != "never":
+            loss.backward(retain_graph=ending == "retained")
+        del encoder_outputs, memory, outputs, loss
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.fused
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm")
+@pytest.mark.parametrize("name", ["dot", "general", "concat"])
+def test_resident_size_is_flat(name: str) -> None:
+    """Over training steps, some of whose backwards are partial: a megabyte left behind by each would be 100."""
+    torch.manual_seed(0)
+    attention = LuongAttention(name, 64)
+    encoder_outputs = torch.randn(16, 256, 64).requires_grad_()  # 1 MiB
+    hidden = torch.randn(16, 64).requires_grad_()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def train(i: int) -> None:
+        memory = attention.memory(encoder_outputs * 1)
+        state = hidden
+        for _ in range(5):
+            state = torch.tanh(state + attention(state, memory)[0])
+        torch.autograd.grad(state.sum(), [hidden] if i % 3 == 0 else [hidden, encoder_outputs])
+
+    for i in range(20):
+        train(i)
+    before = resident()
+    for i in range(100):
+        train(i)
+    assert resident() - before < 20 << 20
