@@ -153,7 +153,19 @@ def positive(caller: str, **sizes: int) -> None:
 def fraction(caller: str, **values: float) -> None:
     """Every one of `values` is a number in [0, 1]."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{caller}: {name} must be a number, got {type(value).__name__}")
+        _number(caller, name, value)
         if not 0 <= value <= 1:
             raise ValueError(f"{caller}: {name} is {value}, needed is 0 <= {name} <= 1")
+
+
+def not_negative(caller: str, **values: float) -> None:
+    """Every one of `values` is a finite number of at least 0."""
+    for name, value in values.items():
+        _number(caller, name, value)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{caller}: {name} is {value}, needed is a finite number of at least 0")
+
+
+def _number(caller: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{caller}: {name} must be a number, got {type(value).__name__}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_ext import checks, functional
+from attn_ext.beam import BeamSearch
 from attn_ext.memory import AttentionMemory
 from attn_ext.modules import LuongAttention
 
@@ -24,6 +25,15 @@ class DecoderState(NamedTuple):
 
 
 HiddenState: TypeAlias = RnnState | DecoderState
+
+
+def _rows(state: HiddenState, rows: Tensor) -> HiddenState:
+    """The sentences `rows` of a state."""
+    if isinstance(state, DecoderState):
+        return DecoderState(_rows(state.hidden, rows), state.attentional[rows])
+    if isinstance(state, tuple):
+        return tuple(part[:, rows] for part in state)
+    return state[:, rows]
 
 
 class AttentionDecoder(nn.Module):
@@ -170,20 +180,28 @@ class AttentionDecoder(nn.Module):
         start_symbol: int,
         end_symbol: int | None = None,
         max_length: int,
+        beam_size: int = 1,
+        length_penalty: float = 0.6,
     ) -> tuple[Tensor, Tensor]:
-        """Greedy decoding: the most probable symbol at every step. Call `eval()` first where there is dropout.
+        """Greedy decoding, the most probable symbol at every step, or beam search. With dropout, `eval()` first.
+
+        The beams of a sentence are queries of its one memory, which is never copied. Hypotheses that have ended compare
+        by log P(Y) / ((5 + |Y|) / 6) ** length_penalty (Wu et al. 2016, arXiv 1609.08144, eq. 14).
 
         Args:
             hidden, encoder_outputs, lengths: as the class says.
             start_symbol: what the first step reads.
             end_symbol: ends a sentence; None: every sentence goes on to `max_length`.
             max_length: the most steps to take; fewer are taken where all sentences have ended.
+            beam_size: the beginnings of each sentence that are followed; 1 is greedy.
+            length_penalty: at least 0; 0 compares the probabilities themselves, which favours short sentences.
 
         Returns:
             tokens [B, at most max_length] int64 without the start symbol, `end_symbol` from a sentence's first one on;
-            weights [B, at most max_length, S], which mean nothing after a sentence's end.
+            weights [B, at most max_length, S], 0 after a sentence's end.
         """
-        checks.positive("AttentionDecoder", max_length=max_length)
+        checks.positive("AttentionDecoder", max_length=max_length, beam_size=beam_size)
+        checks.not_negative("AttentionDecoder", length_penalty=length_penalty)
         self._check_symbol("start_symbol", start_symbol)
         if end_symbol is not None:
             self._check_symbol("end_symbol", end_symbol)
@@ -192,21 +210,17 @@ class AttentionDecoder(nn.Module):
         state = self._check_hidden(arguments, "hidden", hidden)
 
         memory = self._memory(encoder_outputs, lengths)
-        device = self.embedding.weight.device
-        tokens = torch.full((arguments.sizes["B"], 1), start_symbol, device=device)
-        has_ended = torch.zeros_like(tokens, dtype=torch.bool)
-        outputs = []
-        for _ in range(max_length):
-            log_probs, state, weights = self._advance(tokens, state, memory)
-            tokens = log_probs.argmax(dim=-1)  # [B, 1]
-            if end_symbol is not None:
-                tokens = tokens.masked_fill(has_ended, end_symbol)
-                has_ended = tokens == end_symbol
-            outputs.append((tokens, weights))
-            if end_symbol is not None and has_ended.all():
-                break
-        tokens, weights = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
-        return tokens, weights
+        device, batch_size = self.embedding.weight.device, arguments.sizes["B"]
+        search = BeamSearch(batch_size, beam_size, max_length, end_symbol, length_penalty, device)
+        symbols = torch.full((batch_size, beam_size), start_symbol, device=device)
+        if beam_size > 1:
+            state = _rows(state, torch.arange(batch_size, device=device).repeat_interleave(beam_size))
+        while not search.is_done():
+            log_probs, state, weights = self._advance(symbols, state, memory, beams=beam_size)
+            symbols, beams = search.advance(log_probs, weights)
+            if beam_size > 1:
+                state = _rows(state, beams)
+        return search.best()
 
     def _advance(
         self,
@@ -214,24 +228,37 @@ class AttentionDecoder(nn.Module):
         state: HiddenState,
         encoder_outputs: Tensor | AttentionMemory,
         lengths: Tensor | Sequence[int] | None = None,
+        *,
+        beams: int | None = None,
     ) -> tuple[Tensor, HiddenState, Tensor]:
-        """The steps that read `tokens` [B, T], at once; T is at most 1 with input feeding."""
+        """The steps that read `tokens` [B, T], at once; T is at most 1 with input feeding.
+
+        With `beams` K, tokens are [B, K]: one step of K hypotheses a sentence, whose state has B K rows.
+        """
         inputs = self.dropout(self.embedding(tokens))  # [B, T, E]
+        if beams is not None:
+            inputs = inputs.flatten(0, 1).unsqueeze(1)  # [B K, 1, E]
         hidden, previous = state if self.input_feeding else (state, None)
         if previous is not None:
-            fed = previous.unsqueeze(1).expand(-1, tokens.shape[1], -1)
+            fed = previous.unsqueeze(1).expand(-1, inputs.shape[1], -1)
             inputs = torch.cat([inputs, fed], dim=-1)  # [B, T, E + H]
         if tokens.numel():
             queries, hidden = self.rnn(inputs, hidden)  # [B, T, H]
         else:  # which nn.GRU refuses
-            queries = inputs.new_zeros(*tokens.shape, self.rnn.hidden_size)
+            queries = inputs.new_zeros(*inputs.shape[:2], self.rnn.hidden_size)
+        if beams is not None:
+            queries = queries.view(*tokens.shape, self.rnn.hidden_size)  # [B, K, H]
         context, weights = self.attention(queries, encoder_outputs, lengths)  # [B, T, Dm], [B, T, S]
         attentional = torch.tanh(self.Wc(torch.cat([queries, context], dim=-1)))  # [B, T, H]
         # Under autocast the CPU would leave the logarithms in half precision.
         logits = self.output(self.dropout(attentional))
         log_probs = torch.log_softmax(logits, dim=-1, dtype=self.output.weight.dtype)  # [B, T, V]
         if previous is not None:
-            hidden = DecoderState(hidden, attentional[:, -1] if tokens.shape[1] else previous)
+            if beams is not None:
+                previous = attentional.flatten(0, 1)
+            elif tokens.shape[1]:
+                previous = attentional[:, -1]
+            hidden = DecoderState(hidden, previous)
         return log_probs, hidden, weights
 
     def _memory(
