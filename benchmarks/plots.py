@@ -3,6 +3,7 @@
 limits    the share of its limit that each kernel reaches, by shape
 grid      the fused op's speed-up over its closest peer, by shape
 memory    peak memory of additive attention against T = S
+resident  resident size over a decoder's training steps
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from matplotlib.patches import Patch
 
 from benchmarks.grid import Cell
 from benchmarks.implementations import DIRECTIONS, OPS
+from benchmarks.resident_size import STEPS
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 
@@ -154,7 +156,26 @@ def memory(data: dict[str, Any]) -> Figure | None:
     return figure
 
 
-PLOTS = {"limits": limits, "grid": grid, "memory": memory}
+def resident(data: dict[str, Any]) -> Figure | None:
+    """From 0: PyTorch itself is most of it."""
+    curves = data.get("resident", [])
+    if not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
+    for curve, colour in zip(curves, (BLUE, ORANGE, GREY), strict=False):
+        steps = [STEPS * (i + 1) / len(curve["bytes"]) for i in range(len(curve["bytes"]))]
+        axes.plot(steps, [size / 1e6 for size in curve["bytes"]], color=colour, label=curve["method"])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("resident size, MB")
+    axes.grid(axis="y", color="#e2e8f0")
+    axes.legend(frameon=False)
+    sizes = _sizes(curves[0]["sizes"])
+    figure.suptitle(f"Resident size over training steps, (B,T,S,H) = {sizes}\n{_where(data)}", fontsize=9)
+    return figure
+
+
+PLOTS = {"limits": limits, "grid": grid, "memory": memory, "resident": resident}
 
 
 def _closest(cells: dict[Any, Cell], *key: object) -> float:

@@ -57,7 +57,7 @@ class Finding:
     direction: str
     shape: Shape
     measure: str
-    unit: str  # "%", of a limit; "x", of a time or a size
+    unit: str  # "%", of a limit; "x", of a time or a size; "e", a relative error
     ratio: Ratio
     wanted: float | None
     at_most: bool = False
@@ -77,12 +77,12 @@ class Finding:
     def line(self) -> str:
         """What was measured, its value and quartiles, what was wanted, the verdict."""
         numbers = [self.ratio.value, self.ratio.low, self.ratio.high]
-        value, low, high = (f"{n:.0%}" if self.unit == "%" else f"{n:.2f}" for n in numbers)
+        value, low, high = (format(n, {"%": ".0%", "x": ".2f", "e": ".0e"}[self.unit]) for n in numbers)
+        suffix = "x" if self.unit == "x" else ""
         wanted = ""
         if self.wanted is not None:
-            text = f"{self.wanted:.0%}" if self.unit == "%" else f"{self.wanted:g}x"
+            text = f"{self.wanted:.0%}" if self.unit == "%" else f"{self.wanted:g}{suffix}"
             wanted = f"{'<=' if self.at_most else '>='} {text}"
-        suffix = "" if self.unit == "%" else "x"
         return (
             f"  {self.kernel:<13}{_sizes(self.shape):<19}{self.direction:<17}{self.measure:<45}"
             f"{value + suffix:>9} {f'({low} to {high})':<20}{wanted:<10}{self.verdict}"

@@ -59,6 +59,7 @@ MANY_QUERIES = unnamed(
 )
 LARGE_MEMORY = unnamed((64, 1, 512, 1024), (64, 1, 1000, 512), (256, 1, 200, 512))
 TRAINING_STEPS = unnamed((64, 30, 30, 256), (64, 50, 50, 512), (16, 50, 400, 512))
+RESIDENT_SIZE = Shape("", 16, 20, 100, 128)
 HALVES = unnamed((64, 1, 50, 512), (64, 1, 512, 1024), (32, 50, 50, 512), (8, 256, 256, 512))
 
 # Target 5: every shape that anybody might have, the awkward sizes among them. Small ones first.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import attn_ext
 from attn_ext import backend
-from benchmarks import grid, limits, peak_memory, report
+from benchmarks import grid, limits, peak_memory, report, resident_size
 from benchmarks.implementations import (
     COMPILED,
     DIRECTIONS,
@@ -51,12 +51,13 @@ from benchmarks.shapes import (
     HALVES,
     LARGE_MEMORY,
     MANY_QUERIES,
+    RESIDENT_SIZE,
     TRAINING_STEPS,
     Shape,
     unnamed,
 )
 from benchmarks.timing import ROUNDS, SECONDS_PER_ROW, Ratio, Schedule, Timed, check, interleave, kept_pages
-from benchmarks.training_step import ATTENTIONS, TrainingStep
+from benchmarks.training_step import ATTENTIONS, GRU, Kind, TrainingStep
 
 TOO_SLOW = 1.0  # seconds: a peer's call that takes longer is timed once
 QUICK = Schedule(0.05, range(3, 11), TOO_SLOW)
@@ -73,6 +74,7 @@ class Document:
             "limits": {},
             "findings": [],
             "memory": [],
+            "resident": [],
             "grid": [],
         }
         if path is not None and path.exists():
@@ -221,10 +223,13 @@ def large_memory(run: Run) -> Iterator[Finding]:
 
 def training_steps(run: Run) -> Iterator[Finding]:
     """Target 4."""
-    shapes = unnamed((4, 3, 5, 16)) if run.quick else TRAINING_STEPS
-    for shape in shapes:
+    feeding = Kind("LSTM", input_feeding=True)
+    small = unnamed((4, 3, 5, 16))
+    decoders = [(shape, GRU) for shape in (small if run.quick else TRAINING_STEPS)]
+    decoders.append((small[0] if run.quick else TRAINING_STEPS[1], feeding))
+    for shape, kind in decoders:
         for method in ("dot", "general", "concat"):
-            steps = {name: TrainingStep(name, method, shape) for name in ATTENTIONS}
+            steps = {name: TrainingStep(name, method, shape, kind) for name in ATTENTIONS}
             reference = steps.pop(REFERENCE.name)
             for name in (FUSED.name, EAGER.name):
                 check(steps[name], reference)
@@ -236,7 +241,33 @@ def training_steps(run: Run) -> Iterator[Finding]:
             for name, limit in ((FUSED.name, wanted), (EAGER.name, None)):
                 ratio = Ratio.of(seconds[name], seconds["none"])
                 text = f"{name}: time over that without attention"
-                yield Finding(4, method, "training step", shape, text, "x", ratio, limit, True, _medians(seconds))
+                yield Finding(4, method, str(kind), shape, text, "x", ratio, limit, True, _medians(seconds))
+    run.document.data["resident"] = []
+    for method in ("dot", "general", "concat"):
+        for kind in (GRU, feeding):
+            yield _gradient_difference(method, small[0] if run.quick else TRAINING_STEPS[0], kind)
+        if method == "dot" or not run.quick:
+            yield from _resident_size(run, method)
+
+
+def _gradient_difference(method: str, shape: Shape, kind: Kind) -> Finding:
+    fused, eager = (TrainingStep(name, method, shape, kind, torch.float64)() for name in (FUSED.name, EAGER.name))
+    # No gradient arrives at a part that the attention has and a method does not use.
+    pairs = [(a, b) for a, b in zip(fused, eager, strict=True) if a is not None and b is not None]
+    largest = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    text = "gradients against eager's, in float64"
+    return Finding(4, method, str(kind), shape, text, "e", _exactly(largest), 1e-12, True)
+
+
+def _resident_size(run: Run, method: str) -> Iterator[Finding]:
+    shape = unnamed((2, 2, 3, 8))[0] if run.quick else RESIDENT_SIZE
+    sizes = resident_size.curve(FUSED.name, method, shape)
+    if sizes:
+        run.document.add("resident", {"method": method, "sizes": shape.sizes, "bytes": sizes})
+        # Whatever the allocator keeps for itself, it has after a tenth of the steps.
+        begin = max(sizes[: len(sizes) // 10])
+        text = f"resident size of {resident_size.STEPS} training steps over 100"
+        yield Finding(4, method, str(GRU), shape, text, "x", _exactly(max(sizes) / begin), 1.02, True)
 
 
 def shapes_of_the_grid(run: Run) -> Iterator[Finding]:

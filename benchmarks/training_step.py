@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,13 +22,29 @@ ATTENTIONS = (FUSED.name, "none", "eager", REFERENCE.name)
 Attend = Callable[[Tensor], Tensor]
 
 
-class Decoder(nn.Module):
-    """A GRU, its attention, h~ = tanh(Wc [h; c]) and the output layer, for hidden size H and `VOCABULARY` symbols."""
+@dataclass(frozen=True)
+class Kind:
+    """What the decoder is besides its attention."""
 
-    def __init__(self, method: str, size: int) -> None:
+    cell: str = "GRU"
+    input_feeding: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.cell}, feeding" if self.input_feeding else self.cell
+
+
+GRU = Kind()
+
+
+class Decoder(nn.Module):
+    """A cell, its attention, h~ = tanh(Wc [h; c]) and the output layer, for hidden size H and `VOCABULARY` symbols."""
+
+    def __init__(self, method: str, size: int, kind: Kind) -> None:
         super().__init__()
+        self.kind = kind
         self.embedding = nn.Embedding(VOCABULARY, size)
-        self.cell = nn.GRUCell(size, size)
+        cell = {"GRU": nn.GRUCell, "LSTM": nn.LSTMCell}[kind.cell]
+        self.cell = cell(2 * size if kind.input_feeding else size, size)
         self.attention = attn_ext.LuongAttention(method, size)
         self.Wc = nn.Linear(2 * size, size, bias=False)
         self.output = nn.Linear(size, VOCABULARY)
@@ -35,11 +52,14 @@ class Decoder(nn.Module):
     def forward(self, targets: Tensor, memory: Tensor, prepare: Callable[[nn.Module, Tensor], Attend]) -> Tensor:
         """The mean loss of predicting `targets` [B, T] from `memory` [B, S, H]; `prepare` sees the memory once."""
         attend = prepare(self.attention, memory)
-        hidden = memory[:, -1]
+        hidden = attentional = memory[:, -1]
+        state = (hidden, hidden) if self.kind.cell == "LSTM" else hidden
         losses = []
         previous = torch.zeros_like(targets[:, 0])
         for target in targets.unbind(1):
-            hidden = self.cell(self.embedding(previous), hidden)
+            inputs = self.embedding(previous)
+            state = self.cell(torch.cat([inputs, attentional], dim=-1) if self.kind.input_feeding else inputs, state)
+            hidden = state[0] if self.kind.cell == "LSTM" else state
             attentional = torch.tanh(self.Wc(torch.cat([hidden, attend(hidden)], dim=-1)))
             losses.append(F.cross_entropy(self.output(attentional), target))
             previous = target
@@ -79,7 +99,9 @@ def _eager(attention: nn.Module, memory: Tensor) -> Attend:
 class TrainingStep:
     """Forward, loss and backward of one batch; returns the loss and the gradients of memory and all parameters."""
 
-    def __init__(self, attention: str, method: str, shape: Shape) -> None:
+    def __init__(
+        self, attention: str, method: str, shape: Shape, kind: Kind = GRU, dtype: torch.dtype = torch.float32
+    ) -> None:
         B, T, S, H = shape.sizes
         self.name = attention
         self.active: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -88,8 +110,8 @@ class TrainingStep:
         self._prepare = {"none": _none, "eager": _eager}.get(attention, _attn_ext)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self._decoder = Decoder(method, H)
-            self._memory = torch.randn(B, S, H).mul_(H**-0.5).requires_grad_()
+            self._decoder = Decoder(method, H, kind).to(dtype)
+            self._memory = torch.randn(B, S, H).mul_(H**-0.5).to(dtype).requires_grad_()
             self._targets = torch.randint(VOCABULARY, (B, T))
 
     def __call__(self) -> tuple[Tensor, ...]:

@@ -33,9 +33,9 @@ def _compiler() -> None:
 
 @pytest.fixture(scope="module")
 def results(_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a quick run over two targets wrote."""
+    """What a quick run over three targets wrote."""
     path = tmp_path_factory.mktemp("targets") / "results.json"
-    process = python("-m", "benchmarks.targets", "--quick", "--only", "1", "7", "--json", str(path), cwd=ROOT)
+    process = python("-m", "benchmarks.targets", "--quick", "--only", "1", "4", "7", "--json", str(path), cwd=ROOT)
     assert process.returncode == 0, process.stderr
     assert "7  the cost of a call" in process.stdout
     assert "targets' rows reached" in process.stdout
@@ -73,11 +73,15 @@ def test_the_results_have_all_that_their_readers_need(results: Path) -> None:
     assert data["limits"].keys() == set(limits.NAMES)
     for limit in data["limits"].values():
         assert 0 < limit["rate"] <= limit["best"]
-    assert {finding["target"] for finding in data["findings"]} == {1, 7}
+    assert {finding["target"] for finding in data["findings"]} == {1, 4, 7}
     for finding in data["findings"]:
         assert finding.keys() >= {"kernel", "direction", "shape", "measure", "unit", "ratio", "wanted", "seconds"}
         assert finding["wanted"] is None or finding["verdict"].startswith(("reached", "missed by"))
+    errors = [finding["ratio"]["value"] for finding in data["findings"] if finding["unit"] == "e"]
+    assert len(errors) == 6
+    assert max(errors) < 1e-12
     assert {point["implementation"] for point in data["memory"]} == {"fused", "eager"}
+    assert all(curve["method"] == "dot" for curve in data["resident"])
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
@@ -92,12 +96,15 @@ def test_plots_are_drawn(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     data = json.loads(results.read_text())
     grid.measure(unnamed((1, 1, 7, 64)), INSTANT, [], lambda cell: data["grid"].append(cell.to_json()))
+    data["resident"].append({"method": "dot", "sizes": (2, 2, 3, 8), "bytes": [10**8, 10**8]})
     complete = tmp_path / "results.json"
     complete.write_text(json.dumps(data))
     process = python("-m", "benchmarks.plots", str(complete), "--out", str(tmp_path / "docs"), cwd=ROOT)
     assert process.returncode == 0, process.stderr
     drawn = {path.name: path.stat().st_size for path in (tmp_path / "docs").iterdir()}
-    assert drawn.keys() == {f"{name}.{ending}" for name in ("limits", "grid", "memory") for ending in ("png", "svg")}
+    assert drawn.keys() == {
+        f"{name}.{ending}" for name in ("limits", "grid", "memory", "resident") for ending in ("png", "svg")
+    }
     assert min(drawn.values()) > 5000
 
 
