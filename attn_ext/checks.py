@@ -130,7 +130,7 @@ class Arguments:
             scale = float(value)
         except OverflowError:
             scale = math.inf
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:  # which torch.compile can trace
             raise ValueError(f"{self.caller}: scale is {value}, needed is a finite number")
         return scale
 

@@ -478,6 +478,29 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(run, loop.leaves)
 
 
+@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_steps(name: str, where: str, each_backend: str) -> None:
+    """torch.compile sees the plain ops, wherever the memory is made."""
+    loop = Loop(name, "lengths")
+    expected = one_loss(loop)[2 * T :]
+    step = torch.compile(loop.attention, backend="aot_eager", fullgraph=True)
+
+    def steps(memory: AttentionMemory) -> Tensor:
+        hidden, outputs = loop.start, []
+        for _ in range(T):
+            context, weights = step(hidden, memory) if where == "outside" else loop.attention(hidden, memory)
+            hidden = torch.tanh(hidden + context[:, : hidden.shape[1]])
+            outputs.append((context, weights))
+        return loss_of(outputs)
+
+    if where == "outside":
+        loss = steps(loop.memory())
+    else:
+        loss = torch.compile(lambda: steps(loop.memory()), backend="aot_eager", fullgraph=True)()
+    assert_same_gradients(loop.grads(loss), expected)
+
+
 @pytest.mark.fused
 def test_in_place_change_is_noticed() -> None:
     loop = Loop("dot")
