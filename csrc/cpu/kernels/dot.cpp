@@ -40,10 +40,10 @@ class DotScore {
 template <class acc>
 class DotGradient : public DotScore<acc> {
  public:
-  DotGradient(const Backward& f, Arena& arena) : DotScore<acc>(f.problem, f.problem.queries, f.plan.tile, arena), f_(f) {}
+  DotGradient(const Backward& f, Arena& arena) : DotScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena), f_(f) {}
 
-  void begin(int64_t b, int64_t queries) {
-    this->load_queries(b, 0, queries);
+  void begin(const Item& item) {
+    this->load_queries(item.batch, item.first_query, item.queries);
   }
 
   void begin_tile(int64_t b, const Tile& tile, int64_t, const Rows<acc>& memory) {
@@ -63,9 +63,11 @@ class DotGradient : public DotScore<acc> {
     }
   }
 
-  void end_tile(int64_t, const Tile&) {}
+  void end_tile(const Tile&) {}
 
   void end(const Item&, int64_t, int64_t, acc*) {}
+
+  void merge(const Item&, int64_t, int64_t, size_t) const {}
 
  private:
   const Backward& f_;

@@ -48,7 +48,7 @@ struct Item {
 
 struct Plan {
   int64_t tile;        // source steps per tile, a multiple of every vector's width
-  int64_t chunk;       // queries per item
+  int64_t chunk;       // queries per item, of a forward's at most kChunk
   int64_t chunks;      // items along T
   int64_t split_size;  // source steps per item, a multiple of tile
   int64_t splits;      // items along S
@@ -100,14 +100,14 @@ struct Backward {
   void* grad_memory;
 };
 
-// One op at one dtype. A slot is an item's scratch; the slots of one group's splits lie next to each other, slot_size apart.
+// One op at one dtype. A slot is an item's scratch. Where items are merged, each has its own: item i's is slots + i * slot_size.
 struct Kernels {
   size_t (*forward_slot)(const Forward&);
   void (*forward)(const Forward&, int64_t item, char* slot);
   void (*merge)(const Forward&, int64_t group, char* slots, size_t slot_size);
   size_t (*backward_slot)(const Backward&);
   void (*backward)(const Backward&, int64_t item, char* slot);
-  void (*merge_backward)(const Backward&, int64_t group, char* slots, size_t slot_size);
+  void (*merge_backward)(const Backward&, int64_t item, char* slots, size_t slot_size);
 };
 
 }  // namespace attn_ext::cpu
