@@ -281,16 +281,19 @@ class AdditiveScore {
 template <class acc>
 class AdditiveGradient : public AdditiveScore<acc> {
  public:
+  static constexpr bool kPads = true;
+
   AdditiveGradient(const Backward& f, Arena& arena)
       : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena),
         f_(f),
         stride_(padded<acc>(f.problem.key_size)),
-        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, true),
+        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, kPads),
         grad_v_(arena.take<acc>(stride_)) {}
 
-  void begin(const Item& item) {
+  void begin(const Item& item, acc* grad_query) {
     this->load_queries(item.batch, item.first_query, item.queries);
     grad_keys_.begin_item(item);
+    std::fill_n(grad_query, item.queries * stride_, acc(0));
     std::fill_n(grad_v_, stride_, acc(0));
   }
 
@@ -321,7 +324,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
     }
   }
 
-  void end(const Item& item, int64_t index, int64_t written, acc* grad_query) {
+  void end(const Item& item, int64_t index, int64_t written, acc* grad_query, int64_t) {
     grad_keys_.zero(written, item.end_step);
     if (f_.grad_query != nullptr) {
       for (int64_t t = 0; t < item.queries; ++t) {

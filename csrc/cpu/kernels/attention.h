@@ -382,8 +382,9 @@ struct AttentionBackward {
   struct Slot {
     Slot(const Backward& f, char* base)
         : arena(base),
-          query_stride(padded<acc>(f.problem.key_size)),
-          grad_query(arena.take<acc>(f.plan.chunk * query_stride)),
+          query_in_place(!Gradient::kPads && f.plan.splits == 1 && f.problem.dtype == kAccumulated<acc>),
+          query_stride(query_in_place ? f.problem.key_size : padded<acc>(f.problem.key_size)),
+          grad_query(query_in_place ? nullptr : arena.take<acc>(f.plan.chunk * query_stride)),
           delta(arena.take<acc>(f.plan.chunk)),
           coefficients(arena.take<acc>(2 * kChunk * f.plan.tile)),
           panel(arena.take<acc>(panel_size<acc>(f.plan.chunk))),
@@ -396,8 +397,9 @@ struct AttentionBackward {
           gradient(f, arena) {}
 
     Arena arena;
+    bool query_in_place;
     int64_t query_stride;
-    acc* grad_query;  // [chunk][key_size]: the split's share
+    acc* grad_query;  // [chunk][key_size]: the split's share, or the output itself
     acc* delta;
     acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each
     acc* panel;
@@ -418,13 +420,15 @@ struct AttentionBackward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
-    std::fill_n(slot.grad_query, item.queries * slot.query_stride, acc(0));
+    if (slot.query_in_place) {
+      slot.grad_query = static_cast<acc*>(f.grad_query) + (item.batch * problem.queries + item.first_query) * slot.query_stride;
+    }
     if (f.grad_context.data != nullptr) {
       slot.grad_context.load(item.batch, item.first_query, item.queries);
       slot.context.load(item.batch, item.first_query, item.queries);
     }
     find_delta(f, item, slot);
-    slot.gradient.begin(item);
+    slot.gradient.begin(item, slot.grad_query);
     slot.grad_memory.begin_item(item);
     int64_t written = item.first_step;  // up to here the memory's gradient is written
     SourceWalk walk(problem, item, f.plan.tile);
@@ -440,8 +444,8 @@ struct AttentionBackward {
       written = tile.steps[tile.count - 1] + 1;
     }
     slot.grad_memory.zero(written, item.end_step);
-    slot.gradient.end(item, index, written, slot.grad_query);
-    if (f.plan.splits == 1) {
+    slot.gradient.end(item, index, written, slot.grad_query, slot.query_stride);
+    if (f.plan.splits == 1 && !slot.query_in_place) {
       merge_queries(f, item, 0, item.queries, slot, 0);
     }
   }
