@@ -386,7 +386,8 @@ struct AttentionBackward {
           query_stride(query_in_place ? f.problem.key_size : padded<acc>(f.problem.key_size)),
           grad_query(query_in_place ? nullptr : arena.take<acc>(f.plan.chunk * query_stride)),
           delta(arena.take<acc>(f.plan.chunk)),
-          coefficients(arena.take<acc>(2 * kChunk * f.plan.tile)),
+          tile_stride(padded<acc>(f.plan.tile)),
+          coefficients(arena.take<acc>(2 * kChunk * tile_stride)),
           panel(arena.take<acc>(panel_size<acc>(f.plan.chunk))),
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
@@ -401,7 +402,9 @@ struct AttentionBackward {
     int64_t query_stride;
     acc* grad_query;  // [chunk][key_size]: the split's share, or the output itself
     acc* delta;
-    acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each
+    int64_t tile_stride;
+    acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each,
+                        // whose columns the memory's gradient goes down
     acc* panel;
     acc* weights_row;
     acc* grad_weights_row;
@@ -487,7 +490,7 @@ struct AttentionBackward {
   static void take_chunk(const Backward& f, const Item& item, int64_t first, int64_t count, const Tile& tile, Slot& slot) {
     const Problem& problem = f.problem;
     const int64_t first_query = item.first_query + first;
-    const int64_t stride = f.plan.tile;
+    const int64_t stride = slot.tile_stride;
     acc* weights = slot.coefficients;
     acc* grad_scores = weights + count * stride;
     const acc* const* grad_context = slot.grad_context.addresses() + first;
@@ -543,7 +546,7 @@ struct AttentionBackward {
 
   static void recompute_weights(
       const Backward& f, const Item& item, int64_t first, int64_t count, const Tile& tile, Slot& slot, acc* weights) {
-    const int64_t stride = f.plan.tile;
+    const int64_t stride = slot.tile_stride;
     const int64_t first_query = item.first_query + first;
     slot.gradient.scores(weights, stride, first, count, tile.count, slot.panel);
     mask_scores(weights, stride, f.problem, item.batch, first_query, count, tile);
