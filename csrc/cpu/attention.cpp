@@ -93,18 +93,22 @@ int64_t work_of_step(const Problem& problem) {
 }
 
 // A tile of memory, or of keys, stays in the second-level cache from the scores to the context: 256 KiB of it. The additive
-// backward walks down a tile's columns, whose lines are to stay in the first level: its tiles are half as long.
-int64_t tile_of(const Problem& problem) {
+// backward walks down a tile's columns, whose lines are to stay in the first level: its tiles are half as long. Many queries' dot
+// products find in that cache the panels that they pack, however long the tile is: it is as long as they are deep.
+int64_t tile_of(const Problem& problem, int64_t chunk) {
+  if (problem.keys.data == nullptr && chunk >= kMany) {
+    return kTile;
+  }
   const int64_t row = std::max<int64_t>({problem.memory_size, problem.key_size, 1});
-  return std::clamp<int64_t>((int64_t{1} << 16) / row / 32 * 32, 32, problem.keys.data == nullptr ? kTile : kTile / 2);
+  return std::clamp<int64_t>((int64_t{1} << 16) / row / 32 * 32, 32, problem.keys.data == nullptr ? kTile / 2 : kTile / 4);
 }
 
 // Items of `chunk` queries. With fewer of them than threads, the source is split, and where that has too few tiles the queries are
 // divided further, as far as a part is worth a thread.
 Plan plan_of(const Problem& problem, int64_t chunk) {
   Plan plan{};
-  plan.tile = tile_of(problem);
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
+  plan.tile = tile_of(problem, plan.chunk);
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;

@@ -307,7 +307,8 @@ class AdditiveGradient : public AdditiveScore<acc> {
     return rows;
   }
 
-  void add(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t) {
+  void add(
+      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t, acc*) {
     if (this->may_share(1)) {
       add_factored(grad_scores, scores_stride, first, count, steps, grad_query);
     } else {

@@ -81,7 +81,7 @@ struct AttentionForward {
           tile_end(arena.take<int64_t>(tiles)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * f.plan.tile)),
-          panel(arena.take<acc>(panel_size<acc>(f.plan.chunk))),
+          panel(take_panel<acc>(arena, f.plan.chunk)),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
@@ -150,7 +150,8 @@ struct AttentionForward {
           {slot.tile_scores, stride, 1},
           slot.memory.addresses(),
           tile.count,
-          problem.memory_size);
+          problem.memory_size,
+          slot.panel);
     }
     *slot.used = tiles;
     for (int64_t t = 0; t < item.queries; ++t) {
@@ -388,7 +389,7 @@ struct AttentionBackward {
           delta(arena.take<acc>(f.plan.chunk)),
           tile_stride(padded<acc>(f.plan.tile)),
           coefficients(arena.take<acc>(2 * kChunk * tile_stride)),
-          panel(arena.take<acc>(panel_size<acc>(f.plan.chunk))),
+          panel(take_panel<acc>(arena, f.plan.chunk)),
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
           grad_context(arena, kAccumulated<acc>, f.grad_context, f.plan.chunk, f.problem.memory_size),
@@ -539,9 +540,10 @@ struct AttentionBackward {
           {coefficients, 1, stride},
           rows,
           end - rows,
-          problem.memory_size);
+          problem.memory_size,
+          slot.panel);
     }
-    slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride);
+    slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride, slot.panel);
   }
 
   static void recompute_weights(

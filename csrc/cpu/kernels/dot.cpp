@@ -59,10 +59,17 @@ class DotGradient : public DotScore<acc> {
   }
 
   void add(
-      const acc* grad_scores, int64_t stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t query_stride) {
+      const acc* grad_scores,
+      int64_t stride,
+      int64_t first,
+      int64_t count,
+      int64_t steps,
+      acc* grad_query,
+      int64_t query_stride,
+      acc* panel) {
     if (f_.grad_query != nullptr) {
       acc* out = grad_query + first * query_stride;
-      multiply<acc>({out, query_stride, adds_}, count, {grad_scores, stride, 1}, this->keys_, steps, this->size_);
+      multiply<acc>({out, query_stride, adds_}, count, {grad_scores, stride, 1}, this->keys_, steps, this->size_, panel);
     }
   }
 

@@ -17,8 +17,11 @@ struct View {
 };
 
 // Source steps are taken in tiles of at most kTile rows, queries in chunks of at most kChunk.
-constexpr int64_t kTile = 128;
+constexpr int64_t kTile = 256;
 constexpr int64_t kChunk = 128;
+
+// Rows of a product's result from which on it takes its other factor from packed panels, which makes deep products the fast ones.
+constexpr int64_t kMany = 64;
 
 struct Problem {
   Dtype dtype;
