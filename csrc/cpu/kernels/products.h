@@ -96,7 +96,8 @@ struct Result {
   }
 };
 
-// multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist.
+// multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
+// result's lines, each of another page, come while the sums are taken: what was there is added last.
 template <int rows, int width, bool partial, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
     Result<acc> out, Coefficients<acc> c, const acc* const* b, int64_t n, int64_t depth, int64_t count) {
@@ -108,7 +109,8 @@ template <int rows, int width, bool partial, class acc>
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      sums[i][w] = out.plus == nullptr ? Vec<acc>(0) : load(out.plus + i * out.plus_stride + w * lanes);
+      sums[i][w] = Vec<acc>(0);
+      __builtin_prefetch(out.to + i * out.stride + w * lanes, 1);
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -132,7 +134,8 @@ template <int rows, int width, bool partial, class acc>
     const Vec<acc> factor(out.factors[i * out.step]);
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      (sums[i][w] * factor).store(out.to + i * out.stride + w * lanes, partial ? static_cast<int>(count) : lanes);
+      const auto sum = out.plus == nullptr ? sums[i][w] : sums[i][w] + load(out.plus + i * out.plus_stride + w * lanes);
+      (sum * factor).store(out.to + i * out.stride + w * lanes, partial ? static_cast<int>(count) : lanes);
     }
   }
 }
