@@ -429,9 +429,10 @@ struct AttentionBackward {
     }
     if (f.grad_context.data != nullptr) {
       slot.grad_context.load(item.batch, item.first_query, item.queries);
-      slot.context.load(item.batch, item.first_query, item.queries);
     }
-    find_delta(f, item, slot);
+    if (!one_tile(f)) {
+      find_delta(f, item, slot);
+    }
     slot.gradient.begin(item, slot.grad_query);
     slot.grad_memory.begin_item(item);
     int64_t written = item.first_step;  // up to here the memory's gradient is written
@@ -519,7 +520,7 @@ struct AttentionBackward {
           row[j] += grad_weights[j];
         }
       }
-      const acc delta = slot.delta[first + t];
+      const acc delta = one_tile(f) ? dot_product(a, row, tile.count) : slot.delta[first + t];
       for (int64_t j = 0; j < tile.count; ++j) {
         // A weight of 0 passes nothing on, whatever came in: 0 * inf is no gradient.
         row[j] = a[j] == 0 ? acc(0) : scale * a[j] * (row[j] - delta);
@@ -563,8 +564,16 @@ struct AttentionBackward {
     }
   }
 
+  // Then delta, sum_s a_ts da_ts, need not be known before the walk, nor the context be read.
+  static bool one_tile(const Backward& f) {
+    return f.problem.steps <= f.plan.tile;
+  }
+
   static void find_delta(const Backward& f, const Item& item, Slot& slot) {
     const Problem& problem = f.problem;
+    if (f.grad_context.data != nullptr) {
+      slot.context.load(item.batch, item.first_query, item.queries);
+    }
     for (int64_t t = 0; t < item.queries; ++t) {
       slot.delta[t] = 0;
       if (f.grad_context.data != nullptr) {
