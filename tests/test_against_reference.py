@@ -12,7 +12,7 @@ from _pytest.mark import ParameterSet
 import attn_ext
 from tests.cases import DTYPES, LOSSES, MASKINGS, METHODS, Case, assert_accurate, short
 
-# The kernels' boundaries: vectors of 4, 8 and 16 floats, blocks of 32 source rows, chunks of 64 queries.
+# The kernels' boundaries: vectors of 4, 8 and 16 floats, tiles of 32 source rows and more, panels for 16, 64 queries.
 S_SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 257)
 D_SIZES = (1, 3, 8, 15, 16, 17, 64, 100, 513)
 T_SIZES = (1, 2, 5, 33, 65)
@@ -63,6 +63,19 @@ def some_everywhere(cases: list[Case]) -> list[ParameterSet]:
     "case", some_everywhere([c for op in OPS for dtype in DTYPES[1:] for c in pairs_grid(op, dtype)]), ids=str
 )
 def test_sizes_in_other_dtypes(case: Case) -> None:
+    assert_accurate(case.problem())
+
+
+def many_queries(op: str, dtype: torch.dtype) -> list[Case]:
+    """From 64 queries or steps on products take panels, 64 wide, of tiles of 256 steps or chunks of 128 queries."""
+    sizes = product((15, 63, 64, 129), (64, 257, 520), (64, 65, 130))
+    return [_case(op, S, D, T, dtype) for T, S, D in sizes]
+
+
+@pytest.mark.parametrize(
+    "case", some_everywhere([c for op in OPS for dtype in DTYPES[:3] for c in many_queries(op, dtype)]), ids=str
+)
+def test_sizes_with_many_queries(case: Case) -> None:
     assert_accurate(case.problem())
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import attn_ext
-from tests.cases import METHODS, Case, Problem, assert_same
+from tests.cases import METHODS, Case, Problem, assert_accurate, assert_same
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -136,3 +136,36 @@ def test_number_of_threads(threads: int, case: Case, each_backend: str) -> None:
     for _ in range(3):
         assert_same(results_with(threads, problem), results)
     torch.testing.assert_close(results, results_with(1, problem))
+
+
+# One batch element, a tile of steps, and every kind of gradient that is merged: of the output's type or another, with
+# gaps and without, its rows whole vectors or not. The last has two tiles or three, so that both axes may be divided.
+DIVIDED = [
+    Case(op, B=1, T=T, S=S, D=D, Dm=Dm, dtype=dtype, masking=masking, loss=loss)
+    for op in ("dot", "additive")
+    for T, S, D, Dm, dtype, masking, loss in [
+        (300, 24, 128, 64, torch.float32, "none", "context"),
+        (700, 1, 512, 512, torch.float32, "none", "both"),
+        (300, 33, 100, 70, torch.float64, "pairs", "both"),
+        (300, 40, 80, 64, torch.bfloat16, "lengths+rows", "both"),
+        (150, 60, 112, 64, torch.float32, "rows", "no_weights"),
+        (150, 150, 64, 48, torch.float32, "pairs", "weights"),
+    ]
+]
+
+
+@pytest.mark.fused
+@pytest.mark.numerics
+@pytest.mark.parametrize("case", DIVIDED, ids=str)
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_queries_divided_among_threads(threads: int, case: Case) -> None:
+    """Gradients of memory and keys are merged: no less exact, the same bits every time, not those of undivided sums."""
+    problem = case.problem()
+    undivided = results_with(1, problem)
+    results = results_with(threads, problem)
+    for _ in range(3):
+        assert_same(results_with(threads, problem), results)
+    assert_accurate(problem)
+    if 1 < case.S < 100 and case.dtype != torch.bfloat16:  # whose bits are too few to tell
+        name = "grad memory" if case.method == "dot" else "grad keys"
+        assert not torch.equal(results[name], undivided[name])

@@ -21,6 +21,11 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kTanhCost = 8;
 
+// What dividing an item's queries once more takes for a part, whose tiles are read again and whose gradients are merged: queries,
+// and multiply-adds.
+constexpr int64_t kLeastQueries = 8;
+constexpr int64_t kQueriesGrain = 8 * kGrain;
+
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kDouble:
@@ -91,24 +96,34 @@ int64_t work_of_step(const Problem& problem) {
 }
 
 // A tile of memory, or of keys, stays in the second-level cache from the scores to the context: 256 KiB of it. The additive
-// backward walks down a tile's columns, whose lines are to stay in the first level: its tiles are half as long.
-int64_t tile_of(const Problem& problem) {
+// backward walks down a tile's columns, whose lines are to stay in the first level: its tiles are half as long. Many queries' dot
+// products find in that cache the panels that they pack, however long the tile is: it is as long as they are deep.
+int64_t tile_of(const Problem& problem, int64_t chunk) {
+  if (problem.keys.data == nullptr && chunk >= kMany) {
+    return kTile;
+  }
   const int64_t row = std::max<int64_t>({problem.memory_size, problem.key_size, 1});
-  return std::clamp<int64_t>((int64_t{1} << 16) / row / 32 * 32, 32, problem.keys.data == nullptr ? kTile : kTile / 2);
+  return std::clamp<int64_t>((int64_t{1} << 16) / row / 32 * 32, 32, problem.keys.data == nullptr ? kTile / 2 : kTile / 4);
 }
 
-// Items of `chunk` queries; with fewer of them than threads, the source is split too, where a part is worth a thread.
+// Items of `chunk` queries. With fewer of them than threads, the source is split, and where that has too few tiles the queries are
+// divided further, as far as a part is worth a thread.
 Plan plan_of(const Problem& problem, int64_t chunk) {
   Plan plan{};
-  plan.tile = tile_of(problem);
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
+  plan.tile = tile_of(problem, plan.chunk);
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
-  const int64_t worthwhile = problem.steps * work_of_step(problem) / plan.chunks / kGrain;
-  const int64_t wanted = std::min(ceil_div(at::get_num_threads(), groups), worthwhile);
+  const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
+  const int64_t wanted = ceil_div(at::get_num_threads(), groups);
   const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, plan.tile), 1);
-  plan.split_size = ceil_div(tiles, std::max<int64_t>(wanted, 1)) * plan.tile;
+  plan.split_size = ceil_div(tiles, std::clamp<int64_t>(work / kGrain, 1, wanted)) * plan.tile;
   plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
+  const int64_t parts = std::min({ceil_div(wanted, plan.splits), work / plan.splits / kQueriesGrain, plan.chunk / kLeastQueries});
+  if (parts > 1) {
+    plan.chunk = ceil_div(plan.chunk, parts);
+    plan.chunks = ceil_div(problem.queries, plan.chunk);
+  }
   return plan;
 }
 
@@ -128,16 +143,17 @@ void use_huge_pages(const Tensor& output) {
 #endif
 }
 
-// Runs every item, each in a slot of scratch: one a thread, or one an item if the items' results are merged afterwards.
+// Runs every item, each in a slot of scratch: one a thread, or one an item if the items' results are merged afterwards, in `merges`
+// calls that do not depend on each other.
 template <class Call>
 void run_items(
     const Call& call,
     size_t slot_size,
     void (*run)(const Call&, int64_t, char*),
-    void (*merge)(const Call&, int64_t, char*, size_t)) {
+    void (*merge)(const Call&, int64_t, char*, size_t),
+    int64_t merges) {
   const int64_t items = call.plan.items(call.problem);
-  const int64_t splits = call.plan.splits;
-  const int64_t slots = splits == 1 ? std::min<int64_t>(items, at::get_num_threads()) : items;
+  const int64_t slots = merges == 0 ? std::min<int64_t>(items, at::get_num_threads()) : items;
   const size_t size = slots * slot_size;
   // A small call's scratch is on the stack, so that it does not wait for the allocator.
   alignas(64) char small[1 << 14];
@@ -147,16 +163,14 @@ void run_items(
   const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(work / items, 1), 1);
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      run(call, item, base + (splits == 1 ? at::get_thread_num() : item) * slot_size);
+      run(call, item, base + (merges == 0 ? at::get_thread_num() : item) * slot_size);
     }
   });
-  if (splits > 1) {
-    at::parallel_for(0, items / splits, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) {
-        merge(call, group, base + group * splits * slot_size, slot_size);
-      }
-    });
-  }
+  at::parallel_for(0, merges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      merge(call, index, base, slot_size);
+    }
+  });
 }
 
 const Kernels& kernels_for(const Inputs& inputs) {
@@ -195,7 +209,8 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   }
   if (items > 0) {
     const Kernels& kernels = kernels_for(inputs);
-    run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward);
+    const int64_t merges = call.plan.splits * call.plan.chunks > 1 ? items : 0;
+    run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
   }
   if (gradients.v.defined()) {
     gradients.v.copy_(grad_v.sum(0));
@@ -223,7 +238,8 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   use_huge_pages(outputs.context);
   use_huge_pages(outputs.weights);
   const Kernels& kernels = kernels_for(inputs);
-  run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge);
+  const int64_t merges = call.plan.splits > 1 ? call.plan.groups(call.problem) : 0;
+  run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge, merges);
 }
 
 void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {

@@ -325,21 +325,25 @@ class AdditiveScore {
 template <class acc>
 class AdditiveGradient : public AdditiveScore<acc> {
  public:
+  static constexpr bool kPads = true;
+
   AdditiveGradient(const Backward& f, Arena& arena)
-      : AdditiveScore<acc>(f.problem, f.problem.queries, f.plan.tile, arena),
+      : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena),
         f_(f),
         stride_(padded<acc>(f.problem.key_size)),
-        grad_keys_(arena, f.grad_keys, f.problem, f.plan.tile, f.problem.key_size, true),
+        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, kPads),
         grad_v_(arena.take<acc>(stride_)) {}
 
-  void begin(int64_t b, int64_t queries) {
-    this->load_queries(b, 0, queries);
+  void begin(const Item& item, acc* grad_query) {
+    this->load_queries(item.batch, item.first_query, item.queries);
+    grad_keys_.begin_item(item);
+    std::fill_n(grad_query, item.queries * stride_, acc(0));
     std::fill_n(grad_v_, stride_, acc(0));
   }
 
   void begin_tile(int64_t b, const Tile& tile, int64_t written, const Rows<acc>& memory) {
     this->load_keys(b, tile, memory);
-    grad_keys_.begin(b, tile, written);
+    grad_keys_.begin(tile, written);
     if (!only_queries()) {
       std::fill_n(grad_keys_.rows(), tile.count * stride_, acc(0));
     }
@@ -349,7 +353,8 @@ class AdditiveGradient : public AdditiveScore<acc> {
     return rows;
   }
 
-  void add(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t) {
+  void add(
+      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t, acc*) {
     if (!this->may_share(1)) {
       add_direct(grad_scores, scores_stride, first, count, steps, grad_query);
     } else if (only_queries()) {
@@ -361,19 +366,19 @@ class AdditiveGradient : public AdditiveScore<acc> {
     }
   }
 
-  void end_tile(int64_t b, const Tile& tile) {
+  void end_tile(const Tile& tile) {
     if (grad_keys_.wanted()) {
       for (int64_t j = 0; j < tile.count; ++j) {
         times_v(grad_keys_.rows() + j * stride_);
       }
-      grad_keys_.end(b, tile);
+      grad_keys_.end(tile);
     }
   }
 
-  void end(const Item& item, int64_t index, int64_t written, acc* grad_query) {
-    grad_keys_.zero(item.batch, written, item.end_step);
+  void end(const Item& item, int64_t index, int64_t written, acc* grad_query, int64_t) {
+    grad_keys_.zero(written, item.end_step);
     if (f_.grad_query != nullptr) {
-      for (int64_t t = 0; t < f_.problem.queries; ++t) {
+      for (int64_t t = 0; t < item.queries; ++t) {
         times_v(grad_query + t * stride_);
       }
     }
@@ -381,6 +386,10 @@ class AdditiveGradient : public AdditiveScore<acc> {
       acc* out = static_cast<acc*>(f_.grad_v) + index * this->size_;
       scale_row(out, grad_v_, this->size_, acc(-2));
     }
+  }
+
+  void merge(const Item& item, int64_t first, int64_t end, size_t distance) const {
+    grad_keys_.merge(item, first, end, distance);
   }
 
  private:

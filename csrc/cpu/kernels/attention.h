@@ -95,7 +95,7 @@ struct AttentionForward {
           tile_end(arena.take<int64_t>(tiles)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * f.plan.tile)),
-          panel(arena.take<acc>(panel_size<acc>(f.plan.chunk))),
+          panel(take_panel<acc>(arena, f.plan.chunk)),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
@@ -164,7 +164,8 @@ struct AttentionForward {
           {slot.tile_scores, stride, 1},
           slot.memory.addresses(),
           tile.count,
-          problem.memory_size);
+          problem.memory_size,
+          slot.panel);
     }
     *slot.used = tiles;
     for (int64_t t = 0; t < item.queries; ++t) {
@@ -183,6 +184,7 @@ struct AttentionForward {
   // The splits' partial results, in their order, into the outputs.
   static void merge(const Forward& f, int64_t group, char* slots, size_t slot_size) {
     const Problem& problem = f.problem;
+    slots += group * f.plan.splits * slot_size;
     const Item item = f.plan.item(problem, group * f.plan.splits);
     const int64_t first_row = item.batch * problem.queries + item.first_query;
     Slot slot(f, slots);
@@ -275,46 +277,77 @@ struct AttentionForward {
   }
 };
 
+// A row of a gradient, the sum of its shares in their order: each is `distance` bytes behind the one before.
+template <class acc>
+void merge_row(Dtype dtype, void* out, int64_t index, acc* row, int64_t shares, size_t distance, int64_t size) {
+  constexpr acc one = 1;
+  const char* other = reinterpret_cast<const char*>(row);
+  for (int64_t k = 1; k < shares; ++k) {
+    other += distance;
+    const acc* from = reinterpret_cast<const acc*>(other);
+    multiply<acc>({row, 0, true}, 1, {&one, 0, 0}, &from, 1, size);
+  }
+  store_row(dtype, out, index * size, row, size);
+}
+
 // A [B, S, size] gradient, tile by tile: added up in the output itself, or in scratch where a mask leaves gaps between rows, the
 // output is of another type or its rows are not whole vectors, and where rows are to be padded(): for who walks down columns.
+// Where the queries are divided among items, each has its share of the gradient in place of the output until merge().
 template <class acc>
 class TileGradient {
  public:
-  TileGradient(Arena& arena, void* out, const Problem& problem, int64_t tile, int64_t size, bool pad = false)
+  TileGradient(Arena& arena, void* out, const Problem& problem, const Plan& plan, int64_t size, bool pad = false)
       : out_(out),
         problem_(&problem),
         size_(size),
-        may_be_in_place_(out != nullptr && !pad && problem.dtype == kAccumulated<acc> && size % Vec<acc>::size() == 0),
-        scratch_(arena.take<acc>(tile * padded<acc>(size))) {}
+        shares_(plan.chunks),
+        share_(out != nullptr && shares_ > 1 ? arena.take<acc>(plan.split_size * padded<acc>(size)) : nullptr),
+        dtype_(shares_ > 1 ? kAccumulated<acc> : problem.dtype),
+        to_stride_(shares_ > 1 ? padded<acc>(size) : size),
+        may_be_in_place_(out != nullptr && (shares_ > 1 || (!pad && dtype_ == kAccumulated<acc> && size % Vec<acc>::size() == 0))),
+        scratch_(arena.take<acc>(plan.tile * padded<acc>(size))) {}
 
   bool wanted() const {
     return out_ != nullptr;
   }
 
-  // Room for the tile's rows, with any content. Steps between the tiles, from `written` on, have no gradient.
-  void begin(int64_t b, const Tile& tile, int64_t written) {
-    in_place_ = may_be_in_place_ && tile.contiguous();
-    rows_ = in_place_ ? static_cast<acc*>(out_) + (b * problem_->steps + tile.steps[0]) * size_ : scratch_;
-    stride_ = in_place_ ? size_ : padded<acc>(size_);
-    zero(b, written, tile.steps[0]);
+  void begin_item(const Item& item) {
+    to_ = shares_ > 1 ? share_ : out_;
+    origin_ = shares_ > 1 ? item.first_step : -item.batch * problem_->steps;
   }
 
-  void end(int64_t b, const Tile& tile) {
+  // Room for the tile's rows, with any content. Steps between the tiles, from `written` on, have no gradient.
+  void begin(const Tile& tile, int64_t written) {
+    in_place_ = may_be_in_place_ && tile.contiguous();
+    rows_ = in_place_ ? static_cast<acc*>(to_) + (tile.steps[0] - origin_) * to_stride_ : scratch_;
+    stride_ = in_place_ ? to_stride_ : padded<acc>(size_);
+    zero(written, tile.steps[0]);
+  }
+
+  void end(const Tile& tile) {
     if (in_place_ || !wanted()) {
       return;
     }
     for (int64_t j = 0; j < tile.count; ++j) {
-      store_row(problem_->dtype, out_, (b * problem_->steps + tile.steps[j]) * size_, rows_ + j * stride_, size_);
+      store_row(dtype_, to_, (tile.steps[j] - origin_) * to_stride_, rows_ + j * stride_, size_);
       if (j + 1 < tile.count) {
-        zero(b, tile.steps[j] + 1, tile.steps[j + 1]);
+        zero(tile.steps[j] + 1, tile.steps[j + 1]);
       }
     }
   }
 
   // Steps that nobody attends.
-  void zero(int64_t b, int64_t first, int64_t end) {
+  void zero(int64_t first, int64_t end) {
     if (wanted()) {
-      zero_row(problem_->dtype, out_, (b * problem_->steps + first) * size_, (end - first) * size_);
+      zero_row(dtype_, to_, (first - origin_) * to_stride_, (end - first) * to_stride_);
+    }
+  }
+
+  // Into the output, some steps of a split. This is the first of its shares, the others are `distance` bytes apart.
+  void merge(const Item& item, int64_t first, int64_t end, size_t distance) const {
+    for (int64_t s = first; wanted() && s < end; ++s) {
+      acc* row = share_ + (s - item.first_step) * to_stride_;
+      merge_row(problem_->dtype, out_, item.batch * problem_->steps + s, row, shares_, distance, size_);
     }
   }
 
@@ -330,8 +363,14 @@ class TileGradient {
   void* out_;
   const Problem* problem_;
   int64_t size_;
+  int64_t shares_;
+  acc* share_;  // [split_size] rows
+  Dtype dtype_;
+  int64_t to_stride_;
   bool may_be_in_place_;
   acc* scratch_;
+  void* to_ = nullptr;  // the output or the share
+  int64_t origin_ = 0;  // the step of its first row
   bool in_place_ = false;
   acc* rows_ = nullptr;
   int64_t stride_ = 0;
@@ -345,24 +384,29 @@ struct AttentionBackward {
   struct Slot {
     Slot(const Backward& f, char* base)
         : arena(base),
-          query_stride(padded<acc>(f.problem.key_size)),
-          grad_query(arena.take<acc>(f.problem.queries * query_stride)),
-          delta(arena.take<acc>(f.problem.queries)),
-          coefficients(arena.take<acc>(2 * kChunk * f.plan.tile)),
-          panel(arena.take<acc>(panel_size<acc>(f.problem.queries))),
+          query_in_place(f.grad_query != nullptr && !Gradient::kPads && f.plan.splits == 1 && f.problem.dtype == kAccumulated<acc>),
+          query_stride(query_in_place ? f.problem.key_size : padded<acc>(f.problem.key_size)),
+          grad_query(query_in_place ? nullptr : arena.take<acc>(f.plan.chunk * query_stride)),
+          delta(arena.take<acc>(f.plan.chunk)),
+          tile_stride(padded<acc>(f.plan.tile)),
+          coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
+          panel(take_panel<acc>(arena, f.plan.chunk)),
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
-          grad_context(arena, kAccumulated<acc>, f.grad_context, f.problem.queries, f.problem.memory_size),
-          context(arena, kAccumulated<acc>, f.context, f.problem.queries, f.problem.memory_size),
+          grad_context(arena, kAccumulated<acc>, f.grad_context, f.plan.chunk, f.problem.memory_size),
+          context(arena, kAccumulated<acc>, f.context, f.plan.chunk, f.problem.memory_size),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
-          grad_memory(arena, f.grad_memory, f.problem, f.plan.tile, f.problem.memory_size),
+          grad_memory(arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size),
           gradient(f, arena) {}
 
     Arena arena;
+    bool query_in_place;
     int64_t query_stride;
-    acc* grad_query;  // [queries][key_size]: the split's share, in the output itself where it can be
+    acc* grad_query;  // [chunk][key_size]: the split's share, or the output itself
     acc* delta;
-    acc* coefficients;  // a chunk's weights, and right behind them the gradients of its scores, [chunk][tile] each
+    int64_t tile_stride;
+    acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each,
+                        // whose columns the memory's gradient goes down
     acc* panel;
     acc* weights_row;
     acc* grad_weights_row;
@@ -381,73 +425,90 @@ struct AttentionBackward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
-    std::fill_n(slot.grad_query, problem.queries * slot.query_stride, acc(0));
-    if (f.grad_context.data != nullptr) {
-      slot.grad_context.load(item.batch, 0, problem.queries);
-      slot.context.load(item.batch, 0, problem.queries);
+    if (slot.query_in_place) {
+      slot.grad_query = static_cast<acc*>(f.grad_query) + (item.batch * problem.queries + item.first_query) * slot.query_stride;
     }
-    find_delta(f, item.batch, slot);
-    slot.gradient.begin(item.batch, problem.queries);
+    if (f.grad_context.data != nullptr) {
+      slot.grad_context.load(item.batch, item.first_query, item.queries);
+    }
+    if (!one_tile(f)) {
+      find_delta(f, item, slot);
+    }
+    slot.gradient.begin(item, slot.grad_query);
+    slot.grad_memory.begin_item(item);
     int64_t written = item.first_step;  // up to here the memory's gradient is written
     SourceWalk walk(problem, item, f.plan.tile);
-    for (Tile tile; problem.queries > 0 && walk.next(tile);) {
+    for (Tile tile; item.queries > 0 && walk.next(tile);) {
       slot.memory.load(item.batch, tile);
       slot.gradient.begin_tile(item.batch, tile, written, slot.memory);
-      slot.grad_memory.begin(item.batch, tile, written);
-      for (int64_t t = 0; t < problem.queries; t += kChunk) {
-        take_chunk(f, item.batch, t, std::min(kChunk, problem.queries - t), tile, written, slot);
+      slot.grad_memory.begin(tile, written);
+      for (int64_t t = 0; t < item.queries; t += kChunk) {
+        take_chunk(f, item, t, std::min(kChunk, item.queries - t), tile, written, slot);
       }
-      slot.grad_memory.end(item.batch, tile);
-      slot.gradient.end_tile(item.batch, tile);
+      slot.grad_memory.end(tile);
+      slot.gradient.end_tile(tile);
       written = tile.steps[tile.count - 1] + 1;
     }
-    slot.grad_memory.zero(item.batch, written, item.end_step);
-    for (int64_t t = 0; f.grad_scores != nullptr && t < problem.queries; ++t) {
-      acc* row = grad_scores_of(f, item.batch, t);
+    slot.grad_memory.zero(written, item.end_step);
+    for (int64_t t = 0; f.grad_scores != nullptr && t < item.queries; ++t) {
+      acc* row = grad_scores_of(f, item, t);
       std::fill(row + written, row + item.end_step, acc(0));
     }
-    slot.gradient.end(item, index, written, slot.grad_query);
-    if (f.plan.splits == 1) {
-      merge(f, index, base, 0);
+    slot.gradient.end(item, index, written, slot.grad_query, slot.query_stride);
+    if (f.plan.splits == 1 && !slot.query_in_place) {
+      merge_queries(f, item, 0, item.queries, slot, 0);
     }
   }
 
-  // The splits' shares of the query's gradient, in their order.
-  static void merge(const Backward& f, int64_t group, char* slots, size_t slot_size) {
-    if (f.grad_query == nullptr) {
-      return;
+  // The splits' shares of the query's gradient, and the chunks' of the memory's, in their order. Of the rows that an item has in
+  // common with others it takes an even part.
+  static void merge(const Backward& f, int64_t index, char* slots, size_t slot_size) {
+    const Plan& plan = f.plan;
+    const Item item = plan.item(f.problem, index);
+    const int64_t split = index % plan.splits;
+    const int64_t chunk = index / plan.splits % plan.chunks;
+    if (plan.splits > 1) {
+      const Slot first(f, slots + (index - split) * slot_size);
+      merge_queries(f, item, item.queries * split / plan.splits, item.queries * (split + 1) / plan.splits, first, slot_size);
     }
-    const Problem& problem = f.problem;
-    Slot slot(f, slots);
-    for (int64_t t = 0; t < problem.queries; ++t) {
-      acc* row = slot.grad_query + t * slot.query_stride;
-      for (int64_t z = 1; z < f.plan.splits; ++z) {
-        const acc one = 1;
-        const acc* other = Slot(f, slots + z * slot_size).grad_query + t * slot.query_stride;
-        multiply<acc>({row, 0, true}, 1, {&one, 0, 0}, &other, 1, problem.key_size);
-      }
-      const int64_t first = (group * problem.queries + t) * problem.key_size;
-      store_row(problem.dtype, f.grad_query, first, row, problem.key_size);
+    if (plan.chunks > 1) {
+      const Slot first(f, slots + (index - chunk * plan.splits) * slot_size);
+      const int64_t steps = item.end_step - item.first_step;
+      const int64_t begin = item.first_step + steps * chunk / plan.chunks;
+      const int64_t end = item.first_step + steps * (chunk + 1) / plan.chunks;
+      first.grad_memory.merge(item, begin, end, plan.splits * slot_size);
+      first.gradient.merge(item, begin, end, plan.splits * slot_size);
     }
   }
 
  private:
-  // A chunk of queries against a tile: its weights, the gradient of its scores, and what both add to the other gradients.
-  static void take_chunk(
-      const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, int64_t written, Slot& slot) {
+  // Rows begin .. end of an item's chunk; `first` is the slot of its first split.
+  static void merge_queries(const Backward& f, const Item& item, int64_t begin, int64_t end, const Slot& first, size_t slot_size) {
     const Problem& problem = f.problem;
-    const int64_t stride = f.plan.tile;
+    for (int64_t t = begin; f.grad_query != nullptr && t < end; ++t) {
+      const int64_t row = item.batch * problem.queries + item.first_query + t;
+      acc* share = first.grad_query + t * first.query_stride;
+      merge_row(problem.dtype, f.grad_query, row, share, f.plan.splits, slot_size, problem.key_size);
+    }
+  }
+
+  // A few of an item's queries against a tile: their weights, the gradient of their scores, and what both add to the other
+  // gradients.
+  static void take_chunk(
+      const Backward& f, const Item& item, int64_t first, int64_t count, const Tile& tile, int64_t written, Slot& slot) {
+    const Problem& problem = f.problem;
+    const int64_t stride = slot.tile_stride;
     acc* weights = slot.coefficients;
     acc* grad_scores = weights + count * stride;
     if (f.score_gradients.data != nullptr) {
       for (int64_t t = 0; t < count; ++t) {
-        gather(grad_scores + t * stride, kAccumulated<acc>, f.score_gradients, b, first + t, tile);
+        gather(grad_scores + t * stride, kAccumulated<acc>, f.score_gradients, item.batch, item.first_query + first + t, tile);
       }
     } else {
-      find_grad_scores(f, b, first, count, tile, slot, weights, grad_scores);
+      find_grad_scores(f, item, first, count, tile, slot, weights, grad_scores);
     }
     for (int64_t t = 0; f.grad_scores != nullptr && t < count; ++t) {
-      scatter(grad_scores_of(f, b, first + t), grad_scores + t * stride, tile, written, acc(1));
+      scatter(grad_scores_of(f, item, first + t), grad_scores + t * stride, tile, written, acc(1));
     }
     if (slot.grad_memory.wanted()) {
       // sum_t a_ts g_t and, where the memory is its own keys, sum_t de_ts q_t: one product of twice the depth.
@@ -464,26 +525,35 @@ struct AttentionBackward {
           {coefficients, 1, stride},
           rows,
           end - rows,
-          problem.memory_size);
+          problem.memory_size,
+          slot.panel);
     }
-    slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride);
+    slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride, slot.panel);
   }
 
-  static acc* grad_scores_of(const Backward& f, int64_t b, int64_t t) {
-    return static_cast<acc*>(f.grad_scores) + (b * f.problem.queries + t) * f.problem.steps;
+  static acc* grad_scores_of(const Backward& f, const Item& item, int64_t t) {
+    return static_cast<acc*>(f.grad_scores) + (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps;
   }
 
   static void find_grad_scores(
-      const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot, acc* weights, acc* grad_scores) {
+      const Backward& f,
+      const Item& item,
+      int64_t first,
+      int64_t count,
+      const Tile& tile,
+      Slot& slot,
+      acc* weights,
+      acc* grad_scores) {
     const Problem& problem = f.problem;
-    const int64_t stride = f.plan.tile;
+    const int64_t first_query = item.first_query + first;
+    const int64_t stride = slot.tile_stride;
     const acc* const* grad_context = slot.grad_context.addresses() + first;
     if (f.weights.data != nullptr) {
       for (int64_t t = 0; t < count; ++t) {
-        gather(weights + t * stride, kAccumulated<acc>, f.weights, b, first + t, tile);
+        gather(weights + t * stride, kAccumulated<acc>, f.weights, item.batch, first_query + t, tile);
       }
     } else {
-      recompute_weights(f, b, first, count, tile, slot, weights);
+      recompute_weights(f, item, first, count, tile, slot, weights);
     }
     if (f.grad_context.data != nullptr) {
       dot_products<acc>(
@@ -497,12 +567,12 @@ struct AttentionBackward {
       acc* row = grad_scores + t * stride;
       if (f.grad_weights.data != nullptr) {
         acc grad_weights[kTile];
-        gather(grad_weights, kAccumulated<acc>, f.grad_weights, b, first + t, tile);
+        gather(grad_weights, kAccumulated<acc>, f.grad_weights, item.batch, first_query + t, tile);
         for (int64_t j = 0; j < tile.count; ++j) {
           row[j] += grad_weights[j];
         }
       }
-      const acc delta = slot.delta[first + t];
+      const acc delta = one_tile(f) ? dot_product(a, row, tile.count) : slot.delta[first + t];
       for (int64_t j = 0; j < tile.count; ++j) {
         // A weight of 0 passes nothing on, whatever came in: 0 * inf is no gradient.
         row[j] = a[j] == 0 ? acc(0) : scale * a[j] * (row[j] - delta);
@@ -511,12 +581,13 @@ struct AttentionBackward {
   }
 
   static void recompute_weights(
-      const Backward& f, int64_t b, int64_t first, int64_t count, const Tile& tile, Slot& slot, acc* weights) {
-    const int64_t stride = f.plan.tile;
+      const Backward& f, const Item& item, int64_t first, int64_t count, const Tile& tile, Slot& slot, acc* weights) {
+    const int64_t stride = slot.tile_stride;
+    const int64_t first_query = item.first_query + first;
     slot.gradient.scores(weights, stride, first, count, tile.count, slot.panel);
-    mask_scores(weights, stride, f.problem, b, first, count, tile);
+    mask_scores(weights, stride, f.problem, item.batch, first_query, count, tile);
     for (int64_t t = 0; t < count; ++t) {
-      const acc logsumexp = static_cast<const acc*>(f.logsumexp)[b * f.problem.queries + first + t];
+      const acc logsumexp = static_cast<const acc*>(f.logsumexp)[item.batch * f.problem.queries + first_query + t];
       acc* row = weights + t * stride;
       if (logsumexp == kNothing<acc>) {
         std::fill_n(row, tile.count, acc(0));
@@ -526,16 +597,24 @@ struct AttentionBackward {
     }
   }
 
-  static void find_delta(const Backward& f, int64_t b, Slot& slot) {
+  // Then delta, sum_s a_ts da_ts, need not be known before the walk, nor the context be read.
+  static bool one_tile(const Backward& f) {
+    return f.problem.steps <= f.plan.tile;
+  }
+
+  static void find_delta(const Backward& f, const Item& item, Slot& slot) {
     const Problem& problem = f.problem;
-    for (int64_t t = 0; t < problem.queries; ++t) {
+    if (f.grad_context.data != nullptr) {
+      slot.context.load(item.batch, item.first_query, item.queries);
+    }
+    for (int64_t t = 0; t < item.queries; ++t) {
       slot.delta[t] = 0;
       if (f.grad_context.data != nullptr) {
         slot.delta[t] = dot_product(slot.context.addresses()[t], slot.grad_context.addresses()[t], problem.memory_size);
       }
       if (f.grad_weights.data != nullptr) {
-        load_row(slot.weights_row, kAccumulated<acc>, f.weights, b, t, problem.steps);
-        load_row(slot.grad_weights_row, kAccumulated<acc>, f.grad_weights, b, t, problem.steps);
+        load_row(slot.weights_row, kAccumulated<acc>, f.weights, item.batch, item.first_query + t, problem.steps);
+        load_row(slot.grad_weights_row, kAccumulated<acc>, f.grad_weights, item.batch, item.first_query + t, problem.steps);
         slot.delta[t] += dot_product(slot.weights_row, slot.grad_weights_row, problem.steps);
       }
     }

@@ -43,10 +43,13 @@ class DotScore {
 template <class acc>
 class DotGradient : public DotScore<acc> {
  public:
-  DotGradient(const Backward& f, Arena& arena) : DotScore<acc>(f.problem, f.problem.queries, f.plan.tile, arena), f_(f) {}
+  static constexpr bool kPads = false;
 
-  void begin(int64_t b, int64_t queries) {
-    this->load_queries(b, 0, queries);
+  DotGradient(const Backward& f, Arena& arena) : DotScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena), f_(f) {}
+
+  void begin(const Item& item, acc*) {
+    this->load_queries(item.batch, item.first_query, item.queries);
+    adds_ = false;
   }
 
   void begin_tile(int64_t b, const Tile& tile, int64_t, const Rows<acc>& memory) {
@@ -59,19 +62,35 @@ class DotGradient : public DotScore<acc> {
   }
 
   void add(
-      const acc* grad_scores, int64_t stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t query_stride) {
+      const acc* grad_scores,
+      int64_t stride,
+      int64_t first,
+      int64_t count,
+      int64_t steps,
+      acc* grad_query,
+      int64_t query_stride,
+      acc* panel) {
     if (f_.grad_query != nullptr) {
       acc* out = grad_query + first * query_stride;
-      multiply<acc>({out, query_stride, true}, count, {grad_scores, stride, 1}, this->keys_, steps, this->size_);
+      multiply<acc>({out, query_stride, adds_}, count, {grad_scores, stride, 1}, this->keys_, steps, this->size_, panel);
     }
   }
 
-  void end_tile(int64_t, const Tile&) {}
+  void end_tile(const Tile&) {
+    adds_ = true;
+  }
 
-  void end(const Item&, int64_t, int64_t, acc*) {}
+  void end(const Item& item, int64_t, int64_t, acc* grad_query, int64_t query_stride) {
+    if (!adds_ && f_.grad_query != nullptr) {
+      std::fill_n(grad_query, item.queries * query_stride, acc(0));
+    }
+  }
+
+  void merge(const Item&, int64_t, int64_t, size_t) const {}
 
  private:
   const Backward& f_;
+  bool adds_ = false;  // the query's gradient has a tile's part
 };
 
 }  // namespace

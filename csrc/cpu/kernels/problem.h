@@ -34,8 +34,11 @@ struct Preparation {
 };
 
 // Source steps are taken in tiles of at most kTile rows, queries in chunks of at most kChunk.
-constexpr int64_t kTile = 128;
+constexpr int64_t kTile = 256;
 constexpr int64_t kChunk = 128;
+
+// Rows of a product's result from which on it takes its other factor from packed panels, which makes deep products the fast ones.
+constexpr int64_t kMany = 64;
 
 struct Problem {
   Dtype dtype;
@@ -66,7 +69,7 @@ struct Item {
 
 struct Plan {
   int64_t tile;        // source steps per tile, a multiple of every vector's width
-  int64_t chunk;       // queries per item
+  int64_t chunk;       // queries per item, of a forward's at most kChunk
   int64_t chunks;      // items along T
   int64_t split_size;  // source steps per item, a multiple of tile
   int64_t splits;      // items along S
@@ -120,14 +123,14 @@ struct Backward {
   void* grad_memory;
 };
 
-// One op at one dtype. A slot is an item's scratch; the slots of one group's splits lie next to each other, slot_size apart.
+// One op at one dtype. A slot is an item's scratch. Where items are merged, each has its own: item i's is slots + i * slot_size.
 struct Kernels {
   size_t (*forward_slot)(const Forward&);
   void (*forward)(const Forward&, int64_t item, char* slot);
   void (*merge)(const Forward&, int64_t group, char* slots, size_t slot_size);
   size_t (*backward_slot)(const Backward&);
   void (*backward)(const Backward&, int64_t item, char* slot);
-  void (*merge_backward)(const Backward&, int64_t group, char* slots, size_t slot_size);
+  void (*merge_backward)(const Backward&, int64_t item, char* slots, size_t slot_size);
   void (*prepare)(const Preparation&, int64_t first, int64_t end);  // of the B S keys; additive only
 };
 

@@ -4,10 +4,12 @@
 //   multiply       out_i (+)= sum_k c(i, k) b_k           contexts, and the gradients of rows
 //
 // multiply broadcasts its coefficients, so that no sum crosses a vector, and nears the multiply-add peak as its products get
-// deeper. Dot products of many rows go its way too, over b transposed block by block; those of a few rows, whose transposition
-// would not pay, sum along vectors. docs/performance.md says what was measured.
+// deeper and find their rows of b next to each other: for many rows of the result, blocks of b are copied so. Dot products of many
+// rows go its way too, over b transposed block by block; those of a few rows, whose transposition would not pay, sum along vectors.
+// docs/performance.md says what was measured.
 #pragma once
 
+#include "rows.h"
 #include "transpose.h"
 #include "vec.h"
 
@@ -94,7 +96,8 @@ struct Result {
   }
 };
 
-// multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist.
+// multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
+// result's lines, each of another page, come while the sums are taken: what was there is added last.
 template <int rows, int width, bool partial, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
     Result<acc> out, Coefficients<acc> c, const acc* const* b, int64_t n, int64_t depth, int64_t count) {
@@ -106,7 +109,8 @@ template <int rows, int width, bool partial, class acc>
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      sums[i][w] = out.plus == nullptr ? Vec<acc>(0) : load(out.plus + i * out.plus_stride + w * lanes);
+      sums[i][w] = Vec<acc>(0);
+      __builtin_prefetch(out.to + i * out.stride + w * lanes, 1);
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -130,17 +134,58 @@ template <int rows, int width, bool partial, class acc>
     const Vec<acc> factor(out.factors[i * out.step]);
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      (sums[i][w] * factor).store(out.to + i * out.stride + w * lanes, partial ? static_cast<int>(count) : lanes);
+      const auto sum = out.plus == nullptr ? sums[i][w] : sums[i][w] + load(out.plus + i * out.plus_stride + w * lanes);
+      (sum * factor).store(out.to + i * out.stride + w * lanes, partial ? static_cast<int>(count) : lanes);
     }
   }
 }
 
-// For `height` rows of the result, sum_k c(i, k) b_k. A block of b, all k by a few vectors, stays in the first-level cache while
-// the result's rows pass.
+// A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, 64 KiB
+// of floats.
+constexpr int64_t kPanelWidth = 64;
+constexpr int64_t kPanelDepth = 256;
+static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products of a tile and of a chunk take their depth at once");
+
+// Rows that are worth transposing a panel for; no shallower product is worth packing one.
+constexpr int64_t kPanelRows = 16;
+
+// A panel for the products of up to `queries` queries, or null.
 template <class acc>
-void multiply(Result<acc> out, int64_t height, Coefficients<acc> c, const acc* const* b, int64_t depth, int64_t size) {
+acc* take_panel(Arena& arena, int64_t queries) {
+  return queries >= kPanelRows ? arena.take<acc>(kPanelWidth * kPanelDepth) : nullptr;
+}
+
+// Addresses of a panel's rows.
+template <class acc>
+struct PanelRows {
+  const acc* address[kPanelDepth];
+
+  PanelRows(const acc* panel, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k) {
+      address[k] = panel + k * kPanelWidth;
+    }
+  }
+};
+
+// For `height` rows of the result, sum_k c(i, k) b_k. A block of b, all k by a few vectors, stays in the first-level cache, a deep
+// one in the second, while the result's rows pass. `panel`, from take_panel(), lets many rows have it packed.
+template <class acc>
+void multiply(
+    Result<acc> out, int64_t height, Coefficients<acc> c, const acc* const* b, int64_t depth, int64_t size, acc* panel = nullptr) {
   constexpr int lanes = Vec<acc>::size();
-  // A few rows of b stay in that cache whole: then a result that does not fit the next is written row by row.
+  // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
+  if (panel != nullptr && height >= kMany && depth >= kPanelRows && size > kPanelWidth) {
+    const PanelRows<acc> rows(panel, depth);
+    for (int64_t n = 0; n < size; n += kPanelWidth) {
+      const int64_t width = std::min(kPanelWidth, size - n);
+      for (int64_t k = 0; k < depth; ++k) {
+        scale_row(panel + k * kPanelWidth, b[k] + n, width, acc(1));
+      }
+      multiply(out.at(0, n), height, c, rows.address, depth, width);
+    }
+    return;
+  }
+  // A few rows of b stay in the first-level cache whole: then a result that does not fit the next is written row by row.
   constexpr int64_t few = 8, large = 1 << 16, block = tallest(kWidest);
   if (depth <= few && height * size >= large && height > block) {
     for (int64_t i = 0; i < height; i += block) {
@@ -250,20 +295,7 @@ void sum_products(
   });
 }
 
-// A block of b transposed: kPanelDepth features of kPanelWidth rows, 64 KiB, used at once by all rows of a.
-constexpr int64_t kPanelWidth = 64;
-constexpr int64_t kPanelDepth = 256;
-
-// Rows of a from which on a panel pays.
-constexpr int64_t kPanelRows = 16;
-
-// Elements of scratch for dot_products of up to `rows` rows a.
-template <class acc>
-constexpr int64_t panel_size(int64_t rows) {
-  return kTransposes<acc> && rows >= kPanelRows ? kPanelWidth * kPanelDepth : 0;
-}
-
-// out[i][j] = factor a_i . b_j; out's rows are `stride` apart. `panel` is scratch of panel_size.
+// out[i][j] = factor a_i . b_j; out's rows are `stride` apart. `panel` is from take_panel().
 template <class acc>
 void dot_products(
     acc* out,
@@ -283,10 +315,7 @@ void dot_products(
       const int64_t rest = b_count % lanes;
       const int64_t paneled = rest > lanes / 2 ? b_count : b_count - rest;
       constexpr acc one = 1;
-      const acc* columns[kPanelDepth];
-      for (int64_t k = 0; k < kPanelDepth; ++k) {
-        columns[k] = panel + k * kPanelWidth;
-      }
+      const PanelRows<acc> columns(panel, std::min(kPanelDepth, size));
       for (; j0 < paneled; j0 += kPanelWidth) {
         const int64_t width = std::min(kPanelWidth, paneled - j0);
         for (int64_t d = 0; d < size; d += kPanelDepth) {
@@ -294,7 +323,8 @@ void dot_products(
           transpose(panel, kPanelWidth, b + j0, width, d, depth);
           // a's rows are evenly spaced: they are queries or their gradients.
           const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
-          multiply<acc>(block, a_count, {a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1}, columns, depth, whole_vectors<acc>(width));
+          multiply<acc>(
+              block, a_count, {a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1}, columns.address, depth, whole_vectors<acc>(width));
         }
       }
       j0 = std::min(j0, paneled);
