@@ -9,6 +9,7 @@
  7  the cost of a call
 
 A share is of a limit that was timed in the same rounds (benchmarks/limits.py): on a shared machine both suffer alike.
+Shares are taken in pages that the C library keeps from call to call, speed-ups over peers as PyTorch allocates.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def additive(run: Run) -> Iterator[Finding]:
         grid.check_results(problem.method, shape, (FUSED, EAGER))
         passes = [Call(FUSED, problem, direction, name=direction) for direction in ("forward", "backward")]
         probes = [limits.probe(f"additive {each.name}") for each in passes]
-        seconds = interleave([*passes, *probes], run.of_limits)
+        seconds = _beside_limits(run, [*passes, *probes])
         for each, probe, wanted in zip(passes, probes, (0.85, 0.80), strict=True):
             work = {f"share of the {probe.name} loop": (probe, shape.elements, wanted)}
             yield from _shares(1, "additive", each.direction, shape, each.name, work, seconds)
@@ -176,7 +177,7 @@ def many_queries(run: Run) -> Iterator[Finding]:
                 key: Call(FUSED, problem, *key, name=f"{key[0]}, {'weights' if key[1] else 'no weights'}")
                 for key in products
             }
-            seconds = interleave([*calls.values(), peak, gemm], run.of_limits)
+            seconds = _beside_limits(run, [*calls.values(), peak, gemm])
             for (direction, need_weights), count in products.items():
                 flops = count * shape.elements + projection * (2 if direction == "backward" else 1)
                 text = f"share of the multiply-add peak, {'weights' if need_weights else 'no weights'}"
@@ -203,11 +204,10 @@ def large_memory(run: Run) -> Iterator[Finding]:
             tensors = 2 if method == "additive" else 1  # memory, and its keys where it has some
             bytes_read = tensors * 4 * B * S * D
             passes = [Call(FUSED, problem, direction, name=direction) for direction in ("forward", "backward")]
-            with kept_pages():
-                seconds = interleave([*passes, read, copy], run.of_limits)
+            seconds = _beside_limits(run, [*passes, read, copy])
             work = {"share of the read bandwidth": (read, bytes_read, 0.85)}
             yield from _shares(3, method, "forward", shape, "forward", work, seconds)
-            work = {"share of read + write, into kept pages": (copy, 2 * bytes_read, 0.80)}
+            work = {"share of read + write": (copy, 2 * bytes_read, 0.80)}
             yield from _shares(3, method, "backward", shape, "backward", work, seconds)
             # As PyTorch allocates: every large gradient is a new mapping, and most of the time is its first touch.
             seconds = interleave([passes[1], copy, fresh], run.of_limits)
@@ -392,6 +392,12 @@ def _affordable(
         and not grid.why_skipped(peer, problem.method, problem.shape, direction)
         and not (run.quick and peer is COMPILED)
     ]
+
+
+def _beside_limits(run: Run, timed: Sequence[Timed]) -> dict[str, list[float]]:
+    """In kept pages: the first touch of a fresh one costs several times its traffic, and is no part of a kernel."""
+    with kept_pages():
+        return interleave(list(timed), run.of_limits)
 
 
 def _shares(
