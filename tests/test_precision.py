@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import attn_ext
 from tests.cases import DTYPES, LOSSES, Case, Problem, assert_accurate, short
 
 pytestmark = pytest.mark.numerics
@@ -68,3 +69,22 @@ def test_large_scores(dtype: torch.dtype, method: str, T: int, scale: float) -> 
         assert error <= 2 * own_error + rounding_of_scores, name
     sums = results["weights"].double().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=4 * torch.finfo(dtype).eps, rtol=0)
+
+
+@pytest.mark.parametrize("T", [1, 50], ids="T={}".format)
+def test_gradient_of_v_where_tanh_is_small(T: int) -> None:
+    """As after an initialisation: v's gradient is a sum of small terms, relative to which its error is to be small."""
+    generator = torch.Generator().manual_seed(0)
+    sizes_and_spreads = [((4, T, 64), 0.02), ((4, 400, 64), 0.02), ((64,), 0.125), ((4, 400, 32), 1.0)]
+    tensors = [torch.randn(size, generator=generator) * spread for size, spread in sizes_and_spreads]
+    grad_context = torch.randn(4, T, 32, generator=generator)
+
+    def grad_v(*tensors: torch.Tensor) -> torch.Tensor:
+        query, keys, v, values = tensors
+        context, _ = attn_ext.additive_attention(query, keys, v.requires_grad_(), values)
+        return torch.autograd.grad((context * grad_context.to(context.dtype)).sum(), v)[0]
+
+    with attn_ext.use_backend("reference"):
+        truth = grad_v(*(tensor.double() for tensor in tensors))
+    error = (grad_v(*tensors).double() - truth).abs().max() / truth.abs().max()
+    assert error < 1e-5

@@ -5,8 +5,8 @@
 // step and cancels in the softmax:
 //
 //   forward    e_ts ~ -2 scale sum_a v_a r_tsa
-//   backward   y = r - r^2 = tanh' / 4:  dq_t = 4v sum_s de_ts y_ts,  dk_s = 4v sum_t de_ts y_ts,  dv = -2 sum_ts de_ts r_ts
-//              (the 1 of the tanh falls out of dv because sum_s de_ts = 0)
+//   backward   h = r - 1/2 = -tanh / 2, y = 1/4 - h^2 = tanh' / 4:
+//              dq_t = 4v sum_s de_ts y_ts,  dk_s = 4v sum_t de_ts y_ts,  dv = -2 sum_ts de_ts h_ts
 //
 // It is bound by arithmetic, and the reciprocal, three instructions and a Newton step, is most of it. Forward, four features share
 // one, v0/x0 + v1/x1 = (v0 x1 + v1 x0) / (x0 x1) and so on: 19 instructions on four vectors instead of 28. The backward needs every
@@ -36,9 +36,10 @@ constexpr acc range_of(int shared) {
   return kRange<acc> / shared - acc(0.6931472);
 }
 
+// 1 / x - 1/2. Where tanh is small, 1 / x alone would leave dv the rounding of sum_s de_ts, which is 0, instead of dv itself.
 template <class acc>
-inline Vec<acc> reciprocal(const Vec<acc>& x) {
-  return Vec<acc>(1) / x;
+inline Vec<acc> centred_reciprocal(const Vec<acc>& x) {
+  return Vec<acc>(1) / x - Vec<acc>(0.5);
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -52,10 +53,11 @@ inline Vec<float> estimate(const Vec<float>& x) {
 }
 
 template <>
-inline Vec<float> reciprocal(const Vec<float>& x) {
+inline Vec<float> centred_reciprocal(const Vec<float>& x) {
   const Vec<float> first = estimate(x);
-  return first * at::vec::fnmadd(x, first, Vec<float>(2));
+  return at::vec::fmadd(first, at::vec::fnmadd(x, first, Vec<float>(2)), Vec<float>(-0.5f));
 }
+
 #endif
 
 // sum + numerator / denominator, the Newton step's last product and the sum in one.
@@ -431,8 +433,8 @@ class AdditiveGradient : public AdditiveScore<acc> {
             const Vec<acc> grad_score(scores[i * scores_stride + j]);
 #pragma GCC unroll 8
             for (int w = 0; w < width.value; ++w) {
-              const auto r = reciprocal<acc>(at::vec::fmadd(q[i][w], Vec<acc>::loadu(key + w * lanes), Vec<acc>(1)));
-              grad_q[i][w] = at::vec::fmadd(grad_score, at::vec::fnmadd(r, r, r), grad_q[i][w]);
+              const auto h = centred_reciprocal<acc>(at::vec::fmadd(q[i][w], Vec<acc>::loadu(key + w * lanes), Vec<acc>(1)));
+              grad_q[i][w] = at::vec::fmadd(grad_score, at::vec::fnmadd(h, h, Vec<acc>(0.25)), grad_q[i][w]);
             }
           }
         }
@@ -473,13 +475,13 @@ class AdditiveGradient : public AdditiveScore<acc> {
 #pragma GCC unroll 8
           for (int i = 0; i < rows.value; ++i) {
             const Vec<acc> grad_score(scores[i * scores_stride + j]);
-            const auto r = reciprocal<acc>(at::vec::fmadd(q[i], k, Vec<acc>(1)));
-            const auto y = at::vec::fnmadd(r, r, r);
+            const auto h = centred_reciprocal<acc>(at::vec::fmadd(q[i], k, Vec<acc>(1)));
+            const auto y = at::vec::fnmadd(h, h, Vec<acc>(0.25));
             if constexpr (to_queries) {
               grad_q[i] = at::vec::fmadd(grad_score, y, grad_q[i]);
             }
             grad_k = at::vec::fmadd(grad_score, y, grad_k);
-            grad_v = at::vec::fmadd(grad_score, r, grad_v);
+            grad_v = at::vec::fmadd(grad_score, h, grad_v);
           }
           grad_k.store(grad_key);
         }
@@ -503,13 +505,13 @@ class AdditiveGradient : public AdditiveScore<acc> {
         const Vec<acc> grad_score(grad_scores[t * scores_stride + j]);
         for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
           const int64_t filled = std::min<int64_t>(Vec<acc>::size(), this->size_ - a);
-          const auto r = reciprocal<acc>(
+          const auto h = centred_reciprocal<acc>(
               direct_denominator<acc>(Vec<acc>::loadu(query + a, filled), Vec<acc>::loadu(key + a, filled), kRange<acc>));
-          const auto grad = grad_score * at::vec::fnmadd(r, r, r);
+          const auto grad = grad_score * at::vec::fnmadd(h, h, Vec<acc>(0.25));
           (Vec<acc>::loadu(grad_q + a) + grad).store(grad_q + a);
           if (!only_queries()) {
             (Vec<acc>::loadu(grad_k + a) + grad).store(grad_k + a);
-            at::vec::fmadd(grad_score, r, Vec<acc>::loadu(grad_v_ + a)).store(grad_v_ + a);
+            at::vec::fmadd(grad_score, h, Vec<acc>::loadu(grad_v_ + a)).store(grad_v_ + a);
           }
         }
       }
