@@ -23,6 +23,7 @@ def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
     """Names, queries [B, T, A] and keys [B, S, A]."""
     torch.manual_seed(0)
     query, keys = torch.randn(B, T, A), torch.randn(B, S, A)
+    yield "normal, standard deviation 0.02", 0.02 * query, 0.02 * keys
     yield "normal, standard deviation 1", query, keys
     yield "normal, standard deviation 3", 3 * query, 3 * keys
     yield "normal, standard deviation 8", 8 * query, 8 * keys

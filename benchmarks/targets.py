@@ -233,7 +233,7 @@ def training_steps(run: Run) -> Iterator[Finding]:
             reference = steps.pop(REFERENCE.name)
             for name in (FUSED.name, EAGER.name):
                 check(steps[name], reference)
-            schedule = replace(run.schedule, seconds=3 * run.schedule.seconds)
+            schedule = replace(run.schedule, seconds=3 * run.schedule.seconds, too_slow=4 * TOO_SLOW)
             seconds = interleave(list(steps.values()), schedule)
             wanted = 1.10
             if shape == TRAINING_STEPS[2]:
