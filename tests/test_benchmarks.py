@@ -47,14 +47,14 @@ def results(_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_arithmetic_limits_are_plausible(capability: str) -> None:
     if CAPABILITIES.index(capability) > CAPABILITIES.index(limits.running_capability()):
         pytest.skip(f"this run is limited to {limits.running_capability()}")
-    rates = {}
-    for name in ("multiply-add", "additive forward", "additive backward"):
-        probe = limits.probe(name, capability)
-        rates[name] = probe.amount / min(sample(probe) for _ in range(3))
-    assert 1e9 < rates["multiply-add"] < 1e14
-    # An additive element takes at least two multiply-adds forward, and five backward.
-    assert 1e7 < rates["additive forward"] < rates["multiply-add"] / 4
-    assert 1e7 < rates["additive backward"] < rates["multiply-add"] / 10
+    probes = [limits.probe(name, capability) for name in ("multiply-add", "additive forward", "additive backward")]
+    rounds = [[sample(probe) for probe in probes] for _ in range(7)]  # in turns: whoever disturbs one, disturbs all
+    best = [min(times) for times in zip(*rounds, strict=True)]
+    multiply_add, forward, backward = (probe.amount / time for probe, time in zip(probes, best, strict=True))
+    assert 1e9 < multiply_add < 1e14
+    # An additive element takes at least two multiply-adds forward, and five backward; half of that leaves the machine a whim.
+    assert 1e7 < forward < multiply_add / 2
+    assert 1e7 < backward < multiply_add / 5
 
 
 def test_without_a_compiler_the_message_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
