@@ -52,7 +52,7 @@ def test_arithmetic_limits_are_plausible(capability: str) -> None:
     best = [min(times) for times in zip(*rounds, strict=True)]
     multiply_add, forward, backward = (probe.amount / time for probe, time in zip(probes, best, strict=True))
     assert 1e9 < multiply_add < 1e14
-    # An additive element takes at least two multiply-adds forward, and five backward; half of that leaves the machine a whim.
+    # An additive element takes at least two multiply-adds forward, and five backward; half of that allows for a whim.
     assert 1e7 < forward < multiply_add / 2
     assert 1e7 < backward < multiply_add / 5
 
