@@ -1,11 +1,14 @@
-"""What every number depends on: the processor, its memory, the commit."""
+"""What every number depends on: the processor, its memory, the commit; and processes of their own."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 
 def processor() -> str:
@@ -35,3 +38,13 @@ def commit() -> str:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def in_a_process(module: str, *arguments: object) -> Any:
+    """The JSON that `python -m module arguments` prints, in a process that has not held anything large yet."""
+    command = ["-m", module, *map(str, arguments)]
+    root = Path(__file__).parents[1]
+    process = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=root)
+    if process.returncode != 0:
+        raise RuntimeError(f"python {' '.join(command)} did not run: {process.stderr.strip()[-500:]}")
+    return json.loads(process.stdout)

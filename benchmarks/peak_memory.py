@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.implementations import EAGER, FUSED, Call, Problem
+from benchmarks.machine import in_a_process
 from benchmarks.shapes import Shape
 
 IMPLEMENTATIONS = {each.name: each for each in (FUSED, EAGER)}
@@ -17,16 +17,7 @@ IMPLEMENTATIONS = {each.name: each for each in (FUSED, EAGER)}
 
 def extra_bytes(implementation: str, method: str, shape: Shape) -> int:
     """What forward and backward take at their peak beyond inputs, outputs and gradients."""
-    arguments = [implementation, method, *map(str, shape.sizes)]
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.peak_memory", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(arguments)} did not run: {process.stderr.strip()[-500:]}")
-    return json.loads(process.stdout)["extra_bytes"]
+    return in_a_process("benchmarks.peak_memory", implementation, method, *shape.sizes)["extra_bytes"]
 
 
 def measure(implementation: str, method: str, shape: Shape) -> int:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.machine import in_a_process
 from benchmarks.shapes import Shape
 from benchmarks.training_step import ATTENTIONS, TrainingStep
 
@@ -19,16 +18,7 @@ EVERY = 20  # steps between two looks
 
 def curve(attention: str, method: str, shape: Shape) -> list[int]:
     """Bytes after every `EVERY` of `STEPS` training steps; empty where the system does not tell."""
-    arguments = [attention, method, *map(str, shape.sizes)]
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.resident_size", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(arguments)} did not run: {process.stderr.strip()[-500:]}")
-    return json.loads(process.stdout)
+    return in_a_process("benchmarks.resident_size", attention, method, *shape.sizes)
 
 
 def measure(attention: str, method: str, shape: Shape) -> list[int]:

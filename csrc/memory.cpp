@@ -94,9 +94,8 @@ struct Once : torch::autograd::Function<Once> {
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         false,
-        "the steps of an AttentionMemory have no second derivative: their gradients are taken once a loop. Call luong_attention "
-        "with"
-        " the encoder outputs themselves, which has one");
+        "the steps of an AttentionMemory have no second derivative: their gradients are taken once a loop. Call"
+        " luong_attention with the encoder outputs themselves, which has one");
   }
 };
 
