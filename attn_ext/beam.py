@@ -39,9 +39,8 @@ class BeamSearch:
         # All beams begin alike: one of them will do.
         self._scores = torch.full((batch_size, beam_size), float("-inf"), device=device)
         self._scores[:, 0] = 0.0
-        self._steps: list[
-            tuple[Tensor, Tensor, Tensor]
-        ] = []  # the beams' origins and symbols [B, K]; weights [B, K, S]
+        # Of each step, the beams' origins and symbols [B, K] and their weights [B, K, S].
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
         # The best ended hypothesis of each sentence: what it is worth, the step of its end, the beam it was until then.
         self._best = self._scores.new_full((batch_size,), float("-inf"))
         self._end = torch.zeros(batch_size, dtype=torch.int64, device=device)
