@@ -36,13 +36,13 @@ def _differentiable_backward(
                 return op(grad_context, grad_weights, *others)
         # A view of each: an argument passed twice (query is memory) keeps its gradients apart.
         inputs = [tensor.view_as(tensor).requires_grad_() for tensor in inputs]
-        # The gradients that arrive are in the type that the op accumulates in.
+        # As the op does, in the type that it accumulates in.
         accumulated = [tensor.to(context.dtype) for tensor in inputs]
         outputs = function(*accumulated, lengths=lengths, mask=mask, scale=scale, need_weights=grad_weights is not None)
         grads = torch.autograd.grad(
             [out for out, grad in zip(outputs, (grad_context, grad_weights), strict=True) if grad is not None],
             [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
-            arriving,
+            [grad.to(context.dtype) for grad in arriving],
             create_graph=True,
             materialize_grads=True,
         )

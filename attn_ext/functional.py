@@ -273,18 +273,11 @@ def _fused(
     need_weights: bool,
 ) -> Attended:
     if keys is None:
-        context, weights, _ = _OPS.dot_attention.default(query, memory, lengths, mask, scale, need_weights)
+        context, weights, *_ = _OPS.dot_attention.default(query, memory, lengths, mask, scale, need_weights, False)
     else:
-        context, weights, _ = _OPS.additive_attention.default(
-            query, keys, v, memory, lengths, mask, scale, need_weights
+        context, weights, *_ = _OPS.additive_attention.default(
+            query, keys, v, memory, lengths, mask, scale, need_weights, False
         )
-    return rounded(context, weights, query.dtype, need_weights)
-
-
-def rounded(context: Tensor, weights: Tensor, dtype: torch.dtype, need_weights: bool) -> Attended:
-    """An op's results for the caller: of halves they come as they were accumulated."""
-    if context.dtype is not dtype:
-        context, weights = context.to(dtype), weights.to(dtype)
     return context, weights if need_weights else None
 
 

@@ -141,7 +141,7 @@ class AttentionMemory:
             need_weights,
             self._node,
         )
-        return functional.rounded(context, weights, query.dtype, need_weights)
+        return context, weights if need_weights else None
 
     def __reduce_ex__(self, protocol: int) -> object:
         if self._has_gradients:

@@ -23,14 +23,17 @@ struct Inputs {
   const Tensor* prepared_keys = nullptr;  // [B, S, prepared size], what prepare_keys made of the keys
 };
 
-// Allocated by ops.cpp, contiguous, in the accumulation type; weights has no elements where they are not asked for.
+// Allocated by ops.cpp, contiguous; weights has no elements where they are not asked for.
 struct Outputs {
-  Tensor context;    // [B, T, Dm]
-  Tensor weights;    // [B, T, S]
-  Tensor logsumexp;  // [B, T]
+  Tensor context;    // [B, T, Dm] in query's type
+  Tensor weights;    // [B, T, S] in query's type
+  Tensor logsumexp;  // [B, T] in the accumulation type
+  // Of halves, for a backward: the same as they were accumulated, not rounded. Undefined where not wanted.
+  Tensor exact_context;
+  Tensor exact_weights;
 };
 
-// What the forward left for the backward, and the gradients that came in.
+// The gradients that came in, in query's type, and what the forward left for the backward, in the accumulation type.
 struct Saved {
   const OptionalTensor& grad_context;
   const OptionalTensor& grad_weights;
@@ -45,7 +48,7 @@ struct Gradients {
   Tensor keys;
   Tensor v;
   Tensor memory;
-  Tensor scores;  // [B, T, S] in the accumulation type: of q . m, or v . tanh(q + k)
+  Tensor scores{};  // [B, T, S] in the accumulation type: of q . m, or v . tanh(q + k)
 };
 
 namespace cpu {

@@ -1,7 +1,7 @@
 // The ops' autograd: what a forward op saves, and the backward op that turns its outputs' gradients into its inputs'.
 //
-// Saved are the inputs, the context, the weights where the caller keeps them, and the log-sum-exp of the scores, from which the
-// backward op recomputes the weights where not. A backward op's own derivative is attn_ext/autograd.py's.
+// Saved are the inputs, the context, the weights where the caller keeps them, both as they were accumulated, and the log-sum-exp of
+// the scores, from which the backward op recomputes the weights where not. A backward op's own derivative is attn_ext/autograd.py's.
 #include "attention.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -12,6 +12,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 namespace attn_ext {
 namespace {
@@ -24,7 +25,7 @@ template <size_t>
 using Input = const Tensor&;
 template <size_t>
 using Gradient = Tensor;
-using Forwards = std::tuple<Tensor, Tensor, Tensor>;
+using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
@@ -44,10 +45,15 @@ struct Op<name, scored, std::index_sequence<i...>> {
   static constexpr size_t kInputs = sizeof...(i);
 
   static Forwards forward(
-      Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
+      Input<i>... inputs,
+      const OptionalTensor& lengths,
+      const OptionalTensor& mask,
+      double scale,
+      bool need_weights,
+      bool need_exact) {
     const bool has_tangent = (inputs._fw_grad(0).defined() || ...);  // apply() says that there is no forward mode
     if (!has_tangent && !torch::autograd::compute_requires_grad(inputs...)) {
-      return forward_below(inputs..., lengths, mask, scale, need_weights);
+      return forward_below(inputs..., lengths, mask, scale, need_weights, need_exact);
     }
     Forwards outputs;
     const variable_list differentiable = Differentiable::apply(inputs..., lengths, mask, scale, need_weights, &outputs);
@@ -60,10 +66,15 @@ struct Op<name, scored, std::index_sequence<i...>> {
 
  private:
   static Forwards forward_below(
-      Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
+      Input<i>... inputs,
+      const OptionalTensor& lengths,
+      const OptionalTensor& mask,
+      double scale,
+      bool need_weights,
+      bool need_exact) {
     static const auto op = find<decltype(forward_below)>(name);
     const AutoDispatchBelowADInplaceOrView guard;
-    return op.call(inputs..., lengths, mask, scale, need_weights);
+    return op.call(inputs..., lengths, mask, scale, need_weights, need_exact);
   }
 
   static auto backward(
@@ -98,12 +109,18 @@ struct Op<name, scored, std::index_sequence<i...>> {
         double scale,
         bool need_weights,
         Forwards* outputs) {
-      *outputs = forward_below(inputs..., lengths, mask, scale, need_weights);
-      const auto& [context, weights, logsumexp] = *outputs;
+      *outputs = forward_below(inputs..., lengths, mask, scale, need_weights, true);
+      const auto& [context, weights, logsumexp, exact] = *outputs;
+      const bool rounded = !exact.empty();
       ctx->set_materialize_grads(false);
       ctx->saved_data["scale"] = scale;
       ctx->save_for_backward(
-          {inputs..., lengths.value_or(Tensor()), mask.value_or(Tensor()), context, need_weights ? weights : Tensor(), logsumexp});
+          {inputs...,
+           lengths.value_or(Tensor()),
+           mask.value_or(Tensor()),
+           rounded ? exact[0] : context,
+           need_weights ? rounded ? exact[1] : weights : Tensor(),
+           logsumexp});
       const bool weights_vary = need_weights && ((i < scored && inputs.requires_grad()) || ...);
       return weights_vary ? variable_list{context, weights} : variable_list{context};
     }

@@ -38,7 +38,7 @@ class BelowAutograd {
   c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
 };
 
-// What a step's backward leaves behind, each [B, T, ...].
+// What a step's backward leaves behind, each [B, T, ...]; weights and grad_scores in the accumulation type.
 struct Step {
   Tensor weights, grad_context;  // undefined if none came in
   Tensor grad_scores;
@@ -204,7 +204,7 @@ struct Node : torch::autograd::Function<Node> {
     for (const Step& step : steps) {
       if (step.grad_context.defined()) {
         coefficients.push_back(step.weights);
-        rows.push_back(step.grad_context);
+        rows.push_back(step.grad_context.to(step.weights.scalar_type()));
       }
       if (is_its_own_keys) {
         coefficients.push_back(step.grad_scores);
@@ -249,9 +249,9 @@ struct Arguments {
     return query_weight ? attn_ext::project(query, *query_weight) : query;
   }
 
-  // Of a projected query: context, weights and log-sum-exp.
-  auto attend(const Tensor& query, bool with_weights) const {
-    static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
+  // Of a projected query: context, weights, log-sum-exp, and the first two unrounded.
+  auto attend(const Tensor& query, bool with_weights, bool need_exact) const {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>(
         const Tensor&,
         const OptionalTensor&,
         const OptionalTensor&,
@@ -260,8 +260,9 @@ struct Arguments {
         const OptionalTensor&,
         const OptionalTensor&,
         double,
+        bool,
         bool)>("attn_ext::step_attention");
-    return op.call(query, keys, prepared_keys, v, memory, lengths, mask, scale, with_weights);
+    return op.call(query, keys, prepared_keys, v, memory, lengths, mask, scale, with_weights, need_exact);
   }
 
   bool scores_have_gradients(const Tensor& query) const {
@@ -275,14 +276,14 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
   static variable_list forward(
       AutogradContext* ctx,
       const Tensor& query,
-      const Tensor& node,
+      const Tensor&,  // the node: an edge of the graph
       const c10::IValue& ledger,
       const Arguments* arguments,
       Tensor* all_weights) {
     const BelowAutograd guard;
     const Arguments& of = *arguments;
     const Tensor projected = of.project(query);
-    const auto [context, weights, logsumexp] = of.attend(projected, true);
+    const auto [context, weights, logsumexp, exact] = of.attend(projected, true, true);
     ctx->set_materialize_grads(false);
     ctx->saved_data[kLedger] = ledger;
     ctx->saved_data["scale"] = of.scale;
@@ -296,8 +297,8 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
          of.memory,
          or_undefined(of.lengths),
          or_undefined(of.mask),
-         context,
-         weights,
+         exact.empty() ? context : exact[0],
+         exact.empty() ? weights : exact[1],
          logsumexp});
     *all_weights = weights;
     const bool weights_vary = of.need_weights && of.scores_have_gradients(query);
@@ -391,7 +392,7 @@ Tensor memory_node(
   return Node::apply(memory, keys, v, query_weight, prepared_keys, lengths, mask);
 }
 
-// A query [B, T, Dq] or [B, Dq] against the memory: its projection, and the op. Results as of the ops, halves in float32.
+// A query [B, T, Dq] or [B, Dq] against the memory: its projection, and the op.
 std::tuple<Tensor, Tensor> memory_attention(
     const Tensor& query,
     const OptionalTensor& query_weight,
@@ -408,7 +409,7 @@ std::tuple<Tensor, Tensor> memory_attention(
   const bool has_node = node && node->requires_grad();
   if (!query._fw_grad(0).defined() && !(at::GradMode::is_enabled() && (query.requires_grad() || has_node))) {
     const BelowAutograd guard;
-    auto [context, weights, logsumexp] = arguments.attend(arguments.project(query), need_weights);
+    auto [context, weights, logsumexp, exact] = arguments.attend(arguments.project(query), need_weights, false);
     return {context, weights};
   }
   const auto* made = has_node ? dynamic_cast<torch::autograd::CppNode<Node>*>(node->grad_fn().get()) : nullptr;

@@ -9,11 +9,12 @@
 
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 namespace attn_ext {
 namespace {
 
-using Forwards = std::tuple<Tensor, Tensor, Tensor>;
+using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 using at::ArrayRef;
 
 // Below, Size is int64_t for tensors with data and c10::SymInt for shapes alone, which torch.compile may leave open.
@@ -134,27 +135,31 @@ void check(const Inputs& inputs, const Saved& saved) {
     check_argument<Size>("weights", *saved.weights, type, query, sizes.of_rows(sizes.S));
   }
   if (saved.grad_context) {
-    check_argument<Size>("grad_context", *saved.grad_context, type, query, sizes.of_rows(sizes.memory_size));
+    check_argument<Size>("grad_context", *saved.grad_context, query.scalar_type(), query, sizes.of_rows(sizes.memory_size));
   }
   if (saved.grad_weights) {
     TORCH_CHECK_VALUE(saved.weights.has_value(), "grad_weights came without weights");
-    check_argument<Size>("grad_weights", *saved.grad_weights, type, query, sizes.of_rows(sizes.S));
+    check_argument<Size>("grad_weights", *saved.grad_weights, query.scalar_type(), query, sizes.of_rows(sizes.S));
   }
 }
 
 template <class Size>
-Forwards forward(const Inputs& inputs, bool need_weights) {
+Forwards forward(const Inputs& inputs, bool need_weights, bool need_exact) {
   const auto sizes = check<Size>(inputs);
-  const auto type = accumulation_type(inputs.query);
-  const auto new_output = [&](ArrayRef<Size> shape) { return empty(shape, type, inputs.query); };
-  Outputs outputs{
-      new_output(sizes.of_rows(sizes.memory_size)),
-      need_weights ? new_output(sizes.of_rows(sizes.S)) : new_output({Size(0)}),
-      new_output(sizes.rows)};
+  const auto type = inputs.query.scalar_type(), exact_type = accumulation_type(inputs.query);
+  const auto context_like = [&](at::ScalarType of) { return empty(sizes.of_rows(sizes.memory_size), of, inputs.query); };
+  const auto weights_like = [&](at::ScalarType of) {
+    return need_weights ? empty(sizes.of_rows(sizes.S), of, inputs.query) : empty(ArrayRef<Size>{Size(0)}, of, inputs.query);
+  };
+  Outputs outputs{context_like(type), weights_like(type), empty(sizes.rows, exact_type, inputs.query), {}, {}};
+  std::vector<Tensor> exact;
+  if (need_exact && type != exact_type) {
+    exact = {outputs.exact_context = context_like(exact_type), outputs.exact_weights = weights_like(exact_type)};
+  }
   if constexpr (kHasData<Size>) {
     cpu::forward(inputs, outputs);
   }
-  return {outputs.context, outputs.weights, outputs.logsumexp};
+  return {std::move(outputs.context), std::move(outputs.weights), std::move(outputs.logsumexp), std::move(exact)};
 }
 
 template <class Size>
@@ -195,8 +200,9 @@ Forwards dot_attention(
     const OptionalTensor& lengths,
     const OptionalTensor& mask,
     double scale,
-    bool need_weights) {
-  return forward<Size>({query, nullptr, nullptr, memory, lengths, mask, scale}, need_weights);
+    bool need_weights,
+    bool need_exact) {
+  return forward<Size>({query, nullptr, nullptr, memory, lengths, mask, scale}, need_weights, need_exact);
 }
 
 template <class Size>
@@ -228,8 +234,9 @@ Forwards additive_attention(
     const OptionalTensor& lengths,
     const OptionalTensor& mask,
     double scale,
-    bool need_weights) {
-  return forward<Size>({query, &keys, &v, values, lengths, mask, scale}, need_weights);
+    bool need_weights,
+    bool need_exact) {
+  return forward<Size>({query, &keys, &v, values, lengths, mask, scale}, need_weights, need_exact);
 }
 
 template <class Size>
@@ -306,8 +313,9 @@ Forwards step_attention(
     const OptionalTensor& lengths,
     const OptionalTensor& mask,
     double scale,
-    bool need_weights) {
-  return forward<Size>(step_inputs(query, keys, prepared_keys, v, memory, lengths, mask, scale), need_weights);
+    bool need_weights,
+    bool need_exact) {
+  return forward<Size>(step_inputs(query, keys, prepared_keys, v, memory, lengths, mask, scale), need_weights, need_exact);
 }
 
 template <class Size>
@@ -381,20 +389,20 @@ void implement(torch::Library& m) {
 }  // namespace
 
 // B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; additive: query [B, T, A], keys [B, S, A], v [A], values
-// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query [B, D] is one decoder step: no result has the T then. The
-// results of halves are float32, as they were accumulated, and so are the gradients that come back: functional.py rounds for the
-// caller. weights has no elements if need_weights is false, nor has a gradient that is not wanted.
+// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query [B, D] is one decoder step: no result has the T then. weights
+// has no elements if need_weights is false, nor has a gradient that is not wanted. need_exact: of halves, exact is [context, weights]
+// as they were accumulated, in float32, which a backward takes; where they were not rounded there is none.
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
-      "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights)"
-      " -> (Tensor context, Tensor weights, Tensor logsumexp)");
+      "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights, bool need_exact)"
+      " -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
       "dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor memory, Tensor? lengths,"
       " Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp, bool[2] wanted)"
       " -> (Tensor grad_query, Tensor grad_memory)");
   m.def(
       "additive_attention(Tensor query, Tensor keys, Tensor v, Tensor values, Tensor? lengths, Tensor? mask, float scale,"
-      " bool need_weights) -> (Tensor context, Tensor weights, Tensor logsumexp)");
+      " bool need_weights, bool need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
       "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor v,"
       " Tensor values, Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp,"
@@ -406,7 +414,8 @@ TORCH_LIBRARY(attn_ext, m) {
   m.def("prepare_keys(Tensor keys) -> Tensor");
   m.def(
       "step_attention(Tensor query, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask,"
-      " float scale, bool need_weights) -> (Tensor context, Tensor weights, Tensor logsumexp)");
+      " float scale, bool need_weights, bool need_exact)"
+      " -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
       "step_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor? keys, Tensor? prepared_keys,"
       " Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp)"

@@ -31,12 +31,16 @@ def arguments(case: Case, direction: str) -> tuple[Any, ...]:
     options = [problem.options["lengths"], problem.options["mask"], 1.0 if case.scale is None else case.scale]
     need_weights = problem.options["need_weights"]
     if direction == "forward":
-        return (*tensors, *options, need_weights)
-    context, weights, logsumexp = op(case.method, "forward")(*tensors, *options, need_weights)
-    # They come in the outputs' type, as autograd has them.
+        return (*tensors, *options, need_weights, case.loss != "no_weights")
+    context, weights, logsumexp = exact(op(case.method, "forward")(*tensors, *options, need_weights, True))
     grads = [problem.grad_outputs.get(name) for name in ("context", "weights")]
-    grads = [None if grad is None else grad.to(context.dtype) for grad in grads]
     return (*grads, *tensors, *options, context, weights if need_weights else None, logsumexp, [True] * len(tensors))
+
+
+def exact(outputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a forward op's results, context and weights as they were accumulated, and the log-sum-exp."""
+    context, weights, logsumexp, unrounded = outputs
+    return (*(unrounded or (context, weights)), logsumexp)
 
 
 @pytest.fixture(params=NAMES)
@@ -88,9 +92,9 @@ def test_opcheck_of_strides(method: str, direction: str) -> None:
 @pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
 def test_opcheck_with_gradients(method: str, masking: str, loss: str) -> None:
     """The op is differentiable by itself, also where torch.compile traces both passes."""
-    *tensors, lengths, mask, scale, need_weights = arguments(Case(method, masking=masking, loss=loss), "forward")
+    *tensors, lengths, mask, scale, need_weights, _ = arguments(Case(method, masking=masking, loss=loss), "forward")
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    opcheck(op(method, "forward"), (*leaves, lengths, mask, scale, need_weights))
+    opcheck(op(method, "forward"), (*leaves, lengths, mask, scale, need_weights, False))
 
 
 @pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
@@ -109,7 +113,10 @@ def test_one_step_without_its_dimension(method: str, masking: str) -> None:
         results, expected = (op(method, direction)(*args) for args in (without, with_dimension))
         for name, result, other in zip(op(method, direction)._schema.returns, results, expected, strict=True):
             one_step = direction == "forward" or name.name == "grad_query"
-            assert torch.equal(result, other.squeeze(1) if one_step else other), name
+            if name.name == "exact":
+                assert result == other == []
+            else:
+                assert torch.equal(result, other.squeeze(1) if one_step else other), name
 
 
 @pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
@@ -126,7 +133,7 @@ def test_derivatives_of_the_op(method: str, masking: str, one_step: bool) -> Non
     options = tensors[len(inputs) - 1 :]
 
     def call(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        context, weights, logsumexp = op(method, "forward")(*inputs, *options)
+        context, weights, logsumexp, _ = op(method, "forward")(*inputs, *options)
         assert not logsumexp.requires_grad
         return context, weights
 
@@ -134,14 +141,38 @@ def test_derivatives_of_the_op(method: str, masking: str, one_step: bool) -> Non
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("masking", ["none", "lengths", "rows", "pairs"])
+@pytest.mark.parametrize(("T", "S"), [(1, 37), (1, 2100), (5, 300), (70, 37), (130, 600)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_halves_are_rounded_where_they_are_written(
+    method: str, dtype: torch.dtype, T: int, S: int, masking: str
+) -> None:
+    """From what float32 accumulates, which comes with them where it is asked for; to the same bits either way."""
+    *tensors, lengths, mask, scale, _, _ = arguments(
+        Case(method, B=2, T=T, S=S, D=40, dtype=dtype, masking=masking), "forward"
+    )
+    wide = op(method, "forward")(*(tensor.float() for tensor in tensors), lengths, mask, scale, True, True)
+    *rounded, logsumexp, unrounded = op(method, "forward")(*tensors, lengths, mask, scale, True, True)
+    assert wide[3] == [] and logsumexp.dtype == torch.float32
+    for result, exact, truth in zip(rounded, unrounded, wide, strict=False):
+        assert exact.dtype == torch.float32
+        assert torch.equal(result, exact.to(dtype))
+        torch.testing.assert_close(exact, truth, rtol=1e-5, atol=1e-6)
+    for need_weights in (True, False):
+        context, weights, _, none = op(method, "forward")(*tensors, lengths, mask, scale, need_weights, False)
+        assert none == [] and torch.equal(context, rounded[0])
+        assert torch.equal(weights, rounded[1]) if need_weights else weights.numel() == 0
+
+
 def test_halves_are_differentiated_as_they_were_accumulated(method: str) -> None:
-    """The op's results and the gradients that come back are float32; the inputs' gradients are rounded once."""
+    """The gradients are those of the float32 results, rounded once."""
     case = Case(method, S=37, D=20, dtype=torch.bfloat16)
-    *tensors, lengths, mask, scale, need_weights = arguments(case, "forward")
+    *tensors, lengths, mask, scale, need_weights, _ = arguments(case, "forward")
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    context, weights, _ = op(method, "forward")(*leaves, lengths, mask, scale, need_weights)
+    context, weights, *_ = op(method, "forward")(*leaves, lengths, mask, scale, need_weights, False)
     grads = [torch.randn_like(context), torch.randn_like(weights)]
-    assert {grad.dtype for grad in grads} == {torch.float32}
+    assert {grad.dtype for grad in grads} == {torch.bfloat16}
     first = torch.autograd.grad((context, weights), leaves, grads, retain_graph=True)
     again = torch.autograd.grad((context, weights), leaves, grads, create_graph=True)
     assert {grad.dtype for grad in (*first, *again)} == {torch.bfloat16}
@@ -274,11 +305,10 @@ def step_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
     prepared = None if keys is None else torch.ops.attn_ext.prepare_keys(keys)
     lengths, mask, scale = problem.options["lengths"], problem.options["mask"], 0.5
     inputs = (query, keys, prepared, v, memory, lengths, mask, scale)
-    context, weights, logsumexp = torch.ops.attn_ext.step_attention(*inputs, True)
+    context, weights, logsumexp = exact(torch.ops.attn_ext.step_attention(*inputs, True, True))
     grads = [problem.grad_outputs.get(name) for name in ("context", "weights")]
-    grads = [None if grad is None else grad.to(context.dtype) for grad in grads]
     calls: dict[str, tuple[Any, ...]] = {
-        "step_attention": (*inputs, True),
+        "step_attention": (*inputs, True, True),
         "step_attention_backward": (*grads, *inputs, context, weights, logsumexp),
     }
     if keys is not None:
@@ -311,7 +341,7 @@ def test_steps_and_the_rest_make_the_whole(method: str, T: int, masking: str, lo
     """A step's gradients, and what the gradients of its scores give the memory's tensors, are those of the whole op."""
     case = Case(method, T=T, S=150, D=70, Dm=20, masking=masking, loss=loss, scale=0.5)
     calls = step_arguments(case)
-    context, weights, logsumexp = torch.ops.attn_ext.step_attention(*calls["step_attention"])
+    context, weights, logsumexp, _ = torch.ops.attn_ext.step_attention(*calls["step_attention"])
     whole = arguments(case, "backward")
     torch.testing.assert_close(
         torch.ops.attn_ext.step_attention(*calls["step_attention"]),
@@ -375,9 +405,9 @@ def test_prepared_keys_are_guarded(T: int, spread: float) -> None:
     lengths = torch.tensor([300, 200])
     values = torch.randn(2, 300, 5, generator=generator)
     prepared = torch.ops.attn_ext.prepare_keys(keys)
-    results = torch.ops.attn_ext.step_attention(query, keys, prepared, v, values, lengths, None, 1.0, True)
+    results = torch.ops.attn_ext.step_attention(query, keys, prepared, v, values, lengths, None, 1.0, True, False)
     expected = torch.ops.attn_ext.additive_attention(
-        query.double(), keys.double(), v.double(), values.double(), lengths, None, 1.0, True
+        query.double(), keys.double(), v.double(), values.double(), lengths, None, 1.0, True, False
     )
-    for result, truth in zip(results, expected, strict=True):
+    for result, truth in zip(results[:3], expected, strict=False):
         torch.testing.assert_close(result.double(), truth, rtol=1e-4, atol=1e-5)

@@ -235,8 +235,16 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   if (outputs.logsumexp.numel() == 0) {
     return;
   }
-  use_huge_pages(outputs.context);
-  use_huge_pages(outputs.weights);
+  const bool rounds = outputs.context.scalar_type() != outputs.logsumexp.scalar_type();
+  Tensor unrounded;  // weights that grow tile by tile, and are scaled at last
+  if (rounds && call.weights != nullptr && !outputs.exact_weights.defined() && call.problem.steps > call.plan.tile) {
+    unrounded = at::empty(outputs.weights.sizes(), outputs.logsumexp.options());
+  }
+  call.exact_context = rounds ? data_of(outputs.exact_context) : call.context;
+  call.exact_weights = !rounds ? call.weights : data_of(unrounded.defined() ? unrounded : outputs.exact_weights);
+  for (const Tensor* output : {&outputs.context, &outputs.weights, &outputs.exact_context, &outputs.exact_weights, &unrounded}) {
+    use_huge_pages(*output);
+  }
   const Kernels& kernels = kernels_for(inputs);
   const int64_t merges = call.plan.splits > 1 ? call.plan.groups(call.problem) : 0;
   run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge, merges);

@@ -62,19 +62,29 @@ acc maximum(const acc* row, int64_t count, acc start) {
   return largest(all);
 }
 
-// A tile's row, times a factor, into its places among all steps, and zeros for the steps before and between them.
-template <class acc>
-void scatter(acc* to, const acc* row, const Tile& tile, int64_t written, acc factor) {
-  std::fill(to + written, to + tile.steps[0], acc(0));
-  if (tile.contiguous()) {
-    scale_row(to + tile.steps[0], row, tile.count, factor);
-    return;
+// A tensor's row of all steps, from element `first` on: what is written to it may be rounded.
+struct StepsRow {
+  Dtype dtype;
+  void* data;
+  int64_t first;
+
+  void zero(int64_t begin, int64_t end) const {
+    zero_row(dtype, data, first + begin, end - begin);
   }
-  std::fill(to + tile.steps[0], to + tile.steps[tile.count - 1], acc(0));
-  for (int64_t j = 0; j < tile.count; ++j) {
-    to[tile.steps[j]] = factor * row[j];
+
+  // A tile's row, times a factor, into its places, and zeros for the steps before and between them.
+  template <class acc>
+  void scatter(const acc* row, const Tile& tile, int64_t written, acc factor) const {
+    zero(written, tile.steps[0]);
+    for (int64_t j = 0, end; j < tile.count; j = end) {
+      end = tile.run_end(j);
+      store_row(dtype, data, first + tile.steps[j], row + j, end - j, factor);
+      if (end < tile.count) {
+        zero(tile.steps[end - 1] + 1, tile.steps[end]);
+      }
+    }
   }
-}
+};
 
 // Score is DotScore or AdditiveScore: what the queries are scored against, tile by tile.
 template <class Score>
@@ -87,6 +97,7 @@ struct AttentionForward {
         : arena(base),
           context_stride(padded<acc>(f.problem.memory_size)),
           tiles(f.weights == nullptr ? 0 : f.plan.split_size / f.plan.tile),
+          rounds(f.problem.dtype != kAccumulated<acc>),
           row_max(arena.take<acc>(f.plan.chunk)),
           row_sum(arena.take<acc>(f.plan.chunk)),
           factors(arena.take<acc>(f.plan.chunk)),
@@ -102,6 +113,7 @@ struct AttentionForward {
     Arena arena;
     int64_t context_stride;
     int64_t tiles;  // of a split, at most; 0 without weights
+    bool rounds;    // the results are of another type than acc
     acc* row_max;
     acc* row_sum;
     acc* factors;       // of a product's rows
@@ -144,7 +156,7 @@ struct AttentionForward {
         enter(slot, t, row, whole_vectors<acc>(tile.count), problem.memory_size);
         slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
         if (f.weights != nullptr) {
-          scatter(weights_of(f, item, t), row, tile, written, tiles == 0 ? slot.factors[t] : acc(1));
+          weights_row(f, item, t).scatter(row, tile, written, tiles == 0 ? slot.factors[t] : acc(1));
           slot.tile_max[t * slot.tiles + tiles] = slot.row_max[t];
         }
       }
@@ -153,9 +165,10 @@ struct AttentionForward {
         slot.tile_end[tiles] = written;
       }
       const acc* before = tiles > 0 ? slot.context : nullptr;
+      const bool in_place = final && f.exact_context != nullptr;
       multiply<acc>(
-          {final ? context_of(f, item) : slot.context,
-           final ? problem.memory_size : slot.context_stride,
+          {in_place ? context_of(f, item) : slot.context,
+           in_place ? problem.memory_size : slot.context_stride,
            before,
            slot.context_stride,
            slot.factors,
@@ -173,7 +186,7 @@ struct AttentionForward {
         std::fill_n(slot.context + t * slot.context_stride, problem.memory_size, acc(0));
       }
       if (f.weights != nullptr) {
-        std::fill(weights_of(f, item, t) + written, weights_of(f, item, t) + item.end_step, acc(0));
+        weights_row(f, item, t).zero(written, item.end_step);
       }
     }
     if (f.plan.splits == 1) {
@@ -195,26 +208,52 @@ struct AttentionForward {
     if (f.plan.splits > 1 || *slot.used == 0) {
       for (int64_t t = 0; t < item.queries; ++t) {
         const acc factor = slot.row_sum[t] == 0 ? acc(0) : 1 / slot.row_sum[t];
-        acc* context = context_of(f, item) + t * problem.memory_size;
-        scale_row(context, slot.context + t * slot.context_stride, problem.memory_size, factor);
+        acc* row = slot.context + t * slot.context_stride;
+        scale_row(f.exact_context == nullptr ? row : context_of(f, item) + t * problem.memory_size, row, problem.memory_size, factor);
       }
     }
-    if (f.weights == nullptr || (f.plan.splits == 1 && *slot.used <= 1)) {
-      return;
+    if (f.weights != nullptr && (f.plan.splits > 1 || *slot.used > 1)) {
+      for (int64_t z = 0; z < f.plan.splits; ++z) {
+        const Item part = f.plan.item(problem, group * f.plan.splits + z);
+        normalize(f, part, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
+      }
     }
-    for (int64_t z = 0; z < f.plan.splits; ++z) {
-      const Item part = f.plan.item(problem, group * f.plan.splits + z);
-      normalize(f, part, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
+    if (slot.rounds) {
+      round_results(f, item, slot);
     }
   }
 
  private:
+  // As they are accumulated.
   static acc* context_of(const Forward& f, const Item& item) {
-    return static_cast<acc*>(f.context) + (item.batch * f.problem.queries + item.first_query) * f.problem.memory_size;
+    return static_cast<acc*>(f.exact_context) + (item.batch * f.problem.queries + item.first_query) * f.problem.memory_size;
   }
 
   static acc* weights_of(const Forward& f, const Item& item, int64_t t) {
-    return static_cast<acc*>(f.weights) + (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps;
+    return static_cast<acc*>(f.exact_weights) + row_of_weights(f, item, t);
+  }
+
+  static int64_t row_of_weights(const Forward& f, const Item& item, int64_t t) {
+    return (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps;
+  }
+
+  // Where a tile's weights go.
+  static StepsRow weights_row(const Forward& f, const Item& item, int64_t t) {
+    const bool exact = f.exact_weights != nullptr;
+    return {exact ? kAccumulated<acc> : f.problem.dtype, exact ? f.exact_weights : f.weights, row_of_weights(f, item, t)};
+  }
+
+  static void round_results(const Forward& f, const Item& item, const Slot& slot) {
+    const Problem& problem = f.problem;
+    const acc* context = f.exact_context == nullptr ? slot.context : context_of(f, item);
+    const int64_t stride = f.exact_context == nullptr ? slot.context_stride : problem.memory_size;
+    const int64_t first_row = item.batch * problem.queries + item.first_query;
+    for (int64_t t = 0; t < item.queries; ++t) {
+      store_row(problem.dtype, f.context, (first_row + t) * problem.memory_size, context + t * stride, problem.memory_size);
+      if (f.weights != nullptr && f.exact_weights != nullptr) {
+        store_row(problem.dtype, f.weights, row_of_weights(f, item, t), weights_of(f, item, t), problem.steps);
+      }
+    }
   }
 
   static void store_logsumexp(acc* out, const Slot& slot, int64_t queries) {
@@ -393,7 +432,7 @@ struct AttentionBackward {
           panel(take_panel<acc>(arena, f.plan.chunk)),
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
-          grad_context(arena, kAccumulated<acc>, f.grad_context, f.plan.chunk, f.problem.memory_size),
+          grad_context(arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size),
           context(arena, kAccumulated<acc>, f.context, f.plan.chunk, f.problem.memory_size),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           grad_memory(arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size),
@@ -451,8 +490,7 @@ struct AttentionBackward {
     }
     slot.grad_memory.zero(written, item.end_step);
     for (int64_t t = 0; f.grad_scores != nullptr && t < item.queries; ++t) {
-      acc* row = grad_scores_of(f, item, t);
-      std::fill(row + written, row + item.end_step, acc(0));
+      grad_scores_row(f, item, t).zero(written, item.end_step);
     }
     slot.gradient.end(item, index, written, slot.grad_query, slot.query_stride);
     if (f.plan.splits == 1 && !slot.query_in_place) {
@@ -508,7 +546,7 @@ struct AttentionBackward {
       find_grad_scores(f, item, first, count, tile, slot, weights, grad_scores);
     }
     for (int64_t t = 0; f.grad_scores != nullptr && t < count; ++t) {
-      scatter(grad_scores_of(f, item, first + t), grad_scores + t * stride, tile, written, acc(1));
+      grad_scores_row(f, item, first + t).scatter(grad_scores + t * stride, tile, written, acc(1));
     }
     if (slot.grad_memory.wanted()) {
       // sum_t a_ts g_t and, where the memory is its own keys, sum_t de_ts q_t: one product of twice the depth.
@@ -531,8 +569,8 @@ struct AttentionBackward {
     slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride, slot.panel);
   }
 
-  static acc* grad_scores_of(const Backward& f, const Item& item, int64_t t) {
-    return static_cast<acc*>(f.grad_scores) + (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps;
+  static StepsRow grad_scores_row(const Backward& f, const Item& item, int64_t t) {
+    return {kAccumulated<acc>, f.grad_scores, (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps};
   }
 
   static void find_grad_scores(
@@ -567,7 +605,7 @@ struct AttentionBackward {
       acc* row = grad_scores + t * stride;
       if (f.grad_weights.data != nullptr) {
         acc grad_weights[kTile];
-        gather(grad_weights, kAccumulated<acc>, f.grad_weights, item.batch, first_query + t, tile);
+        gather(grad_weights, problem.dtype, f.grad_weights, item.batch, first_query + t, tile);
         for (int64_t j = 0; j < tile.count; ++j) {
           row[j] += grad_weights[j];
         }
@@ -614,7 +652,7 @@ struct AttentionBackward {
       }
       if (f.grad_weights.data != nullptr) {
         load_row(slot.weights_row, kAccumulated<acc>, f.weights, item.batch, item.first_query + t, problem.steps);
-        load_row(slot.grad_weights_row, kAccumulated<acc>, f.grad_weights, item.batch, item.first_query + t, problem.steps);
+        load_row(slot.grad_weights_row, problem.dtype, f.grad_weights, item.batch, item.first_query + t, problem.steps);
         slot.delta[t] += dot_product(slot.weights_row, slot.grad_weights_row, problem.steps);
       }
     }

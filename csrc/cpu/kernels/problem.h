@@ -98,20 +98,22 @@ struct Plan {
   }
 };
 
-// acc below is float, or double for Dtype::Double. Outputs are contiguous.
+// acc below is float, or double for Dtype::Double; unmarked tensors are of the problem's dtype. Outputs are contiguous.
 struct Forward {
   Problem problem;
   Plan plan;
-  void* context;    // [B, T, memory_size] acc
-  void* weights;    // [B, T, S] acc, or null
-  void* logsumexp;  // [B, T] acc
+  void* context;        // [B, T, memory_size]
+  void* weights;        // [B, T, S], or null
+  void* logsumexp;      // [B, T] acc
+  void* exact_context;  // of halves, the same as they were accumulated; acc, or null: not wanted
+  void* exact_weights;  // needed where halves have weights of more than one tile
 };
 
 struct Backward {
   Problem problem;
   Plan plan;
-  View grad_context;      // [B, T, memory_size] acc; data may be null
-  View grad_weights;      // [B, T, S] acc; data may be null
+  View grad_context;      // [B, T, memory_size]; data may be null
+  View grad_weights;      // [B, T, S]; data may be null
   View context;           // [B, T, memory_size] acc
   View weights;           // [B, T, S] acc; data null: recomputed from logsumexp
   const void* logsumexp;  // [B, T] acc, contiguous

@@ -35,6 +35,16 @@ struct Tile {
   bool contiguous() const {
     return steps[count - 1] - steps[0] == count - 1;
   }
+
+  // Behind the last of the consecutive steps that begin at index j.
+  int64_t run_end(int64_t j) const {
+    if (contiguous()) {
+      return count;
+    }
+    while (++j < count && steps[j] == steps[j - 1] + 1) {
+    }
+    return j;
+  }
 };
 
 inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) {
