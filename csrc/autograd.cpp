@@ -1,7 +1,8 @@
 // The ops' autograd: what a forward op saves, and the backward op that turns its outputs' gradients into its inputs'.
 //
 // Saved are the inputs, the context, the weights where the caller keeps them, both as they were accumulated, and the log-sum-exp of
-// the scores, from which the backward op recomputes the weights where not. A backward op's own derivative is attn_ext/autograd.py's.
+// the scores, from which the backward op recomputes the weights where not. A backward op's own derivative is
+// attn_ext/autograd.py's.
 #include "attention.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -389,9 +389,9 @@ void implement(torch::Library& m) {
 }  // namespace
 
 // B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; additive: query [B, T, A], keys [B, S, A], v [A], values
-// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query [B, D] is one decoder step: no result has the T then. weights
-// has no elements if need_weights is false, nor has a gradient that is not wanted. need_exact: of halves, exact is [context, weights]
-// as they were accumulated, in float32, which a backward takes; where they were not rounded there is none.
+// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query [B, D] is one decoder step: no result has the T then.
+// weights has no elements if need_weights is false, nor has a gradient that is not wanted. need_exact: of halves, exact is
+// [context, weights] as they were accumulated, in float32, which a backward takes; where they were not rounded there is none.
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
       "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights, bool need_exact)"

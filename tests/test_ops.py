@@ -154,14 +154,16 @@ def test_halves_are_rounded_where_they_are_written(
     )
     wide = op(method, "forward")(*(tensor.float() for tensor in tensors), lengths, mask, scale, True, True)
     *rounded, logsumexp, unrounded = op(method, "forward")(*tensors, lengths, mask, scale, True, True)
-    assert wide[3] == [] and logsumexp.dtype == torch.float32
+    assert wide[3] == []
+    assert logsumexp.dtype == torch.float32
     for result, exact, truth in zip(rounded, unrounded, wide, strict=False):
         assert exact.dtype == torch.float32
         assert torch.equal(result, exact.to(dtype))
         torch.testing.assert_close(exact, truth, rtol=1e-5, atol=1e-6)
     for need_weights in (True, False):
         context, weights, _, none = op(method, "forward")(*tensors, lengths, mask, scale, need_weights, False)
-        assert none == [] and torch.equal(context, rounded[0])
+        assert none == []
+        assert torch.equal(context, rounded[0])
         assert torch.equal(weights, rounded[1]) if need_weights else weights.numel() == 0
 
 
