@@ -209,7 +209,8 @@ struct AttentionForward {
       for (int64_t t = 0; t < item.queries; ++t) {
         const acc factor = slot.row_sum[t] == 0 ? acc(0) : 1 / slot.row_sum[t];
         acc* row = slot.context + t * slot.context_stride;
-        scale_row(f.exact_context == nullptr ? row : context_of(f, item) + t * problem.memory_size, row, problem.memory_size, factor);
+        scale_row(
+            f.exact_context == nullptr ? row : context_of(f, item) + t * problem.memory_size, row, problem.memory_size, factor);
       }
     }
     if (f.weights != nullptr && (f.plan.splits > 1 || *slot.used > 1)) {
@@ -429,6 +430,8 @@ struct AttentionBackward {
           delta(arena.take<acc>(f.plan.chunk)),
           tile_stride(padded<acc>(f.plan.tile)),
           coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
+          columns_stride(padded<acc>(2 * std::min(kChunk, f.plan.chunk))),
+          columns(kTransposes<acc> && f.plan.chunk >= kMany ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),
           panel(take_panel<acc>(arena, f.plan.chunk)),
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
@@ -444,8 +447,9 @@ struct AttentionBackward {
     acc* grad_query;  // [chunk][key_size]: the split's share, or the output itself
     acc* delta;
     int64_t tile_stride;
-    acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each,
-                        // whose columns the memory's gradient goes down
+    acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each
+    int64_t columns_stride;
+    acc* columns;  // [tile][2 kChunk] the same transposed, or null
     acc* panel;
     acc* weights_row;
     acc* grad_weights_row;
@@ -560,13 +564,30 @@ struct AttentionBackward {
       multiply<acc>(
           {slot.grad_memory.rows(), slot.grad_memory.stride(), first > 0},
           tile.count,
-          {coefficients, 1, stride},
+          columns_of(slot, coefficients, end - rows, tile.count),
           rows,
           end - rows,
           problem.memory_size,
           slot.panel);
     }
     slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride, slot.panel);
+  }
+
+  // The coefficients of the memory's gradient, by source step. A column of many rows is in as many pages, more than the first-level
+  // TLB has entries for: they are transposed.
+  static Coefficients<acc> columns_of(Slot& slot, const acc* coefficients, int64_t rows, int64_t steps) {
+    const int64_t stride = slot.tile_stride;
+    if constexpr (kTransposes<acc>) {
+      if (slot.columns != nullptr && rows >= kMany && steps >= kMany) {
+        const acc* from[2 * kChunk];
+        for (int64_t k = 0; k < rows; ++k) {
+          from[k] = coefficients + k * stride;
+        }
+        transpose(slot.columns, slot.columns_stride, from, rows, 0, steps);
+        return {slot.columns, slot.columns_stride, 1};
+      }
+    }
+    return {coefficients, 1, stride};
   }
 
   static StepsRow grad_scores_row(const Backward& f, const Item& item, int64_t t) {
