@@ -95,15 +95,17 @@ int64_t work_of_step(const Problem& problem) {
   return problem.queries * (score + problem.memory_size);
 }
 
-// A tile of memory, or of keys, stays in the second-level cache from the scores to the context: 256 KiB of it. The additive
-// backward walks down a tile's columns, whose lines are to stay in the first level: its tiles are half as long. Many queries' dot
-// products find in that cache the panels that they pack, however long the tile is: it is as long as they are deep.
+// A tile of memory stays in the second-level cache from the scores to the context: 256 KiB of it, half as much where a few queries
+// pass by keys and their exponentials too. Many queries' dot products find in that cache the panels that they pack, however long
+// the tile is: it is as long as they are deep.
 int64_t tile_of(const Problem& problem, int64_t chunk) {
-  if (problem.keys.data == nullptr && chunk >= kMany) {
+  const bool many = chunk >= kMany, is_dot = problem.keys.data == nullptr;
+  if (many && is_dot) {
     return kTile;
   }
+  const int64_t size = (many || is_dot ? 1 << 18 : 1 << 17) / sizeof(float);
   const int64_t row = std::max<int64_t>({problem.memory_size, problem.key_size, 1});
-  return std::clamp<int64_t>((int64_t{1} << 16) / row / 32 * 32, 32, problem.keys.data == nullptr ? kTile / 2 : kTile / 4);
+  return std::clamp<int64_t>(size / row / 32 * 32, 32, kShortTile);
 }
 
 // Items of `chunk` queries. With fewer of them than threads, the source is split, and where that has too few tiles the queries are

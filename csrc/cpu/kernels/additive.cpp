@@ -449,48 +449,78 @@ class AdditiveGradient : public AdditiveScore<acc> {
     });
   }
 
-  // A vector of features at a time: the gradients of a few queries, where they are wanted, stay in registers while the steps go by.
+  // A vector of features at a time. Columns of the keys and of their gradients are copied, which pays from a few queries on: in
+  // place, each of their lines is in a page of its own, more than the first-level TLB has entries for.
   template <bool to_queries>
   void add_factored(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
+    constexpr int64_t lanes = Vec<acc>::size();
     const int64_t stride = this->query_exponentials_.stride();
     const acc* const* keys = this->key_exponentials_.addresses();
-    for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
-      auto grad_v = Vec<acc>::loadu(grad_v_ + a);
+    alignas(64) acc keys_column[kShortTile * lanes];
+    alignas(64) acc grad_keys_column[kShortTile * lanes];
+    for (int64_t a = 0; a < this->size_; a += lanes) {
+      acc* grad_key = grad_keys_.rows() + a;
+      for (int64_t j = 0; j < steps; ++j) {
+        Vec<acc>::loadu(keys[j] + a).store(keys_column + j * lanes);
+        Vec<acc>::loadu(grad_key + j * stride_).store(grad_keys_column + j * lanes);
+      }
       // Two registers a query, and half a dozen.
       for_even_blocks<kAccumulators / 3>(count, [&](auto rows, int64_t t0) {
         const acc* query = this->query_exponentials_.addresses()[first + t0] + a;
-        acc* grad_query_rows = grad_query + (first + t0) * stride_ + a;
-        acc* grad_key = grad_keys_.rows() + a;
+        acc* to = grad_query + (first + t0) * stride_ + a;
         const acc* scores = grad_scores + t0 * scores_stride;
-        Vec<acc> q[rows.value];
-        Vec<acc> grad_q[rows.value];
-#pragma GCC unroll 8
-        for (int i = 0; i < rows.value; ++i) {
-          q[i] = Vec<acc>::loadu(query + i * stride);
-          grad_q[i] = Vec<acc>::loadu(grad_query_rows + i * stride_);
-        }
-        for (int64_t j = 0; j < steps; ++j, grad_key += stride_) {
-          const auto k = Vec<acc>::loadu(keys[j] + a);
-          auto grad_k = Vec<acc>::loadu(grad_key);
-#pragma GCC unroll 8
-          for (int i = 0; i < rows.value; ++i) {
-            const Vec<acc> grad_score(scores[i * scores_stride + j]);
-            const auto h = centred_reciprocal<acc>(at::vec::fmadd(q[i], k, Vec<acc>(1)));
-            const auto y = at::vec::fnmadd(h, h, Vec<acc>(0.25));
-            if constexpr (to_queries) {
-              grad_q[i] = at::vec::fmadd(grad_score, y, grad_q[i]);
-            }
-            grad_k = at::vec::fmadd(grad_score, y, grad_k);
-            grad_v = at::vec::fmadd(grad_score, h, grad_v);
-          }
-          grad_k.store(grad_key);
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < rows.value; ++i) {
-          grad_q[i].store(grad_query_rows + i * stride_);
-        }
+        add_column<to_queries, rows.value>(
+            query, stride, to, stride_, keys_column, grad_keys_column, grad_v_ + a, scores, scores_stride, steps);
       });
-      grad_v.store(grad_v_ + a);
+      for (int64_t j = 0; j < steps; ++j) {
+        Vec<acc>::loadu(grad_keys_column + j * lanes).store(grad_key + j * stride_);
+      }
+    }
+  }
+
+  // The gradients of a few queries stay in registers while the steps go by. Not inlined: sums that the caller could look at would
+  // be stored at every step.
+  template <bool to_queries, int rows>
+  [[gnu::noinline]] static void add_column(
+      const acc* query,
+      int64_t query_stride,
+      acc* grad_query,
+      int64_t grad_stride,
+      const acc* keys,
+      acc* grad_keys,
+      acc* grad_v_sum,
+      const acc* scores,
+      int64_t scores_stride,
+      int64_t steps) {
+    constexpr int64_t lanes = Vec<acc>::size();
+    Vec<acc> q[rows];
+    Vec<acc> grad_q[rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      q[i] = Vec<acc>::loadu(query + i * query_stride);
+      grad_q[i] = Vec<acc>::loadu(grad_query + i * grad_stride);
+    }
+    auto grad_v = Vec<acc>::loadu(grad_v_sum);
+    for (int64_t j = 0; j < steps; ++j) {
+      const auto k = Vec<acc>::loadu(keys + j * lanes);
+      auto grad_k = Vec<acc>::loadu(grad_keys + j * lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const Vec<acc> grad_score(scores[i * scores_stride + j]);
+        const auto h = centred_reciprocal<acc>(at::vec::fmadd(q[i], k, Vec<acc>(1)));
+        const auto y = at::vec::fnmadd(h, h, Vec<acc>(0.25));
+        if constexpr (to_queries) {
+          grad_q[i] = at::vec::fmadd(grad_score, y, grad_q[i]);
+        }
+        grad_k = at::vec::fmadd(grad_score, y, grad_k);
+        grad_v = at::vec::fmadd(grad_score, h, grad_v);
+      }
+      grad_k.store(grad_keys + j * lanes);
+    }
+    grad_v.store(grad_v_sum);
+#pragma GCC unroll 8
+    for (int i = 0; to_queries && i < rows; ++i) {
+      grad_q[i].store(grad_query + i * grad_stride);
     }
   }
 

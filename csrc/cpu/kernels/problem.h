@@ -35,6 +35,7 @@ struct Preparation {
 
 // Source steps are taken in tiles of at most kTile rows, queries in chunks of at most kChunk.
 constexpr int64_t kTile = 256;
+constexpr int64_t kShortTile = 128;  // where memory is not packed: additive scores, few queries
 constexpr int64_t kChunk = 128;
 
 // Rows of a product's result from which on it takes its other factor from packed panels, which makes deep products the fast ones.
