@@ -119,7 +119,8 @@ Plan plan_of(const Problem& problem, int64_t chunk) {
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
   const int64_t wanted = ceil_div(at::get_num_threads(), groups);
   const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, plan.tile), 1);
-  plan.split_size = ceil_div(tiles, std::clamp<int64_t>(work / kGrain, 1, wanted)) * plan.tile;
+  plan.split_tiles = ceil_div(tiles, std::clamp<int64_t>(work / kGrain, 1, wanted));
+  plan.split_size = plan.split_tiles * plan.tile;
   plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
   const int64_t parts = std::min({ceil_div(wanted, plan.splits), work / plan.splits / kQueriesGrain, plan.chunk / kLeastQueries});
   if (parts > 1) {

@@ -69,7 +69,9 @@ struct StepsRow {
   int64_t first;
 
   void zero(int64_t begin, int64_t end) const {
-    zero_row(dtype, data, first + begin, end - begin);
+    if (begin < end) {
+      zero_row(dtype, data, first + begin, end - begin);
+    }
   }
 
   // A tile's row, times a factor, into its places, and zeros for the steps before and between them.
@@ -96,7 +98,7 @@ struct AttentionForward {
     Slot(const Forward& f, char* base)
         : arena(base),
           context_stride(padded<acc>(f.problem.memory_size)),
-          tiles(f.weights == nullptr ? 0 : f.plan.split_size / f.plan.tile),
+          tiles(f.weights == nullptr ? 0 : f.plan.split_tiles),
           rounds(f.problem.dtype != kAccumulated<acc>),
           row_max(arena.take<acc>(f.plan.chunk)),
           row_sum(arena.take<acc>(f.plan.chunk)),
@@ -142,9 +144,10 @@ struct AttentionForward {
     SourceWalk walk(problem, item, f.plan.tile);
     int64_t tiles = 0;
     int64_t written = item.first_step;  // up to here the weights are written
-    Tile tile, next;
-    for (bool more = walk.next(tile); more; ++tiles, std::swap(tile, next)) {
-      more = walk.next(next);
+    Tile two[2];
+    for (bool more = walk.next(two[0]); more; ++tiles) {
+      const Tile& tile = two[tiles % 2];
+      more = walk.next(two[(tiles + 1) % 2]);
       slot.memory.load(item.batch, tile);
       slot.score.load_keys(item.batch, tile, slot.memory);
       slot.score.scores(slot.tile_scores, stride, 0, item.queries, tile.count, slot.panel);
@@ -190,7 +193,13 @@ struct AttentionForward {
       }
     }
     if (f.plan.splits == 1) {
-      merge(f, index, base, 0);
+      if (tiles == 0) {
+        scale_context(f, item, slot);
+      }
+      if (f.weights != nullptr && tiles > 1) {
+        normalize(f, item, slot, slot.row_max, slot.row_sum);
+      }
+      finish(f, item, slot);
     }
   }
 
@@ -199,32 +208,37 @@ struct AttentionForward {
     const Problem& problem = f.problem;
     slots += group * f.plan.splits * slot_size;
     const Item item = f.plan.item(problem, group * f.plan.splits);
-    const int64_t first_row = item.batch * problem.queries + item.first_query;
     Slot slot(f, slots);
     for (int64_t z = 1; z < f.plan.splits; ++z) {
       absorb(slot, Slot(f, slots + z * slot_size), item.queries, problem.memory_size);
     }
+    scale_context(f, item, slot);
+    for (int64_t z = 0; f.weights != nullptr && z < f.plan.splits; ++z) {
+      const Item part = f.plan.item(problem, group * f.plan.splits + z);
+      normalize(f, part, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
+    }
+    finish(f, item, slot);
+  }
+
+ private:
+  // What was summed, divided by its weights' sums.
+  static void scale_context(const Forward& f, const Item& item, const Slot& slot) {
+    const int64_t size = f.problem.memory_size;
+    for (int64_t t = 0; t < item.queries; ++t) {
+      acc* row = slot.context + t * slot.context_stride;
+      acc* to = f.exact_context == nullptr ? row : context_of(f, item) + t * size;
+      scale_row(to, row, size, slot.row_sum[t] == 0 ? acc(0) : 1 / slot.row_sum[t]);
+    }
+  }
+
+  static void finish(const Forward& f, const Item& item, const Slot& slot) {
+    const int64_t first_row = item.batch * f.problem.queries + item.first_query;
     store_logsumexp(static_cast<acc*>(f.logsumexp) + first_row, slot, item.queries);
-    if (f.plan.splits > 1 || *slot.used == 0) {
-      for (int64_t t = 0; t < item.queries; ++t) {
-        const acc factor = slot.row_sum[t] == 0 ? acc(0) : 1 / slot.row_sum[t];
-        acc* row = slot.context + t * slot.context_stride;
-        scale_row(
-            f.exact_context == nullptr ? row : context_of(f, item) + t * problem.memory_size, row, problem.memory_size, factor);
-      }
-    }
-    if (f.weights != nullptr && (f.plan.splits > 1 || *slot.used > 1)) {
-      for (int64_t z = 0; z < f.plan.splits; ++z) {
-        const Item part = f.plan.item(problem, group * f.plan.splits + z);
-        normalize(f, part, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
-      }
-    }
     if (slot.rounds) {
       round_results(f, item, slot);
     }
   }
 
- private:
   // As they are accumulated.
   static acc* context_of(const Forward& f, const Item& item) {
     return static_cast<acc*>(f.exact_context) + (item.batch * f.problem.queries + item.first_query) * f.problem.memory_size;

@@ -68,12 +68,18 @@ struct Item {
   int64_t end_step;
 };
 
+// a / b of no negative numbers. Of 64 bits it takes the processor as long as a short row's whole softmax.
+inline int64_t quotient(int64_t a, int64_t b) {
+  return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
 struct Plan {
-  int64_t tile;        // source steps per tile, a multiple of every vector's width
-  int64_t chunk;       // queries per item, of a forward's at most kChunk
-  int64_t chunks;      // items along T
-  int64_t split_size;  // source steps per item, a multiple of tile
-  int64_t splits;      // items along S
+  int64_t tile;         // source steps per tile, a multiple of every vector's width
+  int64_t chunk;        // queries per item, of a forward's at most kChunk
+  int64_t chunks;       // items along T
+  int64_t split_size;   // source steps per item, a multiple of tile
+  int64_t splits;       // items along S
+  int64_t split_tiles;  // tiles per item
 
   int64_t groups(const Problem& problem) const {
     return problem.batch * chunks;
@@ -85,17 +91,14 @@ struct Plan {
 
   // Items are numbered batch-major, the splits of one group next to each other.
   Item item(const Problem& problem, int64_t index) const {
-    const int64_t split = index % splits;
-    const int64_t group = index / splits;
-    const int64_t first_query = group % chunks * chunk;
+    const int64_t group = quotient(index, splits);
+    const int64_t split = index - group * splits;
+    const int64_t batch = quotient(group, chunks);
+    const int64_t first_query = (group - batch * chunks) * chunk;
     const int64_t first_step = split * split_size;
     const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     return {
-        group / chunks,
-        first_query,
-        least(chunk, problem.queries - first_query),
-        first_step,
-        least(first_step + split_size, problem.steps)};
+        batch, first_query, least(chunk, problem.queries - first_query), first_step, least(first_step + split_size, problem.steps)};
   }
 };
 
