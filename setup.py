@@ -1,4 +1,4 @@
-"""Builds attn_ext: the ops library attn_ext._C and the pybind11 module attn_ext._build_info.
+"""Builds attn_ext: the ops library attn_ext._C, and two pybind11 modules: attn_ext._calls and attn_ext._build_info.
 
 Environment: ATTN_EXT_CPU_ONLY=1 leaves CUDA out, FORCE_CUDA=1 insists on it, TORCH_CUDA_ARCH_LIST names its targets,
 MAX_JOBS the parallel compilations.
@@ -152,4 +152,6 @@ ops = make_extension(
     extra_link_args=["-fopenmp"],
 )
 
-setup(ext_modules=[build_info, ops], cmdclass={"build_ext": Build})
+calls = CppExtension("attn_ext._calls", ["csrc/calls.cpp"], extra_compile_args={"cxx": CXX_FLAGS})
+
+setup(ext_modules=[build_info, ops, calls], cmdclass={"build_ext": Build})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
 from functools import cache
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 import torch
 
@@ -15,6 +16,7 @@ from attn_ext import autograd, checks
 BACKENDS = ("auto", "fused", "reference")
 FUSED_DEVICES = ("cpu", "meta")  # the device types that have kernels in this build; "meta" stands for shape propagation
 ENVIRONMENT_VARIABLE = "ATTN_EXT_BACKEND"
+calls: ModuleType  # attn_ext._calls: the ops without torch.ops' look at their arguments, once unavailable() is None
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -102,9 +104,11 @@ def _load() -> str | None:
             f"the extension was built for PyTorch {built_for}, but this is PyTorch {running}. "
             f"To rebuild it, run in attn_ext's source folder: {REBUILD}"
         )
+    global calls
     try:
         torch.ops.load_library(spec.origin)
-    except OSError as error:
+        calls = importlib.import_module("attn_ext._calls")
+    except (ImportError, OSError) as error:
         return f"the extension does not load ({error}). To rebuild it, run in attn_ext's source folder: {REBUILD}"
     autograd.library()
     return None

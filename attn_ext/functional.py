@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, is_autocast_enabled
 from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
 
 from attn_ext import backend, checks, reference
 
@@ -236,7 +237,7 @@ def attend_unchecked(
     The checks would be most of a small call's time. The ops refuse what they refuse, so they come after a refusal.
     """
     try:
-        if not goes_unchecked(query):
+        if not goes_unchecked(query, query_weight, keys, v, memory, lengths, mask):
             return None
         if scale is None:
             scale = 1.0
@@ -248,14 +249,16 @@ def attend_unchecked(
             return None
         if query_weight is not None:
             query = linear(query, query_weight)
-        return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
+        if keys is None:
+            return backend.calls.dot_attention(query, memory, lengths, mask, scale, need_weights)
+        return backend.calls.additive_attention(query, keys, v, memory, lengths, mask, scale, need_weights)
     except REFUSALS:
         return None
 
 
-def goes_unchecked(query: Tensor) -> bool:
-    """Whether the ops may see a call as it is: nothing is traced or to be cast, and they are the backend."""
-    if is_compiling():
+def goes_unchecked(query: Tensor, *others: Tensor | None) -> bool:
+    """Whether the ops may see a call as it is: nothing is traced, overridden or cast, and they are the backend."""
+    if is_compiling() or has_torch_function((query, *others)):
         return False
     # A device writes its type's name anew at each look, which takes as long as all of these conditions.
     device_type = "cpu" if query.is_cpu else query.device.type

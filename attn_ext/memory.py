@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,8 +90,8 @@ class AttentionMemory:
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """:func:`attn_ext.luong_attention` of `query` [B, T, Dq] or [B, Dq] over this memory."""
         try:
-            if functional.goes_unchecked(query) and type(need_weights) is bool and self._is_step(query):
-                return self._attend_step(query, need_weights)
+            if functional.goes_unchecked(query, self.memory) and type(need_weights) is bool and self._is_step(query):
+                return self._attend_step(backend.calls.memory_attention, query, need_weights)
         except functional.REFUSALS:
             pass  # the checks find better words
         (query,) = functional.autocast(query)
@@ -106,7 +106,8 @@ class AttentionMemory:
         arguments.mask(self.mask)
         arguments.flag("need_weights", need_weights)
         if not is_compiling() and backend.fused_runs_on(query.device.type) and self._is_step(query):
-            return self._attend_step(query, need_weights)
+            context, weights = self._attend_step(_OPS.memory_attention.default, query, need_weights)
+            return context, weights if need_weights else None
         query_weight = functional.query_weight(self.memory, self.method, self.weight)
         return functional.attend(
             functional.project_query(query, query_weight),
@@ -127,8 +128,10 @@ class AttentionMemory:
             return True
         return self._node is not None and (query.dim() == 2 or query.shape[1] <= _MOST_QUERIES)
 
-    def _attend_step(self, query: Tensor, need_weights: bool) -> functional.Attended:
-        context, weights = _OPS.memory_attention.default(
+    def _attend_step(
+        self, memory_attention: Callable[..., functional.Attended], query: Tensor, need_weights: bool
+    ) -> functional.Attended:
+        return memory_attention(
             query,
             self._query_weight,
             self.keys,
@@ -141,7 +144,6 @@ class AttentionMemory:
             need_weights,
             self._node,
         )
-        return context, weights if need_weights else None
 
     def __reduce_ex__(self, protocol: int) -> object:
         if self._has_gradients:

@@ -3,7 +3,7 @@
 // Saved are the inputs, the context, the weights where the caller keeps them, both as they were accumulated, and the log-sum-exp of
 // the scores, from which the backward op recomputes the weights where not. A backward op's own derivative is
 // attn_ext/autograd.py's.
-#include "attention.h"
+#include "dispatch.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -26,15 +26,9 @@ template <size_t>
 using Input = const Tensor&;
 template <size_t>
 using Gradient = Tensor;
-using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-template <class Signature>
-auto find(const std::string& op) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), "").typed<Signature>();
 }
 
 // The op `name` and its backward. The first `scored` of its inputs make the scores; the weights depend on no other.
@@ -89,7 +83,7 @@ struct Op<name, scored, std::index_sequence<i...>> {
       const OptionalTensor& weights,
       const Tensor& logsumexp,
       std::array<bool, kInputs> wanted) -> std::tuple<Gradient<i>...> {
-    static const auto op = find<decltype(backward)>(std::string(name) + "_backward");
+    static const auto op = find<decltype(backward)>((std::string(name) + "_backward").c_str());
     const auto call = [&] {
       return op.call(grad_context, grad_weights, inputs..., lengths, mask, scale, context, weights, logsumexp, wanted);
     };

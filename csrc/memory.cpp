@@ -8,7 +8,7 @@
 //   dot, general   d memory = [a; de]^T [g; q]
 //   additive       d memory = a^T g, and the gradients of keys and v as of one call with all the queries
 //   general, additive   d query_weight = dq^T (the queries before their projection)
-#include "attention.h"
+#include "dispatch.h"
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -115,11 +115,6 @@ OptionalTensor if_defined(const Tensor& tensor) {
 
 Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor.value_or(Tensor());
-}
-
-template <class Signature>
-auto find(const char* op) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();
 }
 
 Tensor project(const Tensor& input, const Tensor& weight) {
@@ -251,7 +246,7 @@ struct Arguments {
 
   // Of a projected query: context, weights, log-sum-exp, and the first two unrounded.
   auto attend(const Tensor& query, bool with_weights, bool need_exact) const {
-    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>(
+    static const auto op = find<Forwards(
         const Tensor&,
         const OptionalTensor&,
         const OptionalTensor&,

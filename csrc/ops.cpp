@@ -1,7 +1,7 @@
 // Every op's schema, registration and argument checks: the only file that says what exists.
-#include "attention.h"
 #include "cpu/kernels/problem.h"
 #include "cuda/build.h"
+#include "dispatch.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -14,7 +14,6 @@
 namespace attn_ext {
 namespace {
 
-using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 using at::ArrayRef;
 
 // Below, Size is int64_t for tensors with data and c10::SymInt for shapes alone, which torch.compile may leave open.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import attn_ext
 from tests.cases import METHODS, Case, Problem, assert_accurate, assert_same
@@ -42,6 +44,57 @@ def test_autocast_leaves_float64(each_backend: str) -> None:
     problem = Case("concat", dtype=torch.float64).problem()
     under_autocast = replace(problem, function=torch.autocast("cpu", torch.bfloat16)(problem.function))
     assert_same(under_autocast.results(), problem.results())
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what it is asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(
+        self, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict | None = None
+    ) -> object:
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class _Watched(Tensor):
+    """Notes what it takes part in."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict | None = None
+    ) -> object:
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("call", [*METHODS, "step"])
+def test_overrides_see_the_op(call: str) -> None:
+    """__torch_function__, of a mode or of a tensor's class, is asked about the ops as about PyTorch's own."""
+    problem = Case("dot" if call == "step" else call, S=37).problem()
+    op = {"step": "memory", "dot": "dot", "general": "dot"}.get(call, "additive")
+    memory = "values" if call == "additive" else "memory"
+
+    def results(**tensors: Tensor) -> tuple[Tensor, ...]:
+        if call == "step":
+            return attn_ext.AttentionMemory(tensors["memory"]).attend(tensors["query"])
+        return problem.function(**tensors)
+
+    expected = results(**problem.tensors)
+    with _Watch() as mode:
+        assert all(map(torch.equal, results(**problem.tensors), expected))
+    assert f"attn_ext.{op}_attention.default" in mode.seen
+    for name in ("query", memory):
+        _Watched.seen.clear()
+        watched = problem.tensors | {name: problem.tensors[name].as_subclass(_Watched)}
+        assert all(map(torch.equal, results(**watched), expected))
+        assert f"attn_ext.{op}_attention.default" in _Watched.seen
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

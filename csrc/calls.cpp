@@ -1,0 +1,94 @@
+// The ops as Python functions of their own: torch.ops takes longer to look at the arguments of a small call than its kernel to run.
+// For attn_ext/functional.py and memory.py, where nothing is traced; beneath are the same ops by way of the same dispatcher.
+#include "dispatch.h"
+
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <utility>
+
+namespace attn_ext {
+namespace {
+
+using Attended = std::tuple<Tensor, OptionalTensor>;  // the context, and the weights where they are asked for
+
+Attended attended(Tensor context, Tensor weights, bool need_weights) {
+  return {std::move(context), need_weights ? OptionalTensor(std::move(weights)) : std::nullopt};
+}
+
+Attended dot_attention(
+    const Tensor& query,
+    const Tensor& memory,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights) {
+  static const auto op =
+      find<Forwards(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, bool, bool)>(
+          "attn_ext::dot_attention");
+  auto [context, weights, logsumexp, exact] = op.call(query, memory, lengths, mask, scale, need_weights, false);
+  return attended(std::move(context), std::move(weights), need_weights);
+}
+
+Attended additive_attention(
+    const Tensor& query,
+    const Tensor& keys,
+    const Tensor& v,
+    const Tensor& values,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights) {
+  static const auto op = find<Forwards(
+      const Tensor&,
+      const Tensor&,
+      const Tensor&,
+      const Tensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      double,
+      bool,
+      bool)>("attn_ext::additive_attention");
+  auto [context, weights, logsumexp, exact] = op.call(query, keys, v, values, lengths, mask, scale, need_weights, false);
+  return attended(std::move(context), std::move(weights), need_weights);
+}
+
+Attended memory_attention(
+    const Tensor& query,
+    const OptionalTensor& query_weight,
+    const OptionalTensor& keys,
+    const OptionalTensor& prepared_keys,
+    const OptionalTensor& v,
+    const Tensor& memory,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights,
+    const OptionalTensor& node) {
+  static const auto op = find<std::tuple<Tensor, Tensor>(
+      const Tensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      const Tensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      double,
+      bool,
+      const OptionalTensor&)>("attn_ext::memory_attention");
+  auto [context, weights] = op.call(query, query_weight, keys, prepared_keys, v, memory, lengths, mask, scale, need_weights, node);
+  return attended(std::move(context), std::move(weights), need_weights);
+}
+
+}  // namespace
+
+// Other threads of Python run meanwhile; what the ops refuse becomes Python's ValueError and TypeError, as torch.ops would have it.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("dot_attention", torch::wrap_pybind_function_no_gil(dot_attention));
+  m.def("additive_attention", torch::wrap_pybind_function_no_gil(additive_attention));
+  m.def("memory_attention", torch::wrap_pybind_function_no_gil(memory_attention));
+}
+
+}  // namespace attn_ext
