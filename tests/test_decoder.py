@@ -419,10 +419,23 @@ def test_dropout_spares_what_input_feeding_carries() -> None:
     assert state.attentional.count_nonzero() == B * H
 
 
+def runs_under_autocast(cell: str) -> bool:
+    """Whether PyTorch's own recurrent layer does: its LSTM asks oneDNN for one of bfloat16, which needs AVX-512."""
+    layer = torch.nn.LSTM(2, 2) if cell == "lstm" else torch.nn.GRU(2, 2)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(torch.zeros(1, 1, 2))
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("input_feeding", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast(method: str, cell: str, input_feeding: bool, each_backend: str) -> None:
+    if not runs_under_autocast(cell):
+        pytest.skip(f"PyTorch's own {cell} does not run under autocast on this processor")
     decoder = build(method, cell=cell, input_feeding=input_feeding)
     targets, hidden, encoder_outputs = inputs(decoder).values()
     exact, *_ = decoder(targets, hidden, encoder_outputs)

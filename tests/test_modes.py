@@ -188,7 +188,10 @@ def test_number_of_threads(threads: int, case: Case, each_backend: str) -> None:
     results = results_with(threads, problem)
     for _ in range(3):
         assert_same(results_with(threads, problem), results)
-    torch.testing.assert_close(results, results_with(1, problem))
+    for name, alone in results_with(1, problem).items():
+        # Of sums of 13650 terms, as v's gradient is, an element can be small where its terms were not.
+        rounding = 1e-5 if alone.dtype == torch.float32 else 2 * torch.finfo(alone.dtype).eps
+        torch.testing.assert_close(results[name], alone, rtol=0, atol=rounding * alone.abs().max().item(), msg=name)
 
 
 # One batch element, a tile of steps, and every kind of gradient that is merged: of the output's type or another, with
