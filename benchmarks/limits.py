@@ -29,8 +29,8 @@ BUILD = Path(__file__).parents[1] / "build" / "limits"
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")
 FLAGS_OF_CAPABILITY = {
     "default": (),
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
 }
 
 BUFFER = 1 << 29  # bytes: many last-level caches

@@ -1,0 +1,45 @@
+"""Programs compiled for a test, kept under build/ until one of their sources, the compiler or a flag changes."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.processes import PACKAGE
+
+ROOT = PACKAGE.parent
+BUILD = ROOT / "build" / "tests"
+
+
+def compile_program(
+    name: str, compiler: str, sources: Sequence[str], flags: Sequence[str], link: Sequence[str]
+) -> Path:
+    """The program made of `sources`, paths from the project's root; fails with the compiler's own words."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    # A kernel's headers are many: whatever changes in csrc/ may be one of them.
+    contents = [path.read_text() for path in sorted(ROOT.glob("csrc/**/*.[ch]*"))]
+    contents += [(ROOT / source).read_text() for source in sources]
+    key = hashlib.sha256("\n".join((version, *flags, *link, *contents)).encode()).hexdigest()[:16]
+    folder = BUILD / f"{name}-{key}"
+    program = folder / name
+    if not program.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{Path(source).stem}.o" for source in sources]
+
+        def compile_one(source: str, to: Path) -> None:
+            _run(compiler, *flags, "-c", str(ROOT / source), "-o", str(to))
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, sources, objects))
+        unfinished = folder / "unfinished"
+        _run(compiler, *flags, *map(str, objects), *link, "-o", str(unfinished))
+        unfinished.replace(program)
+    return program
+
+
+def _run(*command: str) -> None:
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, " ".join(command) + "\n" + process.stderr[-4000:]

@@ -1,0 +1,555 @@
+// The CPU kernels alone, without PyTorch around them: random problems, divisions of the work and layouts against plain loops in
+// double. Built by tests/test_kernels.py for each instruction set, with sanitizers, and for other processors under an emulator.
+//
+//   check SEED COUNT    prints what failed and how; exit status 1 if anything did
+#include "../../csrc/cpu/kernels/problem.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace attn_ext::cpu {
+
+namespace CPU_CAPABILITY {
+const Kernels& dot_kernels(Dtype);
+const Kernels& additive_kernels(Dtype);
+}  // namespace CPU_CAPABILITY
+
+namespace {
+
+using Doubles = std::vector<double>;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// What an output holds before it is written: none may keep it.
+constexpr unsigned char kUnwritten = 0xff;
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+
+  int64_t upto(int64_t least, int64_t most) {
+    return std::uniform_int_distribution<int64_t>(least, most)(engine_);
+  }
+
+  bool chance(double probability) {
+    return std::uniform_real_distribution<>()(engine_) < probability;
+  }
+
+  double normal() {
+    return std::normal_distribution<>()(engine_);
+  }
+
+  template <class T>
+  T of(std::initializer_list<T> choices) {
+    return choices.begin()[upto(0, static_cast<int64_t>(choices.size()) - 1)];
+  }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+// A tensor [batches, rows, size] of any dtype, its bytes exactly as many as its strides reach: a sanitizer sees a step further.
+class Array {
+ public:
+  Array(Dtype dtype, int64_t batches, int64_t rows, int64_t size, int64_t row_padding = 0, int64_t element = 1)
+      : dtype_(dtype), rows_(rows), size_(size), row_(size * element + row_padding), element_(element), batches_(batches) {
+    const int64_t count = batches * rows * size == 0 ? 0 : (batches * rows - 1) * row_ + (size - 1) * element_ + 1;
+    bytes_.reset(static_cast<char*>(std::malloc(std::max<size_t>(count * width(), 1))));
+    std::fill_n(reinterpret_cast<unsigned char*>(bytes_.get()), count * width(), kUnwritten);
+  }
+
+  View view() const {
+    return {bytes_.get(), rows_ * row_, row_, element_};
+  }
+
+  void* data() const {
+    return bytes_.get();
+  }
+
+  double at(int64_t b, int64_t row, int64_t i) const {
+    const int64_t at = index(b, row, i);
+    return with_type([&](auto* data) { return static_cast<double>(data[at]); });
+  }
+
+  void set(int64_t b, int64_t row, int64_t i, double value) {
+    const int64_t at = index(b, row, i);
+    with_type([&](auto* data) {
+      using scalar = std::remove_pointer_t<decltype(data)>;
+      if constexpr (std::is_same_v<scalar, double>) {
+        data[at] = value;
+      } else {
+        data[at] = static_cast<scalar>(static_cast<float>(value));
+      }
+      return 0.0;
+    });
+  }
+
+  // Values of a distribution, as the dtype holds them.
+  void fill(Random& random, double size) {
+    for_each([&](int64_t b, int64_t row, int64_t i) { set(b, row, i, size * random.normal()); });
+  }
+
+  // What a result is compared with: consecutive, in double.
+  Doubles values() const {
+    Doubles all;
+    for_each([&](int64_t b, int64_t row, int64_t i) { all.push_back(at(b, row, i)); });
+    return all;
+  }
+
+  template <class F>
+  void for_each(const F& f) const {
+    for (int64_t b = 0; b < batches_; ++b) {
+      for (int64_t row = 0; row < rows_; ++row) {
+        for (int64_t i = 0; i < size_; ++i) {
+          f(b, row, i);
+        }
+      }
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(char* bytes) const {
+      std::free(bytes);
+    }
+  };
+
+  int64_t width() const {
+    return dtype_ == Dtype::Double ? 8 : dtype_ == Dtype::Float ? 4 : 2;
+  }
+
+  int64_t index(int64_t b, int64_t row, int64_t i) const {
+    return (b * rows_ + row) * row_ + i * element_;
+  }
+
+  template <class F>
+  double with_type(const F& f) const {
+    switch (dtype_) {
+      case Dtype::Double:
+        return f(reinterpret_cast<double*>(bytes_.get()));
+      case Dtype::Float:
+        return f(reinterpret_cast<float*>(bytes_.get()));
+      case Dtype::BFloat16:
+        return f(reinterpret_cast<c10::BFloat16*>(bytes_.get()));
+      default:
+        return f(reinterpret_cast<c10::Half*>(bytes_.get()));
+    }
+  }
+
+  Dtype dtype_;
+  int64_t rows_, size_, row_, element_, batches_;
+  std::unique_ptr<char, Free> bytes_;
+};
+
+// Sizes, masks and inputs of one op. A dot op is its own keys.
+struct Case {
+  Random random;
+  bool additive;
+  Dtype dtype, exact_type;
+  int64_t B, T, S, D, Dm;
+  double scale;
+  std::vector<int64_t> lengths;
+  std::vector<char> mask;  // [B, S] or [B, T, S]
+  bool mask_per_query;
+  Array query, keys, memory, v;
+
+  explicit Case(uint64_t seed) : Case(Random(seed)) {}
+
+  bool attended(int64_t b, int64_t t, int64_t s) const {
+    const bool within = lengths.empty() || s < lengths[b];
+    return within && (mask.empty() || mask[mask_per_query ? (b * T + t) * S + s : b * S + s]);
+  }
+
+  Problem problem() const {
+    Problem p{};
+    p.dtype = dtype;
+    p.batch = B, p.queries = T, p.steps = S, p.key_size = D, p.memory_size = Dm;
+    p.scale = scale;
+    p.query = query.view();
+    p.memory = memory.view();
+    if (additive) {
+      p.keys = keys.view();
+      p.v = v.view();
+    }
+    p.lengths = lengths.empty() ? nullptr : lengths.data();
+    if (!mask.empty()) {
+      p.mask = {mask.data(), mask_per_query ? T * S : S, mask_per_query ? S : 0, 1};
+      p.mask_per_query = mask_per_query;
+    }
+    return p;
+  }
+
+  const Kernels& kernels() const {
+    return additive ? CPU_CAPABILITY::additive_kernels(dtype) : CPU_CAPABILITY::dot_kernels(dtype);
+  }
+
+  std::string text() const {
+    constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+    char line[200];
+    std::snprintf(
+        line,
+        sizeof(line),
+        "%s (B=%d, T=%d, S=%d, D=%d, Dm=%d) %s%s%s",
+        additive ? "additive" : "dot",
+        static_cast<int>(B),
+        static_cast<int>(T),
+        static_cast<int>(S),
+        static_cast<int>(D),
+        static_cast<int>(Dm),
+        names[static_cast<int>(dtype)],
+        lengths.empty() ? "" : ", lengths",
+        mask.empty()     ? ""
+        : mask_per_query ? ", mask by query"
+                         : ", mask by row");
+    return line;
+  }
+
+ private:
+  explicit Case(Random r)
+      : random(r),
+        additive(random.chance(0.5)),
+        dtype(random.of({Dtype::Float, Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half})),
+        exact_type(dtype == Dtype::Double ? Dtype::Double : Dtype::Float),
+        B(random.upto(1, 3)),
+        T(random.chance(0.3)   ? 1
+          : random.chance(0.7) ? random.upto(2, 40)
+                               : random.upto(41, 300)),
+        S(random.chance(0.2)   ? random.upto(0, 3)
+          : random.chance(0.7) ? random.upto(4, 90)
+                               : random.upto(91, 600)),
+        D(random.chance(0.8) ? random.upto(1, 70) : random.upto(71, 300)),
+        Dm(additive ? random.upto(1, 70) : D),
+        scale(random.of({1.0, 0.3})),
+        mask_per_query(random.chance(0.5)),
+        query(dtype, B, T, D, random.upto(0, 3), random.of({1, 1, 2})),
+        keys(dtype, B, S, D, random.upto(0, 3), random.of({1, 1, 2})),
+        memory(dtype, B, S, Dm, random.upto(0, 3), random.of({1, 1, 2})),
+        v(dtype, 1, 1, D) {
+    // With the largest, the guard leaves the factored exponentials.
+    const double size = random.of({0.02, 1.0, 1.0, 10.0, 60.0});
+    query.fill(random, additive ? size : 1 / std::sqrt(static_cast<double>(D)));
+    keys.fill(random, size);
+    memory.fill(random, 1);
+    v.fill(random, 1 / std::sqrt(static_cast<double>(D)));
+    if (random.chance(0.4)) {
+      for (int64_t b = 0; b < B; ++b) {
+        lengths.push_back(random.upto(0, S));
+      }
+    }
+    if (random.chance(0.4)) {
+      const double density = random.of({0.1, 0.7, 0.97});
+      for (int64_t i = 0; i < (mask_per_query ? B * T * S : B * S); ++i) {
+        mask.push_back(random.chance(density));
+      }
+    }
+    // What nobody attends is never looked at.
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t s = 0; s < S; ++s) {
+        bool by_some = false;
+        for (int64_t t = 0; t < T; ++t) {
+          by_some |= attended(b, t, s);
+        }
+        for (int64_t i = 0; !by_some && i < Dm; ++i) {
+          memory.set(b, s, i, kNaN);
+        }
+        for (int64_t i = 0; !by_some && i < D; ++i) {
+          keys.set(b, s, i, kNaN);
+        }
+      }
+    }
+  }
+};
+
+// The op in double.
+struct Truth {
+  Doubles context, weights, logsumexp, scores, grad_query, grad_keys, grad_v, grad_memory, grad_scores;
+  // Of the sums that make up the gradients through scores, the largest possible: where they cancel, its rounding remains.
+  double grad_size = 0;
+
+  Truth(const Case& c, const Array& g, const Array& gw)
+      : context(c.B * c.T * c.Dm),
+        weights(c.B * c.T * c.S),
+        logsumexp(c.B * c.T, -std::numeric_limits<double>::infinity()),
+        scores(c.B * c.T * c.S),
+        grad_query(c.B * c.T * c.D),
+        grad_keys(c.B * c.S * c.D),
+        grad_v(c.D),
+        grad_memory(c.B * c.S * c.Dm),
+        grad_scores(c.B * c.T * c.S) {
+    for (int64_t b = 0; b < c.B; ++b) {
+      for (int64_t t = 0; t < c.T; ++t) {
+        row(c, g, gw, b, t);
+      }
+    }
+  }
+
+ private:
+  void row(const Case& c, const Array& g, const Array& gw, int64_t b, int64_t t) {
+    const int64_t at = b * c.T + t;
+    double* a = weights.data() + at * c.S;
+    double* e = scores.data() + at * c.S;
+    double row_max = -std::numeric_limits<double>::infinity(), sum = 0, delta = 0;
+    const auto each = [&](const auto& f) {
+      for (int64_t s = 0; s < c.S; ++s) {
+        if (c.attended(b, t, s)) {
+          f(s);
+        }
+      }
+    };
+    each([&](int64_t s) {
+      for (int64_t i = 0; i < c.D; ++i) {
+        const double q = c.query.at(b, t, i);
+        e[s] += c.additive ? c.v.at(0, 0, i) * std::tanh(q + c.keys.at(b, s, i)) : q * c.memory.at(b, s, i);
+      }
+      e[s] *= c.scale;
+      row_max = std::max(row_max, e[s]);
+    });
+    each([&](int64_t s) { sum += a[s] = std::exp(e[s] - row_max); });
+    if (sum == 0) {
+      return;
+    }
+    logsumexp[at] = row_max + std::log(sum);
+    Doubles da(c.S);
+    each([&](int64_t s) {
+      a[s] /= sum;
+      da[s] = gw.at(b, t, s);
+      for (int64_t i = 0; i < c.Dm; ++i) {
+        context[at * c.Dm + i] += a[s] * c.memory.at(b, s, i);
+        da[s] += g.at(b, t, i) * c.memory.at(b, s, i);
+      }
+      delta += a[s] * da[s];
+    });
+    each([&](int64_t s) {
+      const double de = grad_scores[at * c.S + s] = c.scale * a[s] * (da[s] - delta);
+      grad_size = std::max(grad_size, c.scale * a[s] * (std::abs(da[s]) + std::abs(delta)));
+      for (int64_t i = 0; i < c.Dm; ++i) {
+        grad_memory[(b * c.S + s) * c.Dm + i] += a[s] * g.at(b, t, i);
+      }
+      for (int64_t i = 0; i < c.D; ++i) {
+        const double q = c.query.at(b, t, i);
+        if (c.additive) {
+          const double tanh = std::tanh(q + c.keys.at(b, s, i)), inner = de * c.v.at(0, 0, i) * (1 - tanh * tanh);
+          grad_query[at * c.D + i] += inner;
+          grad_keys[(b * c.S + s) * c.D + i] += inner;
+          grad_v[i] += de * tanh;
+        } else {
+          grad_query[at * c.D + i] += de * c.memory.at(b, s, i);
+          grad_memory[(b * c.S + s) * c.D + i] += de * q;
+        }
+      }
+    });
+  }
+};
+
+// Scratch between pages of nothing is the sanitizers' to guard; each slot begins as garbage.
+struct Scratch {
+  explicit Scratch(size_t size) : bytes(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>((size + 63) / 64 * 64, 64)))) {
+    std::fill_n(bytes, size, static_cast<char>(kUnwritten));
+  }
+  ~Scratch() {
+    std::free(bytes);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* bytes;
+};
+
+Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  Plan plan{};
+  plan.tile = 32 * random.upto(1, (p.keys.data == nullptr ? kTile : kShortTile) / 32);
+  plan.chunk = std::clamp<int64_t>(random.of({most_queries, random.upto(1, 24)}), 1, std::min(most_queries, p.queries));
+  plan.chunks = std::max<int64_t>(ceil_div(p.queries, plan.chunk), 1);
+  const int64_t tiles = std::max<int64_t>(ceil_div(p.steps, plan.tile), 1);
+  plan.split_tiles = random.of({tiles, random.upto(1, tiles)});
+  plan.split_size = plan.split_tiles * plan.tile;
+  plan.splits = std::max<int64_t>(ceil_div(p.steps, plan.split_size), 1);
+  return plan;
+}
+
+// Items in any order, as threads would take them.
+template <class Call>
+void run_items(
+    const Call& call,
+    Random& random,
+    size_t (*slot_size)(const Call&),
+    void (*run)(const Call&, int64_t, char*),
+    void (*merge)(const Call&, int64_t, char*, size_t),
+    int64_t merges) {
+  const int64_t items = call.plan.items(call.problem);
+  const size_t size = slot_size(call);
+  Scratch scratch(size * (merges == 0 ? 1 : items));
+  std::vector<int64_t> order(items);
+  for (int64_t i = 0; i < items; ++i) {
+    order[i] = i;
+    std::swap(order[i], order[random.upto(0, i)]);
+  }
+  for (const int64_t item : order) {
+    run(call, item, scratch.bytes + (merges == 0 ? 0 : item * size));
+  }
+  for (int64_t i = 0; i < merges; ++i) {
+    merge(call, i, scratch.bytes, size);
+  }
+}
+
+class Checker {
+ public:
+  explicit Checker(const Case& c) : case_(c) {}
+
+  // Relative to the largest value there is, or to `size` where that is larger.
+  void compare(const char* name, const Doubles& actual, const Doubles& expected, Dtype dtype, double slack = 1, double size = 0) {
+    double largest = size;
+    for (const double x : expected) {
+      largest = std::isfinite(x) ? std::max(largest, std::abs(x)) : largest;
+    }
+    const double unit = dtype == Dtype::Double ? 1e-11 : dtype == Dtype::Float ? 2e-5 : dtype == Dtype::Half ? 1e-3 : 8e-3;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const bool same = actual[i] == expected[i];  // infinities
+      if (!same && !(std::abs(actual[i] - expected[i]) <= slack * unit * largest)) {
+        std::printf(
+            "%s: %s[%zu] is %.9g, not %.9g; the largest is %.3g\n", case_.text().c_str(), name, i, actual[i], expected[i], largest);
+        ok = false;
+        return;
+      }
+    }
+  }
+
+  bool ok = true;
+
+ private:
+  const Case& case_;
+};
+
+bool check(uint64_t seed) {
+  Case c(seed);
+  Random& random = c.random;
+  const bool rounds = c.dtype != c.exact_type, need_weights = random.chance(0.7);
+  Array g(c.dtype, c.B, c.T, c.Dm, random.upto(0, 2)), gw(c.dtype, c.B, c.T, c.S);
+  g.fill(random, 1);
+  gw.fill(random, need_weights && random.chance(0.5) ? 1 : 0);
+  const Truth truth(c, g, gw);
+  Checker checker(c);
+
+  Array context(c.dtype, c.B, c.T, c.Dm), weights(c.dtype, c.B, c.T, c.S), logsumexp(c.exact_type, 1, c.B, c.T);
+  Array exact_context(c.exact_type, c.B, c.T, c.Dm), exact_weights(c.exact_type, c.B, c.T, c.S);
+  Forward f{};
+  f.problem = c.problem();
+  f.plan = random_plan(f.problem, random, kChunk);
+  f.context = context.data();
+  f.weights = need_weights && c.S > 0 ? weights.data() : nullptr;
+  f.logsumexp = logsumexp.data();
+  f.exact_context = rounds ? exact_context.data() : f.context;
+  f.exact_weights = f.weights == nullptr ? nullptr : rounds ? exact_weights.data() : f.weights;
+
+  const int64_t prepared = prepared_size(c.D);
+  Array prepared_keys(c.exact_type, c.B, c.S, prepared);
+  if (c.additive && random.chance(0.3)) {
+    const Preparation preparation{c.dtype, c.S, c.D, c.keys.view(), prepared_keys.data()};
+    c.kernels().prepare(preparation, 0, c.B * c.S);
+    f.problem.prepared_keys = prepared_keys.view();
+  }
+  const int64_t merges = f.plan.splits > 1 ? f.plan.groups(f.problem) : 0;
+  run_items(f, random, c.kernels().forward_slot, c.kernels().forward, c.kernels().merge, merges);
+  const double score_slack = c.additive ? 4 : 1;
+  checker.compare("context", context.values(), truth.context, c.dtype, score_slack);
+  if (f.weights != nullptr) {
+    checker.compare("weights", weights.values(), truth.weights, c.dtype, score_slack);
+  }
+  Doubles expected_logsumexp = truth.logsumexp;
+  for (int64_t i = 0; c.additive && i < c.B * c.T; ++i) {  // without the sum of v, which cancels
+    for (int64_t a = 0; a < c.D; ++a) {
+      expected_logsumexp[i] -= c.scale * c.v.at(0, 0, a);
+    }
+  }
+  checker.compare("logsumexp", logsumexp.values(), expected_logsumexp, c.exact_type, 4, 1);
+  if (rounds) {
+    checker.compare("exact context", exact_context.values(), truth.context, c.exact_type, score_slack);
+  }
+
+  Array grad_query(c.dtype, c.B, c.T, c.D), grad_keys(c.dtype, c.B, c.S, c.D), grad_memory(c.dtype, c.B, c.S, c.Dm);
+  Array grad_scores(c.exact_type, c.B, c.T, c.S);
+  Backward b{};
+  b.problem = f.problem;
+  b.plan = random_plan(b.problem, random, std::max<int64_t>(c.T, 1));
+  const bool recompute = f.weights == nullptr;
+  b.grad_context = g.view();
+  b.grad_weights = recompute ? View{} : gw.view();
+  b.context = exact_context.view();
+  b.weights = recompute ? View{} : exact_weights.view();
+  if (!rounds) {
+    b.context = context.view();
+    b.weights = recompute ? View{} : weights.view();
+  }
+  b.logsumexp = logsumexp.data();
+  b.grad_query = random.chance(0.8) ? grad_query.data() : nullptr;
+  b.grad_scores = random.chance(0.5) && c.S > 0 ? grad_scores.data() : nullptr;
+  b.grad_memory = random.chance(0.8) && c.S > 0 ? grad_memory.data() : nullptr;
+  const bool of_keys = c.additive && random.chance(0.7);
+  Array grad_v(c.exact_type, 1, b.plan.items(b.problem), c.D);
+  if (of_keys) {
+    b.grad_keys = c.S > 0 ? grad_keys.data() : nullptr;
+    b.grad_v = grad_v.data();
+  }
+  const int64_t items = b.plan.items(b.problem);
+  run_items(
+      b,
+      random,
+      c.kernels().backward_slot,
+      c.kernels().backward,
+      c.kernels().merge_backward,
+      b.plan.splits * b.plan.chunks > 1 ? items : 0);
+  const double slack = 8;
+  if (b.grad_query != nullptr) {
+    checker.compare("grad query", grad_query.values(), truth.grad_query, c.dtype, slack, truth.grad_size);
+  }
+  if (b.grad_scores != nullptr) {
+    checker.compare("grad scores", grad_scores.values(), truth.grad_scores, c.exact_type, slack, truth.grad_size);
+  }
+  if (b.grad_memory != nullptr) {
+    checker.compare("grad memory", grad_memory.values(), truth.grad_memory, c.dtype, slack, truth.grad_size);
+  }
+  if (of_keys) {
+    if (b.grad_keys != nullptr) {
+      checker.compare("grad keys", grad_keys.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
+    }
+    Doubles total(c.D);
+    for (int64_t item = 0; item < items; ++item) {
+      for (int64_t a = 0; a < c.D; ++a) {
+        total[a] += grad_v.at(0, item, a);
+      }
+    }
+    checker.compare("grad v", total, truth.grad_v, c.exact_type, slack, truth.grad_size * std::sqrt(1.0 + c.B * c.T));
+  }
+  return checker.ok;
+}
+
+}  // namespace
+}  // namespace attn_ext::cpu
+
+int main(int count, char** arguments) {
+  if (count != 3) {
+    std::fprintf(stderr, "usage: check SEED COUNT\n");
+    return 2;
+  }
+  const long first = std::atol(arguments[1]), problems = std::atol(arguments[2]);
+  int failed = 0;
+  for (long seed = first; seed < first + problems; ++seed) {
+    if (!attn_ext::cpu::check(seed)) {
+      std::printf("that was seed %ld\n", seed);
+      ++failed;
+    }
+  }
+  std::printf("%ld problems, %d failed\n", problems, failed);
+  return failed == 0 ? 0 : 1;
+}

@@ -1,0 +1,59 @@
+"""The CPU kernels by themselves (tests/kernels/check.cpp): under sanitizers, and compiled for another processor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from benchmarks.limits import FLAGS_OF_CAPABILITY, running_capability
+from tests.compilers import compile_program
+
+SOURCES = ("csrc/cpu/kernels/dot.cpp", "csrc/cpu/kernels/additive.cpp", "tests/kernels/check.cpp")
+FLAGS = ("-std=c++20", "-w", *(f"-isystem{path}" for path in include_paths("cpu")))
+LIBRARIES = Path(torch.__file__).with_name("lib")  # PyTorch's vectors call its exponential of float64
+
+
+def of_capability(name: str) -> tuple[str, ...]:
+    return (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}", *FLAGS_OF_CAPABILITY[name])
+
+
+def assert_passes(*command: str, **environment: str) -> None:
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=600)
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    assert process.stdout.endswith(" problems, 0 failed\n")
+
+
+@pytest.mark.fused
+def test_under_sanitizers() -> None:
+    """No read or write out of bounds, however odd the sizes, the strides and the division of the work."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    program = compile_program(
+        "check-sanitized",
+        compiler,
+        SOURCES,
+        (*FLAGS, *of_capability(running_capability()), "-O1", "-g1", *sanitizers),
+        (f"-L{LIBRARIES}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{LIBRARIES}"),
+    )
+    assert_passes(str(program), "1", "400", ASAN_OPTIONS="detect_leaks=0")
+
+
+def test_on_aarch64() -> None:
+    """The same source, compiled for ARM's 64-bit processors and run by an emulator."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip(
+            "there is no aarch64-linux-gnu-g++ or no qemu-aarch64 here (Debian: g++-aarch64-linux-gnu, qemu-user)"
+        )
+    program = compile_program(
+        "check-aarch64", compiler, SOURCES, (*FLAGS, *of_capability("default"), "-O2"), ("-static",)
+    )
+    assert_passes(emulator, str(program), "1", "60")
