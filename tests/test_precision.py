@@ -19,12 +19,14 @@ def additive(dtype: torch.dtype, T: int, **options: object) -> Problem:
 
 
 @pytest.mark.parametrize("T", [1, 3, 70], ids="T={}".format)
-@pytest.mark.parametrize("magnitude", [0.25, 0.49, 0.4999, 0.5001, 0.51, 0.7, 1.0, 1.4, 2.5, 25], ids="edge*{}".format)
+@pytest.mark.parametrize(
+    "edge", [0.15, 0.25, 0.37, 0.49, 0.4999, 0.5001, 0.51, 0.7, 1, 1.4, 2.5, 25], ids="edge*{}".format
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_additive_opposite_query_and_keys(dtype: torch.dtype, magnitude: float, T: int) -> None:
+def test_additive_opposite_query_and_keys(dtype: torch.dtype, edge: float, T: int) -> None:
     """Queries around +x, keys around -x: tanh of their sum is at its steepest, their exponentials are extreme."""
     problem = additive(dtype, T)
-    shift = magnitude * EDGES.get(dtype, 43.0)
+    shift = edge * EDGES.get(dtype, 43.0)
     query, keys = problem.tensors["query"], problem.tensors["keys"]
     assert_accurate(problem.with_tensors(query=query + shift, keys=keys - shift))
     assert_accurate(problem.with_tensors(query=query - shift, keys=keys + shift))
@@ -53,6 +55,33 @@ def test_additive_one_outlier(dtype: torch.dtype, T: int, where: str, outlier: f
     problem.tensors["query"][0, -1, 17] = -outlier if where == "keys" else outlier
     problem.tensors["keys"][0, 34, 17] = -outlier if where == "query" else outlier
     assert_accurate(problem)
+
+
+SHAPES_OF_V = {
+    "zero": lambda v: v * 0,
+    "one of it": lambda v: torch.where(torch.arange(len(v)) == 5, v, 0),
+    "one large": lambda v: torch.where(torch.arange(len(v)) == 5, v, 1e-4 * v),
+    "one tiny": lambda v: torch.where(torch.arange(len(v)) == 5, 1e-7 * v, v),
+    "of all sizes": lambda v: v * torch.logspace(-7, 0, len(v), dtype=v.dtype),
+    "large": lambda v: v * 3e4,
+    "small": lambda v: v * 1e-4,
+    "with a NaN": lambda v: torch.where(torch.arange(len(v)) == 5, torch.nan, v),
+}
+
+
+@pytest.mark.parametrize("spread", [1.0, 6.0, 14.0], ids="spread={:g}".format)
+@pytest.mark.parametrize("shape", SHAPES_OF_V)
+@pytest.mark.parametrize("T", [1, 3, 70], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_additive_any_v(dtype: torch.dtype, T: int, shape: str, spread: float) -> None:
+    """Kernels that divide by v must not notice how large its elements are, nor how far apart."""
+    problem = additive(dtype, T)
+    query, keys, v = (problem.tensors[name] for name in ("query", "keys", "v"))
+    problem = problem.with_tensors(query=query * spread, keys=keys * spread, v=SHAPES_OF_V[shape](v))
+    if shape == "with a NaN":
+        assert problem.results()["context"].isnan().all()
+    else:
+        assert_accurate(problem)
 
 
 @pytest.mark.parametrize("scale", [20.0, 200.0, 2000.0], ids="scale={:g}".format)

@@ -1,22 +1,23 @@
 // Additive scores, e_ts = scale v . tanh(q_t + k_s), without a tanh.
 //
-// With E = exp(2q) exp(2k) and r = 1 / (1 + E), tanh(q + k) = 1 - 2r. The exponentials are taken once per feature of a query and of
-// a key, so that the loop over (t, s, feature) is a multiply-add, a reciprocal and a multiply-add; sum(v) is the same for every
-// step and cancels in the softmax:
+// With E = exp(2q) exp(2k), tanh(q + k) = 1 - 2 / (1 + E). The exponentials are taken once per feature of a query and of a key, so
+// that the loop over (t, s, feature) is a multiply-add, a reciprocal and an addition; sum(v) is the same for every step and cancels
+// in the softmax:
 //
-//   forward    e_ts ~ -2 scale sum_a v_a r_tsa
-//   backward   h = r - 1/2 = -tanh / 2, y = 1/4 - h^2 = tanh' / 4:
-//              dq_t = 4v sum_s de_ts y_ts,  dk_s = 4v sum_t de_ts y_ts,  dv = -2 sum_ts de_ts h_ts
+//   forward    e_ts ~ -2 scale sum_a 1 / x_tsa,  x = (1 + E) / v
+//   backward   h = 2 / (1 + E) - 1 = -tanh,  u_ts = de_ts h_ts,  y_ts = de_ts - u_ts h_ts = de_ts tanh'
+//              dq_t = v sum_s y_ts,  dk_s = v sum_t y_ts,  dv = -sum_ts u_ts
 //
 // It is bound by arithmetic, and the reciprocal, three instructions and a Newton step, is most of it. Forward, four features share
-// one, v0/x0 + v1/x1 = (v0 x1 + v1 x0) / (x0 x1) and so on: 19 instructions on four vectors instead of 28. The backward needs every
-// r by itself: 10 instructions a vector.
+// one, 1/x0 + 1/x1 = (x0 + x1) / (x0 x1) and so on: 17 instructions on four vectors, two of them additions, instead of 24. Their
+// numerators are one because x, a multiply-add of exp(2k) with exp(2q) / v and 1 / v, has v in it. The backward needs every
+// reciprocal by itself: 11 instructions a vector, of which three are additions, for which many processors have ports of their own.
 //
-// E, and the product of those that share, must neither overflow nor lose its factors to underflow. While the exponentials are taken
-// the largest |2q| and |2k| are found; the sum of both decides how many features share a reciprocal. Where even a single E could
-// leave the type's range, E = exp(2 (q + k)) is taken directly, which is exact for any input. A single query takes it so too: for
-// it the exponentials are as many either way, and the keys are read where they stand. A decoder's steps share their keys: their
-// exponentials come prepared.
+// x, and the product of those that share, must neither overflow nor lose its factors to underflow. While the exponentials are taken
+// the largest |2q| and |2k| are found; their sum, and how far the v are apart, decide how many features share a reciprocal. Where
+// even two could leave the type's range, E = exp(2 (q + k)) is taken directly, which is exact for any input. A single query takes
+// it so too: for it the exponentials are as many either way, and the keys are read where they stand. A decoder's steps share their
+// keys: their exponentials come prepared.
 #include "attention.h"
 #include "kernels.h"
 
@@ -30,20 +31,25 @@ constexpr acc kRange = std::is_same_v<acc, double> ? 700 : 86;
 // So many features may share a reciprocal at most.
 constexpr int kMostShared = 4;
 
-// The largest |2q| + |2k| at which `shared` features may: their product, of factors 1 + E <= 2 exp(|2q| + |2k|), is in range.
+// The largest |2q| + |2k| at which `shared` factors 1 + E <= 2 exp(|2q| + |2k|) have a product in range.
 template <class acc>
 constexpr acc range_of(int shared) {
   return kRange<acc> / shared - acc(0.6931472);
 }
 
-// 1 / x - 1/2. Where tanh is small, 1 / x alone would leave dv the rounding of sum_s de_ts, which is 0, instead of dv itself.
+// A smaller |v|, relative to the largest, adds nothing to a score: it counts as this much.
 template <class acc>
-inline Vec<acc> centred_reciprocal(const Vec<acc>& x) {
-  return Vec<acc>(1) / x - Vec<acc>(0.5);
+constexpr acc kLeastV = std::is_same_v<acc, double> ? acc(0x1p-62) : acc(0x1p-32);
+
+// h = 1 / x - 1 of x = (1 + E) / 2. Where tanh is small, 1 / x alone would leave dv the rounding of sum_s de_ts, which is 0,
+// instead of dv itself.
+template <class acc>
+inline Vec<acc> negative_tanh(const Vec<acc>& x) {
+  return Vec<acc>(1) / x - Vec<acc>(1);
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-// An estimate and one Newton step: the divider would be the bottleneck of the whole loop. x is in [1, exp(kRange) + 1].
+// An estimate and one Newton step: the divider would be the bottleneck of the whole loop. |x| is in exp(+-kRange).
 inline Vec<float> estimate(const Vec<float>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_rcp14_ps(x);
@@ -53,9 +59,9 @@ inline Vec<float> estimate(const Vec<float>& x) {
 }
 
 template <>
-inline Vec<float> centred_reciprocal(const Vec<float>& x) {
+inline Vec<float> negative_tanh(const Vec<float>& x) {
   const Vec<float> first = estimate(x);
-  return at::vec::fmadd(first, at::vec::fnmadd(x, first, Vec<float>(2)), Vec<float>(-0.5f));
+  return at::vec::fmadd(first, at::vec::fnmadd(x, first, Vec<float>(2)), Vec<float>(-1));
 }
 
 #endif
@@ -95,20 +101,39 @@ inline void share_denominator(Vec<acc> (&numerators)[shared], Vec<acc> (&denomin
   }
 }
 
-// to[a] = exp(2 from[a]), and ones from there to `end`, whole vectors; the largest |2 from[a]| goes into `magnitudes`. A NaN may
-// drop out of that: it makes its row's results NaN on either way.
-template <class acc>
-inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t end, Vec<acc>& magnitudes) {
+// numerator / x[0] = the sum of all 1 / x.
+template <int shared, class acc>
+inline Vec<acc> share_denominator(Vec<acc> (&x)[shared]) {
+  Vec<acc> numerators[shared / 2];
+#pragma GCC unroll 2
+  for (int i = 0; i < shared / 2; ++i) {
+    numerators[i] = x[i] + x[i + shared / 2];
+    x[i] = x[i] * x[i + shared / 2];
+  }
+  if constexpr (shared == 4) {
+    numerators[0] = at::vec::fmadd(numerators[0], x[1], numerators[1] * x[0]);
+    x[0] = x[0] * x[1];
+  }
+  return numerators[0];
+}
+
+// to[a] = exp(2 from[a]), scaled by `scale(exponentials, a)`, and ones from there to `end`, whole vectors; the largest |2 from[a]|
+// goes into `magnitudes`. A NaN may drop out of that: it makes its row's results NaN on either way.
+template <class acc, class Scale>
+inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t end, Vec<acc>& magnitudes, const Scale& scale) {
   for (int64_t a = 0; a < size; a += Vec<acc>::size()) {
     const auto x = Vec<acc>::loadu(from + a, std::min<int64_t>(Vec<acc>::size(), size - a)) * Vec<acc>(2);
-    exponential(x).store(to + a);
+    scale(exponential_in_range(x), a).store(to + a);
     magnitudes = at::vec::maximum(magnitudes, x.abs());
   }
   std::fill(to + size, to + end, acc(1));
 }
 
-// exp(2x) of rows, in scratch or as they were prepared, and the largest |2x|. Rows end in ones, behind a whole number of blocks of
-// features that share a reciprocal.
+// As they are.
+constexpr auto kUnscaled = [](const auto& exponentials, int64_t) { return exponentials; };
+
+// exp(2x) of rows, scaled or not, in scratch or as they were prepared, and the largest |2x|. Rows end in ones, behind a whole
+// number of blocks of features that share a reciprocal.
 template <class acc>
 class Exponentials {
  public:
@@ -129,11 +154,12 @@ class Exponentials {
     return (size + block - 1) / block * block;
   }
 
-  void take(const acc* const* rows, int64_t count) {
+  template <class Scale>
+  void take(const acc* const* rows, int64_t count, const Scale& scale) {
     Vec<acc> magnitudes(0);
     for (int64_t i = 0; i < count; ++i) {
       address_[i] = rows_ + i * stride_;
-      take_exponentials(rows_ + i * stride_, rows[i], size_, stride_, magnitudes);
+      take_exponentials(rows_ + i * stride_, rows[i], size_, stride_, magnitudes, scale);
     }
     range_ = largest(magnitudes);
   }
@@ -172,37 +198,44 @@ class AdditiveScore {
  public:
   using acc = acc_;
 
-  AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena)
+  AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, bool has_scores = true)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
         may_factor_(queries > 1 || problem.prepared_keys.data != nullptr),
         query_(arena, problem.dtype, problem.query, queries, size_),
         keys_(arena, problem.dtype, problem.keys, tile, size_),
-        query_exponentials_(arena, may_factor_ ? queries : 0, size_),
         key_exponentials_(arena, may_factor_ ? tile : 0, size_, problem.prepared_keys),
-        v_(arena.take<acc>(query_exponentials_.stride())),
-        problem_(problem) {}
+        v_(arena.take<acc>(Exponentials<acc>::shared_size(size_))),
+        problem_(problem),
+        has_scores_(has_scores),
+        inverse_v_(arena.take<acc>(Exponentials<acc>::shared_size(size_))),
+        query_over_v_(arena, has_scores && may_factor_ ? queries : 0, size_) {}
 
   void load_queries(int64_t b, int64_t first, int64_t count) {
     query_.load(b, first, count);
-    if (may_factor_) {
-      query_exponentials_.take(query_.addresses(), count);
-    }
     load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
-    std::fill(v_ + size_, v_ + query_exponentials_.stride(), acc(0));
-    v_is_moderate_ = std::all_of(v_, v_ + size_, [](acc v) { return std::abs(v) < acc(1e6); });
+    if (has_scores_) {
+      invert_v();
+    }
+    std::fill(v_ + size_, v_ + Exponentials<acc>::shared_size(size_), acc(0));
+    if (has_scores_ && may_factor_) {
+      query_over_v_.take(query_.addresses(), count, [&](const Vec<acc>& exponentials, int64_t a) {
+        return exponentials * Vec<acc>::loadu(inverse_v_ + a);
+      });
+      query_range_ = query_over_v_.range();
+    }
   }
 
   void load_keys(int64_t b, const Tile& tile, const Rows<acc>&) {
     if (key_exponentials_.is_prepared()) {
       key_exponentials_.find(b, tile);
-      if (may_share(1)) {  // nobody looks at the keys themselves
+      if (may_share(2)) {  // nobody looks at the keys themselves
         return;
       }
     }
     keys_.load(b, tile);
     if (may_factor_ && !key_exponentials_.is_prepared()) {
-      key_exponentials_.take(keys_.addresses(), tile.count);
+      key_exponentials_.take(keys_.addresses(), tile.count, kUnscaled);
     }
   }
 
@@ -213,7 +246,7 @@ class AdditiveScore {
       acc* row = static_cast<acc*>(p.prepared) + i * stride;
       load_row(row, p.dtype, p.keys, i / p.steps, i % p.steps, p.key_size);
       Vec<acc> magnitudes(0);
-      take_exponentials(row, row, p.key_size, stride, magnitudes);
+      take_exponentials(row, row, p.key_size, stride, magnitudes, kUnscaled);
       row[stride - kPreparedLine] = largest(magnitudes);
     }
   }
@@ -223,8 +256,6 @@ class AdditiveScore {
       factored_scores<4>(out, out_stride, first, count, steps);
     } else if (may_share(2)) {
       factored_scores<2>(out, out_stride, first, count, steps);
-    } else if (may_share(1)) {
-      factored_scores<1>(out, out_stride, first, count, steps);
     } else if (v_is_moderate_) {
       direct_scores<4>(out, out_stride, first, count, steps);
     } else {
@@ -233,11 +264,14 @@ class AdditiveScore {
   }
 
  protected:
-  // Whether so many features may share a reciprocal of factored exponentials, one of them being no sharing. Numerators that share
-  // take factors on: v must leave them room.
+  // Whether exponentials may be factored at all.
+  bool may_factor() const {
+    return may_factor_ && range() <= range_of<acc>(1);
+  }
+
+  // Whether so many features may share a reciprocal: the x lie between exp(-kCentre) and 2 exp(range + spread - kCentre).
   bool may_share(int features) const {
-    const acc range = query_exponentials_.range() + key_exponentials_.range();
-    return may_factor_ && range <= range_of<acc>(features) && (features == 1 || v_is_moderate_);
+    return may_factor_ && range() + spread_ <= range_of<acc>(features) + kCentre;
   }
 
   int64_t size_;
@@ -245,20 +279,52 @@ class AdditiveScore {
   bool may_factor_;
   Rows<acc> query_;
   Rows<acc> keys_;
-  Exponentials<acc> query_exponentials_;
   Exponentials<acc> key_exponentials_;
-  acc* v_;  // ends in zeros, as the exponentials in ones
+  acc query_range_ = 0;  // the largest |2q|
+  acc* v_;               // ends in zeros, as the exponentials in ones
   bool v_is_moderate_ = true;
   const Problem& problem_;
 
  private:
+  // As far below 1 as the product of kMostShared may get: it leaves them twice the range.
+  static constexpr acc kCentre = kRange<acc> / kMostShared;
+
+  acc range() const {
+    return query_range_ + key_exponentials_.range();
+  }
+
+  // unit / v, of a unit that is exp(-kCentre) of the largest |v|; ends in ones.
+  void invert_v() {
+    constexpr int64_t lanes = Vec<acc>::size();
+    const int64_t end = whole_vectors<acc>(size_);
+    std::fill(v_ + size_, v_ + end, size_ > 0 ? v_[0] : acc(0));
+    Vec<acc> largest_v(0), smallest_v(std::numeric_limits<acc>::max());
+    for (int64_t a = 0; a < end; a += lanes) {
+      const auto magnitude = Vec<acc>::loadu(v_ + a).abs();
+      largest_v = at::vec::maximum(largest_v, magnitude);
+      smallest_v = at::vec::minimum(smallest_v, magnitude);
+    }
+    const acc most = largest(largest_v), least = smallest(smallest_v);
+    v_is_moderate_ = most < acc(1e6);
+    const acc floor = kLeastV<acc> * (most > 0 ? most : acc(1));
+    unit_ = (most > 0 ? most : acc(1)) * std::exp(-kCentre);
+    // What is not finite, or next to nothing, has no inverse.
+    const bool has_inverse = most < std::numeric_limits<acc>::max() && std::min(floor, unit_) >= std::numeric_limits<acc>::min();
+    spread_ = has_inverse ? std::log(most > floor ? most / std::max(least, floor) : 1 / kLeastV<acc>) : 2 * kRange<acc>;
+    for (int64_t a = 0; a < end; a += lanes) {
+      const auto v = Vec<acc>::loadu(v_ + a);
+      (Vec<acc>(unit_) / Vec<acc>::blendv(v, Vec<acc>(floor), v.abs() < Vec<acc>(floor))).store(inverse_v_ + a);
+    }
+    std::fill(inverse_v_ + size_, inverse_v_ + Exponentials<acc>::shared_size(size_), acc(1));
+  }
+
   template <int shared>
   void factored_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
-    const int64_t stride = query_exponentials_.stride();
+    constexpr int64_t lanes = Vec<acc>::size();
     const int64_t end = Exponentials<acc>::shared_size(size_);
     for_blocks<kRows>(count, [&](auto rows, int64_t t0) {
       for_blocks<kColumns>(steps, [&](auto columns, int64_t j0) {
-        const acc* q = query_exponentials_.addresses()[first + t0];
+        const acc* const* q = query_over_v_.addresses() + first + t0;
         const acc* k[columns.value];
         std::copy_n(key_exponentials_.addresses() + j0, columns.value, k);
         Vec<acc> sums[rows.value][columns.value];
@@ -267,25 +333,32 @@ class AdditiveScore {
             sums[i][j] = Vec<acc>(0);
           }
         }
-        for (int64_t a = 0; a < end; a += shared * Vec<acc>::size()) {
+        for (int64_t a = 0; a < end; a += shared * lanes) {
+          Vec<acc> inverse_v[shared];
+#pragma GCC unroll 4
+          for (int n = 0; n < shared; ++n) {
+            inverse_v[n] = Vec<acc>::loadu(inverse_v_ + a + n * lanes);
+          }
 #pragma GCC unroll 8
           for (int i = 0; i < rows.value; ++i) {
+            Vec<acc> query[shared];
+#pragma GCC unroll 4
+            for (int n = 0; n < shared; ++n) {
+              query[n] = Vec<acc>::loadu(q[i] + a + n * lanes);
+            }
 #pragma GCC unroll 8
             for (int j = 0; j < columns.value; ++j) {
-              Vec<acc> numerators[shared], denominators[shared];
+              Vec<acc> x[shared];
 #pragma GCC unroll 4
               for (int n = 0; n < shared; ++n) {
-                const int64_t at = a + n * Vec<acc>::size();
-                const auto query = Vec<acc>::loadu(q + i * stride + at);
-                numerators[n] = Vec<acc>::loadu(v_ + at);
-                denominators[n] = at::vec::fmadd(query, Vec<acc>::loadu(k[j] + at), Vec<acc>(1));
+                x[n] = at::vec::fmadd(query[n], Vec<acc>::loadu(k[j] + a + n * lanes), inverse_v[n]);
               }
-              share_denominator<shared, acc>(numerators, denominators);
-              sums[i][j] = add_quotient<acc>(sums[i][j], numerators[0], denominators[0]);
+              const auto numerator = share_denominator<shared, acc>(x);
+              sums[i][j] = add_quotient<acc>(sums[i][j], numerator, x[0]);
             }
           }
         }
-        store_sums<rows.value, columns.value>(out + t0 * out_stride + j0, out_stride, sums, -2 * scale_);
+        store_sums<rows.value, columns.value>(out + t0 * out_stride + j0, out_stride, sums, -2 * scale_ * unit_);
       });
     });
   }
@@ -322,6 +395,12 @@ class AdditiveScore {
       }
     }
   }
+
+  bool has_scores_;  // scores() may be asked for
+  acc* inverse_v_;   // times unit_; ends in ones
+  Exponentials<acc> query_over_v_;
+  acc unit_ = 1;
+  acc spread_ = 0;  // of log |v|
 };
 
 template <class acc>
@@ -330,14 +409,21 @@ class AdditiveGradient : public AdditiveScore<acc> {
   static constexpr bool kPads = true;
 
   AdditiveGradient(const Backward& f, Arena& arena)
-      : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena),
+      : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena, !f.weights.data && !f.score_gradients.data),
         f_(f),
         stride_(padded<acc>(f.problem.key_size)),
+        half_exponentials_(arena, this->may_factor_ ? f.plan.chunk : 0, f.problem.key_size),
         grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, kPads),
         grad_v_(arena.take<acc>(stride_)) {}
 
   void begin(const Item& item, acc* grad_query) {
     this->load_queries(item.batch, item.first_query, item.queries);
+    if (this->may_factor_) {
+      half_exponentials_.take(this->query_.addresses(), item.queries, [](const Vec<acc>& exponentials, int64_t) {
+        return exponentials * Vec<acc>(0.5);
+      });
+      this->query_range_ = half_exponentials_.range();
+    }
     grad_keys_.begin_item(item);
     std::fill_n(grad_query, item.queries * stride_, acc(0));
     std::fill_n(grad_v_, stride_, acc(0));
@@ -357,7 +443,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
 
   void add(
       const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t, acc*) {
-    if (!this->may_share(1)) {
+    if (!this->may_factor()) {
       add_direct(grad_scores, scores_stride, first, count, steps, grad_query);
     } else if (only_queries()) {
       add_to_queries(grad_scores, scores_stride, first, count, steps, grad_query);
@@ -386,7 +472,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
     }
     if (f_.grad_v != nullptr) {
       acc* out = static_cast<acc*>(f_.grad_v) + index * this->size_;
-      scale_row(out, grad_v_, this->size_, acc(-2));
+      scale_row(out, grad_v_, this->size_, acc(-1));
     }
   }
 
@@ -401,19 +487,20 @@ class AdditiveGradient : public AdditiveScore<acc> {
 
   void times_v(acc* row) const {
     for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
-      (Vec<acc>::loadu(row + a) * Vec<acc>::loadu(this->v_ + a) * Vec<acc>(4)).store(row + a);
+      (Vec<acc>::loadu(row + a) * Vec<acc>::loadu(this->v_ + a)).store(row + a);
     }
   }
 
   // The queries' gradients alone: rows of keys are read from left to right, several vectors of them abreast.
   void add_to_queries(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
-    const int64_t stride = this->query_exponentials_.stride();
+    const int64_t stride = half_exponentials_.stride();
     constexpr int64_t lanes = Vec<acc>::size();
     constexpr int most = kAccumulators / 3;
+    const Vec<acc> half(0.5);
     for_blocks<most>(count, [&](auto rows, int64_t t0) {
       for_blocks<most / rows.value>((this->size_ + lanes - 1) / lanes, [&](auto width, int64_t vector) {
         const int64_t a = vector * lanes;
-        const acc* query = this->query_exponentials_.addresses()[first + t0] + a;
+        const acc* query = half_exponentials_.addresses()[first + t0] + a;
         acc* grad_query_rows = grad_query + (first + t0) * stride_ + a;
         const acc* scores = grad_scores + t0 * scores_stride;
         Vec<acc> q[rows.value][width.value];
@@ -433,8 +520,8 @@ class AdditiveGradient : public AdditiveScore<acc> {
             const Vec<acc> grad_score(scores[i * scores_stride + j]);
 #pragma GCC unroll 8
             for (int w = 0; w < width.value; ++w) {
-              const auto h = centred_reciprocal<acc>(at::vec::fmadd(q[i][w], Vec<acc>::loadu(key + w * lanes), Vec<acc>(1)));
-              grad_q[i][w] = at::vec::fmadd(grad_score, at::vec::fnmadd(h, h, Vec<acc>(0.25)), grad_q[i][w]);
+              const auto h = negative_tanh<acc>(at::vec::fmadd(q[i][w], Vec<acc>::loadu(key + w * lanes), half));
+              grad_q[i][w] = at::vec::fmadd(grad_score, at::vec::fnmadd(h, h, Vec<acc>(1)), grad_q[i][w]);
             }
           }
         }
@@ -454,7 +541,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
   template <bool to_queries>
   void add_factored(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
     constexpr int64_t lanes = Vec<acc>::size();
-    const int64_t stride = this->query_exponentials_.stride();
+    const int64_t stride = half_exponentials_.stride();
     const acc* const* keys = this->key_exponentials_.addresses();
     alignas(64) acc keys_column[kShortTile * lanes];
     alignas(64) acc grad_keys_column[kShortTile * lanes];
@@ -466,7 +553,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
       }
       // Two registers a query, and half a dozen.
       for_even_blocks<kAccumulators / 3>(count, [&](auto rows, int64_t t0) {
-        const acc* query = this->query_exponentials_.addresses()[first + t0] + a;
+        const acc* query = half_exponentials_.addresses()[first + t0] + a;
         acc* to = grad_query + (first + t0) * stride_ + a;
         const acc* scores = grad_scores + t0 * scores_stride;
         add_column<to_queries, rows.value>(
@@ -493,6 +580,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
       int64_t scores_stride,
       int64_t steps) {
     constexpr int64_t lanes = Vec<acc>::size();
+    const Vec<acc> half(0.5);
     Vec<acc> q[rows];
     Vec<acc> grad_q[rows];
 #pragma GCC unroll 8
@@ -507,13 +595,14 @@ class AdditiveGradient : public AdditiveScore<acc> {
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
         const Vec<acc> grad_score(scores[i * scores_stride + j]);
-        const auto h = centred_reciprocal<acc>(at::vec::fmadd(q[i], k, Vec<acc>(1)));
-        const auto y = at::vec::fnmadd(h, h, Vec<acc>(0.25));
+        const auto h = negative_tanh<acc>(at::vec::fmadd(q[i], k, half));
+        const auto u = grad_score * h;
+        const auto y = at::vec::fnmadd(u, h, grad_score);
         if constexpr (to_queries) {
-          grad_q[i] = at::vec::fmadd(grad_score, y, grad_q[i]);
+          grad_q[i] = grad_q[i] + y;
         }
-        grad_k = at::vec::fmadd(grad_score, y, grad_k);
-        grad_v = at::vec::fmadd(grad_score, h, grad_v);
+        grad_k = grad_k + y;
+        grad_v = grad_v + u;
       }
       grad_k.store(grad_keys + j * lanes);
     }
@@ -535,9 +624,9 @@ class AdditiveGradient : public AdditiveScore<acc> {
         const Vec<acc> grad_score(grad_scores[t * scores_stride + j]);
         for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
           const int64_t filled = std::min<int64_t>(Vec<acc>::size(), this->size_ - a);
-          const auto h = centred_reciprocal<acc>(
-              direct_denominator<acc>(Vec<acc>::loadu(query + a, filled), Vec<acc>::loadu(key + a, filled), kRange<acc>));
-          const auto grad = grad_score * at::vec::fnmadd(h, h, Vec<acc>(0.25));
+          const auto x = direct_denominator<acc>(Vec<acc>::loadu(query + a, filled), Vec<acc>::loadu(key + a, filled), kRange<acc>);
+          const auto h = negative_tanh<acc>(x * Vec<acc>(0.5));
+          const auto grad = grad_score * at::vec::fnmadd(h, h, Vec<acc>(1));
           (Vec<acc>::loadu(grad_q + a) + grad).store(grad_q + a);
           if (!only_queries()) {
             (Vec<acc>::loadu(grad_k + a) + grad).store(grad_k + a);
@@ -549,9 +638,10 @@ class AdditiveGradient : public AdditiveScore<acc> {
   }
 
   const Backward& f_;
-  int64_t stride_;               // of the gradients in scratch
-  TileGradient<acc> grad_keys_;  // not yet times 4v
-  acc* grad_v_;                  // not yet times -2
+  int64_t stride_;                       // of the gradients in scratch
+  Exponentials<acc> half_exponentials_;  // exp(2q) / 2
+  TileGradient<acc> grad_keys_;          // not yet times v
+  acc* grad_v_;                          // not yet times -1
 };
 
 }  // namespace

@@ -185,9 +185,9 @@ void multiply(
     }
     return;
   }
-  // A few rows of b stay in the first-level cache whole: then a result that does not fit the next is written row by row.
-  constexpr int64_t few = 8, large = 1 << 16, block = tallest(kWidest);
-  if (depth <= few && height * size >= large && height > block) {
+  // A few rows of b stay in the first-level cache whole: then the result is written row by row.
+  constexpr int64_t few = 8, block = tallest(kWidest);
+  if (depth <= few && height > block) {
     for (int64_t i = 0; i < height; i += block) {
       multiply(out.at(i, 0), std::min(block, height - i), {c.data + i * c.row, c.row, c.column}, b, depth, size);
     }

@@ -36,6 +36,12 @@ constexpr int64_t whole_vectors(int64_t count) {
   return (count + lanes - 1) / lanes * lanes;
 }
 
+// exp(x) to 1 ulp where it is a normal number, anything elsewhere.
+template <class acc>
+inline Vec<acc> exponential_in_range(const Vec<acc>& x) {
+  return x.exp();
+}
+
 // exp(x) to 1 ulp for x from -87 on. Less gives the smallest normal or, from PyTorch's, a subnormal, which costs a microcode
 // assist; too much saturates where there is no scalef.
 template <class acc>
@@ -46,18 +52,15 @@ inline Vec<acc> exponential(const Vec<acc>& x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 // PyTorch's is a call for every vector, which empties all registers around it. Cephes' polynomial, Cody and Waite's reduction.
 template <>
-inline Vec<float> exponential(const Vec<float>& x) {
+inline Vec<float> exponential_in_range(const Vec<float>& x) {
   using at::vec::fmadd;
   using at::vec::fnmadd;
 #if defined(CPU_CAPABILITY_AVX512)
-  // The operand order keeps a NaN.
-  const Vec<float> clamped = _mm512_min_ps(_mm512_set1_ps(89), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
-  const Vec<float> n = _mm512_roundscale_ps(clamped * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> n = _mm512_roundscale_ps(x * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const Vec<float> clamped = _mm256_min_ps(_mm256_set1_ps(88.3f), _mm256_max_ps(_mm256_set1_ps(-87.3f), x));
-  const Vec<float> n = _mm256_round_ps(clamped * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> n = _mm256_round_ps(x * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
-  const Vec<float> r = fnmadd(n, Vec<float>(-2.12194440e-4f), fnmadd(n, Vec<float>(0.693359375f), clamped));
+  const Vec<float> r = fnmadd(n, Vec<float>(-2.12194440e-4f), fnmadd(n, Vec<float>(0.693359375f), x));
   Vec<float> p(1.9875691500e-4f);
   for (const float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
     p = fmadd(p, r, Vec<float>(coefficient));
@@ -70,11 +73,26 @@ inline Vec<float> exponential(const Vec<float>& x) {
   return p * Vec<float>(_mm256_castsi256_ps(exponent));
 #endif
 }
+
+// The operand order keeps a NaN.
+template <>
+inline Vec<float> exponential(const Vec<float>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return exponential_in_range(Vec<float>(_mm512_min_ps(_mm512_set1_ps(89), _mm512_max_ps(_mm512_set1_ps(-87.3f), x))));
+#else
+  return exponential_in_range(Vec<float>(_mm256_min_ps(_mm256_set1_ps(88.3f), _mm256_max_ps(_mm256_set1_ps(-87.3f), x))));
+#endif
+}
 #endif
 
 template <class acc>
 acc largest(const Vec<acc>& x) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); }, x);
+}
+
+template <class acc>
+acc smallest(const Vec<acc>& x) {
+  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::minimum(a, b); }, x);
 }
 
 template <class acc>
