@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 
 import torch
@@ -21,27 +21,31 @@ from benchmarks.timing import Ratio
 
 @dataclass(frozen=True)
 class Row:
-    """Median seconds by implementation, the fused op's first."""
+    """Median seconds by implementation, the fused op's first, and how many times as long each peer takes."""
 
     method: str
     shape: Shape
     direction: str
     seconds: dict[str, float]
+    ratios: dict[str, Ratio]
 
-    def ratio(self, peer: str) -> float:
-        """How many times as long the peer takes."""
-        return self.seconds[peer] / self.seconds[FUSED.name]
+    @classmethod
+    def of(cls, method: str, shape: Shape, direction: str, rounds: dict[str, list[float]]) -> Row:
+        """Of seconds by implementation, round by round."""
+        medians = {name: statistics.median(times) for name, times in rounds.items()}
+        fused = rounds[FUSED.name]
+        ratios = {name: Ratio.of(times, fused) for name, times in rounds.items() if name != FUSED.name}
+        return cls(method, shape, direction, medians, ratios)
 
     def extra_info(self) -> dict[str, object]:
         """What pytest-benchmark's JSON keeps beside the fused op's own timing."""
-        peers = [name for name in self.seconds if name != FUSED.name]
         return {
             "method": self.method,
             "use": self.shape.use,
             "B,T,S,H": self.shape.sizes,
             "direction": self.direction,
             "median_seconds": self.seconds,
-            "ratio": {peer: self.ratio(peer) for peer in peers},
+            "ratio": {peer: asdict(ratio) for peer, ratio in self.ratios.items()},
         }
 
 
@@ -110,7 +114,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
     """The settings, a table of all rows, and each method's ratios in one line."""
     yield from header()
     yield "numbers   float32, with weights; medians of interleaved rounds; ratio: the peer's time over the fused op's"
-    peers = [name for name in rows[0].seconds if name != FUSED.name]
+    peers = list(rows[0].ratios)
     yield ""
     yield f"{'method':<9}{'use':<24}{'(B,T,S,H)':<18}{'direction':<18}{FUSED.name:>12}" + "".join(
         f"{peer:>12}{'ratio':>8}" for peer in peers
@@ -120,7 +124,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         for row in of_method:
             yield (
                 f"{method:<9}{row.shape.use:<24}{_sizes(row.shape):<18}{row.direction:<18}{_time(row.seconds[FUSED.name])}"
-                + "".join(f"{_time(row.seconds[peer])}{row.ratio(peer):>7.2f}x" for peer in peers)
+                + "".join(f"{_time(row.seconds[peer])}{row.ratios[peer].value:>7.2f}x" for peer in peers)
             )
     yield ""
     for method, of_method in groupby(rows, key=lambda row: row.method):
@@ -130,10 +134,10 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _summary(rows: list[Row], peers: Sequence[str]) -> str:
-    weakest = {peer: min(rows, key=lambda row, peer=peer: row.ratio(peer)) for peer in peers}
+    weakest = {peer: min(rows, key=lambda row, peer=peer: row.ratios[peer].value) for peer in peers}
     return "; ".join(
-        f"{statistics.geometric_mean(row.ratio(peer) for row in rows):.2f}x the speed of the {peer} (geometric mean), "
-        f"least {weakest[peer].ratio(peer):.2f}x: {weakest[peer].shape.use}"
+        f"{statistics.geometric_mean(row.ratios[peer].value for row in rows):.2f}x the speed of the {peer} (geometric "
+        f"mean), least {weakest[peer].ratios[peer].value:.2f}x: {weakest[peer].shape.use}"
         for peer in peers
     )
 

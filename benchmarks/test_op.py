@@ -23,8 +23,8 @@ def test_op(
     calls = {i.name: Call(i, problem, direction) for i in (FUSED, *PEERS)}
     for call in calls.values():
         check(call, calls[REFERENCE.name])
-    seconds = race(benchmark, calls[FUSED.name], [calls[peer.name] for peer in PEERS])
-    if seconds:
-        row = Row(method, shape, direction, seconds)
+    rounds = race(benchmark, calls[FUSED.name], [calls[peer.name] for peer in PEERS])
+    if rounds:
+        row = Row.of(method, shape, direction, rounds)
         benchmark.extra_info |= row.extra_info()
         record(row)

@@ -124,8 +124,8 @@ class Ratio:
         return cls(value, low, high)
 
 
-def race(benchmark: BenchmarkFixture, call: Timed, peers: Sequence[Timed]) -> dict[str, float]:
-    """Median seconds by name. Each recorded round of `call` follows one round of every peer."""
+def race(benchmark: BenchmarkFixture, call: Timed, peers: Sequence[Timed]) -> dict[str, list[float]]:
+    """Seconds by name, round by round. Each recorded round of `call` follows one round of every peer."""
     seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
 
     def peers_round() -> None:
@@ -141,8 +141,7 @@ def race(benchmark: BenchmarkFixture, call: Timed, peers: Sequence[Timed]) -> di
         benchmark.pedantic(call, setup=peers_round, rounds=rounds, warmup_rounds=1)
     if benchmark.stats is None:  # --benchmark-disable: one round, for whoever wants to see it run
         return {}
-    measured = {name: statistics.median(times[-rounds:]) for name, times in seconds.items()}
-    return {call.name: benchmark.stats.stats.median} | measured
+    return {call.name: list(benchmark.stats.stats.data)} | {name: times[-rounds:] for name, times in seconds.items()}
 
 
 @contextmanager

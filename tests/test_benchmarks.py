@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import grid, limits, report, targets
+from benchmarks import compare, grid, limits, report, targets
 from benchmarks.implementations import EAGER, FUSED, OPS, REFERENCE, Call, Problem
 from benchmarks.shapes import GRID, GRID_COMPILED, GRID_SAMPLE, Shape, unnamed
 from benchmarks.timing import Ratio, Schedule, WrongResultError, check, interleave, sample
@@ -170,3 +170,45 @@ def test_a_slow_peer_is_timed_once() -> None:
     assert [len(times) for times in interleave(calls, INSTANT).values()] == [2, 2]
     assert [len(times) for times in interleave(calls, replace(INSTANT, too_slow=0.0)).values()] == [2, 1]
     assert [len(times) for times in interleave(calls[:1], replace(INSTANT, too_slow=0.0)).values()] == [1]
+
+
+def run_of(commit: str, **ratios: Ratio) -> dict[str, Any]:
+    """A report of speed-ups over peers, as pytest-benchmark writes it."""
+    info = {"method": "dot", "use": "speech", "B,T,S,H": [4, 40, 400, 256], "direction": "forward"}
+    ratio = {peer: asdict(value) for peer, value in ratios.items()}
+    machine = {"attn_ext": {"machine": "one", "commit": commit}}
+    return {"machine_info": machine, "benchmarks": [{"extra_info": info | {"ratio": ratio}}]}
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict"),
+    [
+        (Ratio(2.0, 1.9, 2.1), "same"),
+        (Ratio(2.2, 2.1, 2.3), "same"),  # beyond the quartiles, within the tolerance
+        (Ratio(2.8, 2.7, 2.9), "faster"),
+        (Ratio(2.8, 1.9, 3.7), "same"),  # a wide spread
+        (Ratio(1.4, 1.35, 1.45), "slower"),
+        (Ratio(1.4, 1.4, 1.4), "timed once"),
+    ],
+    ids=str,
+)
+def test_a_comparison_respects_the_spread(new: Ratio, verdict: str) -> None:
+    (change,) = compare.changes(run_of("a", eager=Ratio(2.0, 1.9, 2.1)), run_of("b", eager=new))
+    assert change.verdict(compare.TOLERANCE) == verdict
+    mirrored = compare.Change("size", change.new, change.old, at_most=True)
+    assert mirrored.verdict(compare.TOLERANCE) == verdict
+
+
+def test_a_comparison_as_a_program(results: Path, tmp_path: Path) -> None:
+    for name, value in {"old": Ratio(2.0, 1.9, 2.1), "new": Ratio(1.4, 1.35, 1.45)}.items():
+        (tmp_path / name).write_text(json.dumps(run_of(name, eager=value, compiled=Ratio(3.0, 2.9, 3.1))))
+    process = python("-m", "benchmarks.compare", tmp_path / "old", tmp_path / "new", cwd=ROOT)
+    assert process.returncode == 1, process.stderr
+    assert "commit    old  ->  new" in process.stdout
+    assert "dot (4, 40, 400, 256) speech, forward against eager" in process.stdout
+    assert "1 slower, 0 faster, 1 same, 0 timed once" in process.stdout
+    assert python("-m", "benchmarks.compare", results, results, cwd=ROOT).returncode == 0
+    mixed = python("-m", "benchmarks.compare", results, tmp_path / "new", cwd=ROOT)
+    assert "cannot be compared: they have no row in common" in mixed.stderr
+    (tmp_path / "broken").write_text("{")
+    assert "cannot be read" in python("-m", "benchmarks.compare", results, tmp_path / "broken", cwd=ROOT).stderr
