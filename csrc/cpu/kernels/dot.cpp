@@ -107,6 +107,7 @@ class DotGradient : public DotScore<element> {
 
 const Kernels& dot_kernels(Dtype dtype, [[maybe_unused]] int64_t queries) {
 #if defined(__AVX512BF16__)
+  // Fewer are bound by memory.
   if (dtype == Dtype::BFloat16 && queries >= kPanelRows) {
     return kKernels<DotScore<Pair>, DotGradient<Pair>>;
   }

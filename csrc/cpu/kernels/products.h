@@ -6,6 +6,8 @@
 // multiply broadcasts its coefficients, so that no sum crosses a vector, and nears the multiply-add peak as its products get
 // deeper and find their rows of b next to each other: for many rows of the result, blocks of b are copied so. Dot products of many
 // rows go its way too, over b transposed block by block; those of a few rows, whose transposition would not pay, sum along vectors.
+// Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
+// pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two.
 // docs/performance.md says what was measured.
 #pragma once
 

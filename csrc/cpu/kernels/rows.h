@@ -104,9 +104,16 @@ void load_row(acc* to, Dtype dtype, const View& view, int64_t b, int64_t row, in
 // The same as pairs; the last is filled up with 0.
 inline void load_row(Pair* to, Dtype, const View& view, int64_t b, int64_t row, int64_t size) {
   const auto* from = static_cast<const c10::BFloat16*>(view.data) + b * view.batch + row * view.row;
-  const auto number = [&](int64_t i) { return i < size ? from[i * view.element] : c10::BFloat16(0); };
-  for (int64_t i = 0; i < size; i += 2) {
-    to[i / 2] = {number(i), number(i + 1)};
+  const int64_t whole = size / 2;
+  if (view.element == 1) {
+    std::memcpy(to, from, whole * sizeof(Pair));
+  } else {
+    for (int64_t i = 0; i < whole; ++i) {
+      to[i] = {from[2 * i * view.element], from[(2 * i + 1) * view.element]};
+    }
+  }
+  if (size % 2 != 0) {
+    to[whole] = {from[(size - 1) * view.element], 0};
   }
 }
 
