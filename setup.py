@@ -22,11 +22,13 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
-# The kernels' compilations: PyTorch's own names for CPU capabilities, and the flags it compiles them with.
+# The kernels' compilations. PyTorch's own names for CPU capabilities, and the flags it compiles them with, and
+# one beyond them, for which its headers are AVX512's.
 CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
+    CPU_CAPABILITIES["AVX512_BF16"] = [*CPU_CAPABILITIES["AVX512"], "-DCPU_CAPABILITY_AVX512", "-mavx512bf16"]
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp"]
 # Warnings are for our own code: PyTorch's headers become system headers, and GCC 12 sees uninitialised values in its

@@ -32,6 +32,7 @@ FLAGS_OF_CAPABILITY = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
 }
+FLAGS_OF_CAPABILITY["avx512_bf16"] = (*FLAGS_OF_CAPABILITY["avx512"], "-DCPU_CAPABILITY_AVX512", "-mavx512bf16")
 
 BUFFER = 1 << 29  # bytes: many last-level caches
 WINDOW = 1 << 26  # bytes a probe goes through in one call: the next ones of the buffer, so that none is in a cache
@@ -68,7 +69,7 @@ def probe(name: str, capability: str | None = None) -> Probe:
 
 
 def running_capability() -> str:
-    """ "default", "avx2" or "avx512": the instruction set of the fused kernels that run."""
+    """ "default", "avx2", "avx512" or "avx512_bf16": the instruction set of the fused kernels that run."""
     if problem := backend.unavailable():
         raise RuntimeError(f"there is nothing to find the limits of: {problem}")
     return torch.ops.attn_ext.cpu_capability()

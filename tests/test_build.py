@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -30,6 +32,8 @@ def test_build_facts() -> None:
 def test_kernels_obey_the_machine_and_the_environment() -> None:
     """PyTorch's own reading of the CPU and of ATEN_CPU_CAPABILITY decides which kernels run."""
     wanted = KERNELS.get(torch.backends.cpu.get_cpu_capability(), "default")
+    if wanted == "avx512" and "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._is_avx512_bf16_supported():
+        wanted = "avx512_bf16"
     assert torch.ops.attn_ext.cpu_capability() == wanted
     assert wanted.upper() in backend.build_facts()["cpu_capabilities"].split(", ")
 

@@ -176,9 +176,9 @@ void run_items(
   });
 }
 
-const Kernels& kernels_for(const Inputs& inputs) {
-  const auto of_dtype = inputs.keys == nullptr ? capability().dot : capability().additive;
-  return of_dtype(dtype_of(inputs.query));
+const Kernels& kernels_for(const Inputs& inputs, const Plan& plan) {
+  const auto kernels = inputs.keys == nullptr ? capability().dot : capability().additive;
+  return kernels(dtype_of(inputs.query), plan.chunk);
 }
 
 // What a profiler shows: which op ran, and the compilation of its kernel.
@@ -211,7 +211,7 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
     call.grad_v = data_of(grad_v);
   }
   if (items > 0) {
-    const Kernels& kernels = kernels_for(inputs);
+    const Kernels& kernels = kernels_for(inputs, call.plan);
     const int64_t merges = call.plan.splits * call.plan.chunks > 1 ? items : 0;
     run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
   }
@@ -248,7 +248,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   for (const Tensor* output : {&outputs.context, &outputs.weights, &outputs.exact_context, &outputs.exact_weights, &unrounded}) {
     use_huge_pages(*output);
   }
-  const Kernels& kernels = kernels_for(inputs);
+  const Kernels& kernels = kernels_for(inputs, call.plan);
   const int64_t merges = call.plan.splits > 1 ? call.plan.groups(call.problem) : 0;
   run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge, merges);
 }
@@ -279,7 +279,7 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
     return;
   }
   use_huge_pages(prepared);
-  const Kernels& kernels = capability().additive(call.dtype);
+  const Kernels& kernels = capability().additive(call.dtype, 1);
   const int64_t grain = std::max<int64_t>(kGrain / (kTanhCost * std::max<int64_t>(call.key_size, 1)), 1);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels.prepare(call, begin, end); });
 }

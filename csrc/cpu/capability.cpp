@@ -2,40 +2,62 @@
 
 #include <ATen/Version.h>
 
+#include <cstdlib>
 #include <string>
 
 namespace attn_ext::cpu {
 
 // setup.py compiles kernels/ once for each of these.
 namespace DEFAULT {
-const Kernels& dot_kernels(Dtype);
-const Kernels& additive_kernels(Dtype);
+const Kernels& dot_kernels(Dtype, int64_t);
+const Kernels& additive_kernels(Dtype, int64_t);
 }  // namespace DEFAULT
 
 #if defined(__x86_64__)
 namespace AVX2 {
-const Kernels& dot_kernels(Dtype);
-const Kernels& additive_kernels(Dtype);
+const Kernels& dot_kernels(Dtype, int64_t);
+const Kernels& additive_kernels(Dtype, int64_t);
 }  // namespace AVX2
 
 namespace AVX512 {
-const Kernels& dot_kernels(Dtype);
-const Kernels& additive_kernels(Dtype);
+const Kernels& dot_kernels(Dtype, int64_t);
+const Kernels& additive_kernels(Dtype, int64_t);
 }  // namespace AVX512
+
+namespace AVX512_BF16 {
+const Kernels& dot_kernels(Dtype, int64_t);
+const Kernels& additive_kernels(Dtype, int64_t);
+}  // namespace AVX512_BF16
 #endif
+
+namespace {
+
+bool always() {
+  return true;
+}
+
+#if defined(__x86_64__)
+// Whoever asks for AVX512 by name gets no more than that.
+bool unasked_bfloat16() {
+  return std::getenv("ATEN_CPU_CAPABILITY") == nullptr && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+}  // namespace
 
 const Capability& capability() {
   static constexpr Capability compiled[] = {
-      {"default", "DEFAULT", DEFAULT::dot_kernels, DEFAULT::additive_kernels},
+      {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels},
 #if defined(__x86_64__)
-      {"avx2", "AVX2", AVX2::dot_kernels, AVX2::additive_kernels},
-      {"avx512", "AVX512", AVX512::dot_kernels, AVX512::additive_kernels},
+      {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels},
+      {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels},
+      {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels},
 #endif
   };
   static const Capability& chosen = []() -> const Capability& {
     const std::string wanted = at::get_cpu_capability();
     for (const Capability& candidate : compiled) {
-      if (wanted == candidate.torch_name) {
+      if (wanted == candidate.torch_name && candidate.runs()) {
         return candidate;
       }
     }

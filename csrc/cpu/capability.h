@@ -8,11 +8,12 @@ namespace attn_ext::cpu {
 struct Capability {
   const char* name;
   const char* torch_name;
-  const Kernels& (*dot)(Dtype);
-  const Kernels& (*additive)(Dtype);
+  bool (*runs)();                                 // where PyTorch's capability is `torch_name`
+  const Kernels& (*dot)(Dtype, int64_t queries);  // for so many of them at a time
+  const Kernels& (*additive)(Dtype, int64_t queries);
 };
 
-// PyTorch's own choice, so that ATEN_CPU_CAPABILITY is obeyed. Made once.
+// PyTorch's own choice, so that ATEN_CPU_CAPABILITY is obeyed, and what the processor has beyond it. Made once.
 const Capability& capability();
 
 }  // namespace attn_ext::cpu

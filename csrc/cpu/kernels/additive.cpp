@@ -197,6 +197,7 @@ template <class acc_>
 class AdditiveScore {
  public:
   using acc = acc_;
+  using element = acc;
 
   AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, bool has_scores = true)
       : size_(problem.key_size),
@@ -646,7 +647,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
 
 }  // namespace
 
-const Kernels& additive_kernels(Dtype dtype) {
+const Kernels& additive_kernels(Dtype dtype, int64_t) {
   return kernels_of<AdditiveScore, AdditiveGradient>(dtype);
 }
 

@@ -91,7 +91,8 @@ struct StepsRow {
 // Score is DotScore or AdditiveScore: what the queries are scored against, tile by tile.
 template <class Score>
 struct AttentionForward {
-  using acc = typename Score::acc;
+  using element = typename Score::element;  // of the memory's rows in the products
+  using acc = typename Factors<element>::acc;
 
   // One item's scratch. Until merge() it holds the result of one of several splits.
   struct Slot {
@@ -108,7 +109,7 @@ struct AttentionForward {
           tile_end(arena.take<int64_t>(tiles)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * f.plan.tile)),
-          panel(take_panel<acc>(arena, f.plan.chunk)),
+          panel(take_panel<element>(arena, f.plan.chunk)),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
@@ -124,8 +125,8 @@ struct AttentionForward {
     int64_t* tile_end;  // [tiles] the step behind each tile's last
     int64_t* used;      // so many of the tiles have steps
     acc* tile_scores;   // [chunk][tile]
-    acc* panel;
-    Rows<acc> memory;
+    element* panel;
+    Rows<element> memory;
     Score score;
   };
 
@@ -169,15 +170,16 @@ struct AttentionForward {
       }
       const acc* before = tiles > 0 ? slot.context : nullptr;
       const bool in_place = final && f.exact_context != nullptr;
-      multiply<acc>(
-          {in_place ? context_of(f, item) : slot.context,
-           in_place ? problem.memory_size : slot.context_stride,
-           before,
-           slot.context_stride,
-           slot.factors,
-           1},
+      multiply(
+          Result<acc>{
+              in_place ? context_of(f, item) : slot.context,
+              in_place ? problem.memory_size : slot.context_stride,
+              before,
+              slot.context_stride,
+              slot.factors,
+              1},
           item.queries,
-          {slot.tile_scores, stride, 1},
+          Coefficients<acc>{slot.tile_scores, stride, 1},
           slot.memory.addresses(),
           tile.count,
           problem.memory_size,
@@ -433,7 +435,8 @@ class TileGradient {
 // Gradient is DotGradient or AdditiveGradient.
 template <class Gradient>
 struct AttentionBackward {
-  using acc = typename Gradient::acc;
+  using element = typename Gradient::element;
+  using acc = typename Factors<element>::acc;
 
   struct Slot {
     Slot(const Backward& f, char* base)
@@ -445,8 +448,8 @@ struct AttentionBackward {
           tile_stride(padded<acc>(f.plan.tile)),
           coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
           columns_stride(padded<acc>(2 * std::min(kChunk, f.plan.chunk))),
-          columns(kTransposes<acc> && f.plan.chunk >= kMany ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),
-          panel(take_panel<acc>(arena, f.plan.chunk)),
+          columns(kTransposesCoefficients && f.plan.chunk >= kMany ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),
+          panel(take_panel<element>(arena, f.plan.chunk)),
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
           grad_context(arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size),
@@ -464,12 +467,12 @@ struct AttentionBackward {
     acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each
     int64_t columns_stride;
     acc* columns;  // [tile][2 kChunk] the same transposed, or null
-    acc* panel;
+    element* panel;
     acc* weights_row;
     acc* grad_weights_row;
-    Rows<acc> grad_context;
+    Rows<element> grad_context;
     Rows<acc> context;
-    Rows<acc> memory;
+    Rows<element> memory;
     TileGradient<acc> grad_memory;
     Gradient gradient;
   };
@@ -568,15 +571,15 @@ struct AttentionBackward {
     }
     if (slot.grad_memory.wanted()) {
       // sum_t a_ts g_t and, where the memory is its own keys, sum_t de_ts q_t: one product of twice the depth.
-      const acc* rows[2 * kChunk];
-      const acc** end = rows;
+      const element* rows[2 * kChunk];
+      const element** end = rows;
       if (f.grad_context.data != nullptr) {
         end = std::copy_n(slot.grad_context.addresses() + first, count, rows);
       }
       const acc* coefficients = end == rows ? grad_scores : weights;
       end = slot.gradient.queries_of_memory(end, first, count);
-      multiply<acc>(
-          {slot.grad_memory.rows(), slot.grad_memory.stride(), first > 0},
+      multiply(
+          Result<acc>{slot.grad_memory.rows(), slot.grad_memory.stride(), first > 0},
           tile.count,
           columns_of(slot, coefficients, end - rows, tile.count),
           rows,
@@ -588,10 +591,12 @@ struct AttentionBackward {
   }
 
   // The coefficients of the memory's gradient, by source step. A column of many rows is in as many pages, more than the first-level
-  // TLB has entries for: they are transposed.
+  // TLB has entries for: they are transposed. Pairs of them are copied anyhow.
+  static constexpr bool kTransposesCoefficients = kTransposes<acc> && std::is_same_v<element, acc>;
+
   static Coefficients<acc> columns_of(Slot& slot, const acc* coefficients, int64_t rows, int64_t steps) {
     const int64_t stride = slot.tile_stride;
-    if constexpr (kTransposes<acc>) {
+    if constexpr (kTransposesCoefficients) {
       if (slot.columns != nullptr && rows >= kMany && steps >= kMany) {
         const acc* from[2 * kChunk];
         for (int64_t k = 0; k < rows; ++k) {
@@ -620,7 +625,7 @@ struct AttentionBackward {
     const Problem& problem = f.problem;
     const int64_t first_query = item.first_query + first;
     const int64_t stride = slot.tile_stride;
-    const acc* const* grad_context = slot.grad_context.addresses() + first;
+    const element* const* grad_context = slot.grad_context.addresses() + first;
     if (f.weights.data != nullptr) {
       for (int64_t t = 0; t < count; ++t) {
         gather(weights + t * stride, kAccumulated<acc>, f.weights, item.batch, first_query + t, tile);
@@ -629,8 +634,9 @@ struct AttentionBackward {
       recompute_weights(f, item, first, count, tile, slot, weights);
     }
     if (f.grad_context.data != nullptr) {
-      dot_products<acc>(
-          grad_scores, stride, grad_context, count, slot.memory.addresses(), tile.count, problem.memory_size, 1, slot.panel);
+      const int64_t size = Factors<element>::elements(problem.memory_size);
+      dot_products<element>(
+          grad_scores, stride, grad_context, count, slot.memory.addresses(), tile.count, size, acc(1), slot.panel);
     } else {
       std::fill_n(grad_scores, count * stride, acc(0));
     }

@@ -7,10 +7,11 @@
 namespace attn_ext::cpu::CPU_CAPABILITY {
 namespace {
 
-template <class acc_>
+template <class element_>
 class DotScore {
  public:
-  using acc = acc_;
+  using element = element_;
+  using acc = typename Factors<element>::acc;
 
   // There are no keys to prepare.
   static constexpr void (*prepare)(const Preparation&, int64_t, int64_t) = nullptr;
@@ -24,40 +25,42 @@ class DotScore {
     query_.load(b, first, count);
   }
 
-  void load_keys(int64_t, const Tile&, const Rows<acc>& memory) {
+  void load_keys(int64_t, const Tile&, const Rows<element>& memory) {
     keys_ = memory.addresses();
   }
 
   // Of `count` loaded queries from `first` on against the loaded tile; out's rows are `stride` apart.
-  void scores(acc* out, int64_t stride, int64_t first, int64_t count, int64_t steps, acc* panel) const {
-    dot_products<acc>(out, stride, query_.addresses() + first, count, keys_, steps, size_, scale_, panel);
+  void scores(acc* out, int64_t stride, int64_t first, int64_t count, int64_t steps, element* panel) const {
+    const int64_t size = Factors<element>::elements(size_);
+    dot_products<element>(out, stride, query_.addresses() + first, count, keys_, steps, size, scale_, panel);
   }
 
  protected:
   int64_t size_;
   acc scale_;
-  Rows<acc> query_;
-  const acc* const* keys_ = nullptr;
+  Rows<element> query_;
+  const element* const* keys_ = nullptr;
 };
 
-template <class acc>
-class DotGradient : public DotScore<acc> {
+template <class element>
+class DotGradient : public DotScore<element> {
  public:
+  using acc = typename DotScore<element>::acc;
   static constexpr bool kPads = false;
 
-  DotGradient(const Backward& f, Arena& arena) : DotScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena), f_(f) {}
+  DotGradient(const Backward& f, Arena& arena) : DotScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena), f_(f) {}
 
   void begin(const Item& item, acc*) {
     this->load_queries(item.batch, item.first_query, item.queries);
     adds_ = false;
   }
 
-  void begin_tile(int64_t b, const Tile& tile, int64_t, const Rows<acc>& memory) {
+  void begin_tile(int64_t b, const Tile& tile, int64_t, const Rows<element>& memory) {
     this->load_keys(b, tile, memory);
   }
 
   // The rows that the gradients of the scores carry into the memory's gradient; returns their end.
-  const acc** queries_of_memory(const acc** rows, int64_t first, int64_t count) const {
+  const element** queries_of_memory(const element** rows, int64_t first, int64_t count) const {
     return std::copy_n(this->query_.addresses() + first, count, rows);
   }
 
@@ -69,10 +72,17 @@ class DotGradient : public DotScore<acc> {
       int64_t steps,
       acc* grad_query,
       int64_t query_stride,
-      acc* panel) {
+      element* panel) {
     if (f_.grad_query != nullptr) {
       acc* out = grad_query + first * query_stride;
-      multiply<acc>({out, query_stride, adds_}, count, {grad_scores, stride, 1}, this->keys_, steps, this->size_, panel);
+      multiply(
+          Result<acc>{out, query_stride, adds_},
+          count,
+          Coefficients<acc>{grad_scores, stride, 1},
+          this->keys_,
+          steps,
+          this->size_,
+          panel);
     }
   }
 
@@ -95,7 +105,13 @@ class DotGradient : public DotScore<acc> {
 
 }  // namespace
 
-const Kernels& dot_kernels(Dtype dtype) {
+const Kernels& dot_kernels(Dtype dtype, [[maybe_unused]] int64_t queries) {
+#if defined(__AVX512BF16__)
+  // Fewer are bound by memory.
+  if (dtype == Dtype::BFloat16 && queries >= kPanelRows) {
+    return kKernels<DotScore<Pair>, DotGradient<Pair>>;
+  }
+#endif
   return kernels_of<DotScore, DotGradient>(dtype);
 }
 

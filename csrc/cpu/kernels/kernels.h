@@ -5,24 +5,20 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
+template <class Score, class Gradient>
+constexpr Kernels kKernels = {
+    AttentionForward<Score>::slot_size,
+    AttentionForward<Score>::run,
+    AttentionForward<Score>::merge,
+    AttentionBackward<Gradient>::slot_size,
+    AttentionBackward<Gradient>::run,
+    AttentionBackward<Gradient>::merge,
+    Score::prepare};
+
 // The halves share float's kernels, which convert as they load and store.
 template <template <class> class Score, template <class> class Gradient>
 const Kernels& kernels_of(Dtype dtype) {
-  const auto of = [](auto example) -> const Kernels& {
-    using acc = decltype(example);
-    using Forwards = AttentionForward<Score<acc>>;
-    using Backwards = AttentionBackward<Gradient<acc>>;
-    static constexpr Kernels kernels = {
-        Forwards::slot_size,
-        Forwards::run,
-        Forwards::merge,
-        Backwards::slot_size,
-        Backwards::run,
-        Backwards::merge,
-        Score<acc>::prepare};
-    return kernels;
-  };
-  return dtype == Dtype::Double ? of(double()) : of(float());
+  return dtype == Dtype::Double ? kKernels<Score<double>, Gradient<double>> : kKernels<Score<float>, Gradient<float>>;
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

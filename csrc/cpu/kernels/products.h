@@ -6,9 +6,12 @@
 // multiply broadcasts its coefficients, so that no sum crosses a vector, and nears the multiply-add peak as its products get
 // deeper and find their rows of b next to each other: for many rows of the result, blocks of b are copied so. Dot products of many
 // rows go its way too, over b transposed block by block; those of a few rows, whose transposition would not pay, sum along vectors.
+// Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
+// pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two.
 // docs/performance.md says what was measured.
 #pragma once
 
+#include "factors.h"
 #include "rows.h"
 #include "transpose.h"
 #include "vec.h"
@@ -65,9 +68,9 @@ void for_even_blocks(int64_t count, const F& f) {
 }
 
 // Coefficients as they stand, or transposed: c(i, k) = data[i * row + k * column].
-template <class acc>
+template <class element>
 struct Coefficients {
-  const acc* data;
+  const element* data;
   int64_t row;
   int64_t column;
 };
@@ -98,12 +101,12 @@ struct Result {
 
 // multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
 // result's lines, each of another page, come while the sums are taken: what was there is added last.
-template <int rows, int width, bool partial, class acc>
+template <int rows, int width, bool partial, class element, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
-    Result<acc> out, Coefficients<acc> c, const acc* const* b, int64_t n, int64_t depth, int64_t count) {
+    Result<acc> out, Coefficients<element> c, const element* const* b, int64_t n, int64_t depth, int64_t count) {
   static_assert(!partial || width == 1);
+  using F = Factors<element>;
   constexpr int lanes = Vec<acc>::size();
-  const auto load = [&](const acc* from) { return partial ? Vec<acc>::loadu(from, count) : Vec<acc>::loadu(from); };
   Vec<acc> sums[rows][width];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
@@ -114,21 +117,22 @@ template <int rows, int width, bool partial, class acc>
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const acc* from = b[k] + n;
-    Vec<acc> right[width];
+    const element* from = b[k] + n;
+    typename F::Vector right[width];
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      right[w] = load(from + w * lanes);
+      right[w] = partial ? F::load(from, count) : F::load(from + w * lanes);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const Vec<acc> coefficient(c.data[i * c.row + k * c.column]);
+      const auto coefficient = F::broadcast(c.data[i * c.row + k * c.column]);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
-        sums[i][w] = at::vec::fmadd(coefficient, right[w], sums[i][w]);
+        sums[i][w] = F::multiply_add(coefficient, right[w], sums[i][w]);
       }
     }
   }
+  const auto load = [&](const acc* from) { return partial ? Vec<acc>::loadu(from, count) : Vec<acc>::loadu(from); };
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     const Vec<acc> factor(out.factors[i * out.step]);
@@ -149,61 +153,51 @@ static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products o
 // Rows that are worth transposing a panel for; no shallower product is worth packing one.
 constexpr int64_t kPanelRows = 16;
 
-// A panel for the products of up to `queries` queries, or null.
-template <class acc>
-acc* take_panel(Arena& arena, int64_t queries) {
-  return queries >= kPanelRows ? arena.take<acc>(kPanelWidth * kPanelDepth) : nullptr;
+// Scratch for the products of up to `queries` queries, or null: a panel, and of pairs the coefficients of one product.
+template <class element>
+element* take_panel(Arena& arena, int64_t queries) {
+  constexpr int64_t panel = kPanelWidth * kPanelDepth;
+  const int64_t coefficients = std::is_same_v<element, Pair> ? kPanelDepth / 2 * padded<element>(kTile) : 0;
+  return queries >= kPanelRows ? arena.take<element>(panel + coefficients) : nullptr;
 }
 
 // Addresses of a panel's rows.
-template <class acc>
+template <class element>
 struct PanelRows {
-  const acc* address[kPanelDepth];
+  const element* address[kPanelDepth];
 
-  PanelRows(const acc* panel, int64_t depth) {
+  PanelRows(const element* panel, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k) {
       address[k] = panel + k * kPanelWidth;
     }
   }
 };
 
-// For `height` rows of the result, sum_k c(i, k) b_k. A block of b, all k by a few vectors, stays in the first-level cache, a deep
-// one in the second, while the result's rows pass. `panel`, from take_panel(), lets many rows have it packed.
-template <class acc>
-void multiply(
-    Result<acc> out, int64_t height, Coefficients<acc> c, const acc* const* b, int64_t depth, int64_t size, acc* panel = nullptr) {
+// multiply() with b as it stands: a block of it, all k by a few vectors, stays in the first-level cache, a deep one in the second,
+// while the result's rows pass.
+template <class element, class acc>
+void multiply_blocks(
+    Result<acc> out, int64_t height, Coefficients<element> c, const element* const* b, int64_t depth, int64_t size) {
   constexpr int lanes = Vec<acc>::size();
-  // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
-  if (panel != nullptr && height >= kMany && depth >= kPanelRows && size > kPanelWidth) {
-    const PanelRows<acc> rows(panel, depth);
-    for (int64_t n = 0; n < size; n += kPanelWidth) {
-      const int64_t width = std::min(kPanelWidth, size - n);
-      for (int64_t k = 0; k < depth; ++k) {
-        scale_row(panel + k * kPanelWidth, b[k] + n, width, acc(1));
-      }
-      multiply(out.at(0, n), height, c, rows.address, depth, width);
-    }
-    return;
-  }
   // A few rows of b stay in the first-level cache whole: then the result is written row by row.
   constexpr int64_t few = 8, block = tallest(kWidest);
   if (depth <= few && height > block) {
     for (int64_t i = 0; i < height; i += block) {
-      multiply(out.at(i, 0), std::min(block, height - i), {c.data + i * c.row, c.row, c.column}, b, depth, size);
+      multiply_blocks<element>(out.at(i, 0), std::min(block, height - i), {c.data + i * c.row, c.row, c.column}, b, depth, size);
     }
     return;
   }
   int64_t n = 0;
   const auto columns = [&](auto width, auto partial) {
     for_even_blocks<tallest(width.value)>(height, [&](auto rows, int64_t i) {
-      multiply_tile<rows.value, width.value, partial.value>(
+      multiply_tile<rows.value, width.value, partial.value, element>(
           out.at(i, n), {c.data + i * c.row, c.row, c.column}, b, n, depth, size - n);
     });
     n += width.value * lanes;
   };
   // One row gets its accumulators from vectors abreast alone.
   for (; height == 1 && n + 8 * lanes <= size; n += 8 * lanes) {
-    multiply_tile<1, 8, false>(out.at(0, n), c, b, n, depth, size - n);
+    multiply_tile<1, 8, false, element>(out.at(0, n), c, b, n, depth, size - n);
   }
   for (int64_t vectors; (vectors = (size - n) / lanes) > 0;) {
     // The last ones as 3 and 2 rather than 4 and 1.
@@ -221,6 +215,54 @@ void multiply(
     columns(std::integral_constant<int, 1>(), std::true_type());
   }
 }
+
+// For `height` rows of the result, sum_k c(i, k) b_k of `size` numbers. `panel`, from take_panel(), lets many rows have b packed.
+template <class acc>
+void multiply(
+    Result<acc> out, int64_t height, Coefficients<acc> c, const acc* const* b, int64_t depth, int64_t size, acc* panel = nullptr) {
+  // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
+  if (panel == nullptr || height < kMany || depth < kPanelRows || size <= kPanelWidth) {
+    return multiply_blocks<acc>(out, height, c, b, depth, size);
+  }
+  const PanelRows<acc> rows(panel, depth);
+  for (int64_t n = 0; n < size; n += kPanelWidth) {
+    const int64_t width = std::min(kPanelWidth, size - n);
+    for (int64_t k = 0; k < depth; ++k) {
+      scale_row(panel + k * kPanelWidth, b[k] + n, width, acc(1));
+    }
+    multiply_blocks<acc>(out.at(0, n), height, c, rows.address, depth, width);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The coefficients, rounded, and the rows of b as pairs along k.
+template <class acc>
+void multiply(
+    Result<acc> out, int64_t height, Coefficients<acc> c, const Pair* const* b, int64_t depth, int64_t size, Pair* panel) {
+  const int64_t pairs = (depth + 1) / 2;
+  Pair* const coefficients = panel + kPanelWidth * kPanelDepth;
+  const int64_t stride = padded<Pair>(c.column == 1 ? pairs : height);
+  if (c.column == 1) {
+    for (int64_t i = 0; i < height; ++i) {
+      pair_row(coefficients + i * stride, c.data + i * c.row, depth);
+    }
+  } else {
+    for (int64_t k = 0; k < depth; k += 2) {
+      const acc* column = c.data + k * c.column;
+      pair_rows(coefficients + k / 2 * stride, column, k + 1 < depth ? column + c.column : nullptr, height);
+    }
+  }
+  const Coefficients<Pair> paired{coefficients, c.column == 1 ? stride : 1, c.column == 1 ? 1 : stride};
+  const PanelRows<Pair> rows(panel, pairs);
+  for (int64_t n = 0; n < size; n += kPanelWidth) {
+    const int64_t width = std::min(kPanelWidth, size - n);
+    for (int64_t k = 0; k < depth; k += 2) {
+      zip_rows(panel + k / 2 * kPanelWidth, b[k], k + 1 < depth ? b[k + 1] : nullptr, n, width);
+    }
+    multiply_blocks<Pair>(out.at(0, n), height, paired, rows.address, pairs, width);
+  }
+}
+#endif
 
 // out[i][j] = factor * (the sum of sums[i][j]); out's rows are `stride` apart.
 template <int rows, int columns, class acc>
@@ -249,16 +291,17 @@ inline void store_sums(acc* out, int64_t stride, const Vec<acc> (&sums)[rows][co
 }
 
 // out[i][j] = factor * sum_d a[i][d] b[j][d], summed along vectors: for a few rows.
-template <class acc>
+template <class element, class acc>
 void sum_products(
     acc* out,
     int64_t stride,
-    const acc* const* a,
+    const element* const* a,
     int64_t a_count,
-    const acc* const* b,
+    const element* const* b,
     int64_t b_count,
     int64_t size,
     acc factor) {
+  using F = Factors<element>;
   for_blocks<kRows>(a_count, [&](auto rows, int64_t i0) {
     for_blocks<kColumns>(b_count, [&](auto columns, int64_t j0) {
       Vec<acc> sums[rows.value][columns.value];
@@ -268,17 +311,17 @@ void sum_products(
         }
       }
       const auto step = [&](int64_t d, auto count) {
-        Vec<acc> right[columns.value];
+        typename F::Vector right[columns.value];
 #pragma GCC unroll 8
         for (int j = 0; j < columns.value; ++j) {
-          right[j] = Vec<acc>::loadu(b[j0 + j] + d, count);
+          right[j] = F::load(b[j0 + j] + d, count);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < rows.value; ++i) {
-          const auto left = Vec<acc>::loadu(a[i0 + i] + d, count);
+          const auto left = F::load(a[i0 + i] + d, count);
 #pragma GCC unroll 8
           for (int j = 0; j < columns.value; ++j) {
-            sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
+            sums[i][j] = F::multiply_add(left, right[j], sums[i][j]);
           }
         }
       };
@@ -295,27 +338,27 @@ void sum_products(
   });
 }
 
-// out[i][j] = factor a_i . b_j; out's rows are `stride` apart. `panel` is from take_panel().
-template <class acc>
+// out[i][j] = factor a_i . b_j of rows of `size` elements; out's rows are `stride` apart. `panel` is from take_panel().
+template <class element, class acc>
 void dot_products(
     acc* out,
     int64_t stride,
-    const acc* const* a,
+    const element* const* a,
     int64_t a_count,
-    const acc* const* b,
+    const element* const* b,
     int64_t b_count,
     int64_t size,
     acc factor,
-    acc* panel) {
+    element* panel) {
   int64_t j0 = 0;
-  if constexpr (kTransposes<acc>) {
+  if constexpr (kTransposes<element>) {
     if (a_count >= kPanelRows) {
       // What is left of whole vectors is cheaper by sums, unless it is most of one.
       constexpr int64_t lanes = Vec<acc>::size();
       const int64_t rest = b_count % lanes;
       const int64_t paneled = rest > lanes / 2 ? b_count : b_count - rest;
       constexpr acc one = 1;
-      const PanelRows<acc> columns(panel, std::min(kPanelDepth, size));
+      const PanelRows<element> columns(panel, std::min(kPanelDepth, size));
       for (; j0 < paneled; j0 += kPanelWidth) {
         const int64_t width = std::min(kPanelWidth, paneled - j0);
         for (int64_t d = 0; d < size; d += kPanelDepth) {
@@ -323,7 +366,7 @@ void dot_products(
           transpose(panel, kPanelWidth, b + j0, width, d, depth);
           // a's rows are evenly spaced: they are queries or their gradients.
           const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
-          multiply<acc>(
+          multiply_blocks<element>(
               block, a_count, {a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1}, columns.address, depth, whole_vectors<acc>(width));
         }
       }
@@ -331,7 +374,7 @@ void dot_products(
     }
   }
   if (j0 < b_count) {
-    sum_products(out + j0, stride, a, a_count, b + j0, b_count - j0, size, factor);
+    sum_products<element>(out + j0, stride, a, a_count, b + j0, b_count - j0, size, factor);
   }
 }
 

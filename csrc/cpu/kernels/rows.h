@@ -1,6 +1,7 @@
 // Rows of tensors as the products take them: by address, in the accumulation type.
 #pragma once
 
+#include "factors.h"
 #include "problem.h"
 #include "vec.h"
 
@@ -100,18 +101,34 @@ void load_row(acc* to, Dtype dtype, const View& view, int64_t b, int64_t row, in
   load_row(to, dtype, view.data, b * view.batch + row * view.row, view.element, size);
 }
 
-// Addresses of rows: the tensor's own where they are dense and of the accumulation type, of converted copies otherwise.
-template <class acc>
+// The same as pairs; the last is filled up with 0.
+inline void load_row(Pair* to, Dtype, const View& view, int64_t b, int64_t row, int64_t size) {
+  const auto* from = static_cast<const c10::BFloat16*>(view.data) + b * view.batch + row * view.row;
+  const int64_t whole = size / 2;
+  if (view.element == 1) {
+    std::memcpy(to, from, whole * sizeof(Pair));
+  } else {
+    for (int64_t i = 0; i < whole; ++i) {
+      to[i] = {from[2 * i * view.element], from[(2 * i + 1) * view.element]};
+    }
+  }
+  if (size % 2 != 0) {
+    to[whole] = {from[(size - 1) * view.element], 0};
+  }
+}
+
+// Addresses of rows: the tensor's own where they are dense and of the products' elements, of converted copies otherwise.
+template <class element>
 class Rows {
  public:
   Rows(Arena& arena, Dtype dtype, const View& view, int64_t capacity, int64_t size)
       : dtype_(dtype),
         view_(view),
         size_(size),
-        stride_(padded<acc>(size)),
-        in_place_((dtype == Dtype::Float || dtype == Dtype::Double) && (view.element == 1 || size <= 1)),
-        address_(arena.take<const acc*>(capacity)),
-        copies_(in_place_ ? nullptr : arena.take<acc>(capacity * stride_)) {}
+        stride_(padded<element>(Factors<element>::elements(size))),
+        in_place_(may_be_in_place()),
+        address_(arena.take<const element*>(capacity)),
+        copies_(in_place_ ? nullptr : arena.take<element>(capacity * stride_)) {}
 
   void load(int64_t b, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
@@ -125,14 +142,22 @@ class Rows {
     }
   }
 
-  const acc* const* addresses() const {
+  const element* const* addresses() const {
     return address_;
   }
 
  private:
+  bool may_be_in_place() const {
+    if constexpr (std::is_same_v<element, Pair>) {
+      return view_.element == 1 && size_ % 2 == 0 && view_.row % 2 == 0;
+    }
+    return (dtype_ == Dtype::Float || dtype_ == Dtype::Double) && (view_.element == 1 || size_ <= 1);
+  }
+
   void load_one(int64_t i, int64_t b, int64_t row) {
     if (in_place_) {
-      address_[i] = static_cast<const acc*>(view_.data) + b * view_.batch + row * view_.row;
+      const auto* data = static_cast<const typename Factors<element>::Number*>(view_.data);
+      address_[i] = reinterpret_cast<const element*>(data + b * view_.batch + row * view_.row);
     } else {
       address_[i] = copies_ + i * stride_;
       load_row(copies_ + i * stride_, dtype_, view_, b, row, size_);
@@ -144,8 +169,8 @@ class Rows {
   int64_t size_;
   int64_t stride_;
   bool in_place_;
-  const acc** address_;
-  acc* copies_;
+  const element** address_;
+  element* copies_;
 };
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -1,19 +1,21 @@
-// Rows into columns, in registers.
+// Rows into columns, in registers: of elements of 32 bits.
 #pragma once
 
-#include "vec.h"
+#include "factors.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
-template <class acc>
-constexpr bool kTransposes = std::is_same_v<acc, float>;
+template <class element>
+constexpr bool kTransposes = std::is_same_v<element, float> || std::is_same_v<element, Pair>;
 
 #if defined(CPU_CAPABILITY_AVX512)
 // to[d][j] = from[j][first + d] for 16 rows and 16 features. Each row is loaded once and whole: rows that are a multiple of 1 KiB
 // apart share a few sets of the cache, which would not keep them for a second load.
-inline void transpose_square(float* to, int64_t stride, const float* const* from, int64_t first) {
+template <class element>
+inline void transpose_square(element* to, int64_t stride, const element* const* from, int64_t first) {
+  static_assert(sizeof(element) == 4);
   __m512 x[16], y[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
@@ -47,7 +49,9 @@ inline void transpose_square(float* to, int64_t stride, const float* const* from
 #else
 // to[d][j] = from[j][first + d] for 8 rows and 8 features. A load brings four features of a row, a second those of the row four
 // below, which leaves two shuffles a vector.
-inline void transpose_square(float* to, int64_t stride, const float* const* from, int64_t first) {
+template <class element>
+inline void transpose_square(element* to, int64_t stride, const element* const* from, int64_t first) {
+  static_assert(sizeof(element) == 4);
 #pragma GCC unroll 2
   for (int d = 0; d < 8; d += 4) {
     const int64_t column = first + d;
@@ -71,10 +75,11 @@ inline void transpose_square(float* to, int64_t stride, const float* const* from
 #endif
 
 // to[d][j] = from[j][first + d] for `size` features of `count` rows. The last vector of columns is filled up with the last row.
-inline void transpose(float* to, int64_t stride, const float* const* from, int64_t count, int64_t first, int64_t size) {
+template <class element>
+inline void transpose(element* to, int64_t stride, const element* const* from, int64_t count, int64_t first, int64_t size) {
   constexpr int64_t lanes = Vec<float>::size();
   for (int64_t j = 0; j < count; j += lanes) {
-    const float* rows[lanes];
+    const element* rows[lanes];
     for (int64_t i = 0; i < lanes; ++i) {
       rows[i] = from[std::min(j + i, count - 1)] + first;
     }
@@ -92,7 +97,7 @@ inline void transpose(float* to, int64_t stride, const float* const* from, int64
 
 #else
 
-template <class acc>
+template <class element>
 constexpr bool kTransposes = false;
 
 #endif

@@ -100,18 +100,6 @@ acc sum(const Vec<acc>& x) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, x);
 }
 
-// a . b, where a 0 of a passes nothing on, whatever it meets.
-template <class acc>
-acc dot_product(const acc* a, const acc* b, int64_t size) {
-  Vec<acc> total(0);
-  for (int64_t i = 0; i < size; i += Vec<acc>::size()) {
-    const int64_t count = std::min<int64_t>(Vec<acc>::size(), size - i);
-    const auto x = Vec<acc>::loadu(a + i, count);
-    total = at::vec::fmadd(x, Vec<acc>::blendv(Vec<acc>::loadu(b + i, count), Vec<acc>(0), x == Vec<acc>(0)), total);
-  }
-  return sum(total);
-}
-
 // The sums of four vectors at once, which share the shuffles.
 template <class acc>
 inline void sum_four(acc* out, const Vec<acc>* x) {

@@ -1,0 +1,134 @@
+// What the products multiply, by element of a row: numbers of the accumulation type, or pairs of bfloat16, which one instruction
+// multiplies and adds up in float32, twice the multiply-adds of float32's.
+#pragma once
+
+#include "vec.h"
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+
+template <class element>
+struct Factors {
+  using acc = element;
+  using Number = element;
+  using Vector = Vec<element>;
+
+  // Elements of a row of `size` numbers.
+  static int64_t elements(int64_t size) {
+    return size;
+  }
+
+  static Vector load(const element* from, int64_t count = Vector::size()) {
+    return Vector::loadu(from, count);
+  }
+
+  static Vector broadcast(element x) {
+    return Vector(x);
+  }
+
+  static Vec<acc> multiply_add(const Vector& a, const Vector& b, const Vec<acc>& sum) {
+    return at::vec::fmadd(a, b, sum);
+  }
+
+  // A row's numbers from i on.
+  static Vec<acc> numbers(const element* row, int64_t i, int64_t count) {
+    return Vec<acc>::loadu(row + i, count);
+  }
+};
+
+// Neighbours along the index that a product sums over.
+struct Pair {
+  c10::BFloat16 even;
+  c10::BFloat16 odd;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factors<Pair> {
+  using acc = float;
+  using Number = c10::BFloat16;
+  using Vector = __m512i;
+
+  static int64_t elements(int64_t size) {
+    return (size + 1) / 2;
+  }
+
+  static Vector load(const Pair* from, int64_t count = 16) {
+    return count >= 16 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32((1 << count) - 1, from);
+  }
+
+  static Vector broadcast(Pair x) {
+    int bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return _mm512_set1_epi32(bits);
+  }
+
+  static Vec<float> multiply_add(const Vector& a, const Vector& b, const Vec<float>& sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  static Vec<float> numbers(const Pair* row, int64_t i, int64_t count) {
+    const auto mask = static_cast<__mmask16>(count >= 16 ? ~0 : (1 << count) - 1);
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, reinterpret_cast<const c10::BFloat16*>(row) + i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+};
+
+// Words `even` + i and `odd` + i, next to each other, of the 64 words of a and b.
+inline __m512i zip_words(__m512i a, __m512i b, int even, int odd) {
+  const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_permutex2var_epi16(
+      a, _mm512_add_epi32(_mm512_mullo_epi32(i, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(odd << 16 | even)), b);
+}
+
+// to[i] = (a_i, b_i) for rows of bfloat16 from number i = `first` on, in whole vectors; b may be null: zeros.
+inline void zip_rows(Pair* to, const Pair* a, const Pair* b, int64_t first, int64_t count) {
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 mask = count - i >= 32 ? ~__mmask32(0) : (__mmask32(1) << (count - i)) - 1;
+    const auto load = [&](const Pair* row) {
+      return _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const c10::BFloat16*>(row) + first + i);
+    };
+    const __m512i x = load(a), y = b == nullptr ? _mm512_setzero_si512() : load(b);
+    _mm512_storeu_si512(to + i, zip_words(x, y, 0, 32));
+    _mm512_storeu_si512(to + i + 16, zip_words(x, y, 16, 48));
+  }
+}
+
+// Numbers low_0 .. low_15 high_0 .. high_15, rounded.
+inline __m512i round_to_bfloat16(const Vec<float>& low, const Vec<float>& high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// A row of floats, rounded, as pairs in whole vectors; the last are filled up with zeros.
+inline void pair_row(Pair* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 32) {
+    const int64_t low = std::min<int64_t>(16, count - i), high = std::min<int64_t>(16, count - i - low);
+    const Vec<float> second = high > 0 ? Vec<float>::loadu(from + i + 16, high) : Vec<float>(0);
+    _mm512_storeu_si512(to + i / 2, round_to_bfloat16(Vec<float>::loadu(from + i, low), second));
+  }
+}
+
+// to[i] = (a_i, b_i), rounded, in whole vectors; b may be null: zeros.
+inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t some = std::min<int64_t>(16, count - i);
+    const __m512i both =
+        round_to_bfloat16(Vec<float>::loadu(a + i, some), b == nullptr ? Vec<float>(0) : Vec<float>::loadu(b + i, some));
+    _mm512_storeu_si512(to + i, zip_words(both, both, 0, 16));
+  }
+}
+
+#endif
+
+// a . b of rows of `size` numbers, where a 0 of a passes nothing on, whatever it meets.
+template <class acc, class element>
+acc dot_product(const acc* a, const element* b, int64_t size) {
+  Vec<acc> total(0);
+  for (int64_t i = 0; i < size; i += Vec<acc>::size()) {
+    const int64_t count = std::min<int64_t>(Vec<acc>::size(), size - i);
+    const auto x = Vec<acc>::loadu(a + i, count);
+    total = at::vec::fmadd(x, Vec<acc>::blendv(Factors<element>::numbers(b, i, count), Vec<acc>(0), x == Vec<acc>(0)), total);
+  }
+  return sum(total);
+}
+
+}  // namespace attn_ext::cpu::CPU_CAPABILITY
