@@ -1,7 +1,7 @@
 // Every op's schema, registration and argument checks: the only file that says what exists.
-#include "cpu/kernels/problem.h"
 #include "cuda/build.h"
 #include "dispatch.h"
+#include "problem.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -104,7 +104,7 @@ Sizes<Size> check(const Inputs& inputs) {
     check_argument<Size>("v", *inputs.v, type, query, {size});
   }
   if (inputs.prepared_keys != nullptr) {
-    check_argument<Size>("prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, cpu::prepared_size(size)});
+    check_argument<Size>("prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, prepared_size(size)});
     TORCH_CHECK_VALUE(inputs.prepared_keys->sym_stride(2) == 1, "prepared_keys must be what prepare_keys returned");
   }
   if (inputs.lengths) {
@@ -277,7 +277,7 @@ Tensor prepare_keys(const Tensor& keys) {
       "; needed is float32, float64, bfloat16 or float16");
   TORCH_CHECK_VALUE(keys.dim() == 3, "keys has shape ", keys.sym_sizes(), ", needed is [B, S, A]");
   const auto sizes = sizes_of<Size>(keys);
-  Tensor prepared = empty(ArrayRef<Size>{sizes[0], sizes[1], cpu::prepared_size(sizes[2])}, accumulation_type(keys), keys);
+  Tensor prepared = empty(ArrayRef<Size>{sizes[0], sizes[1], prepared_size(sizes[2])}, accumulation_type(keys), keys);
   if constexpr (kHasData<Size>) {
     cpu::prepare_keys(keys, prepared);
   }

@@ -1,0 +1,117 @@
+// What the launchers offer to attention.cpp: one struct and one function a kernel. Free of torch headers.
+//
+// acc below is float, or double for Dtype::Double; unmarked tensors are of the problem's dtype. Workspaces and outputs are
+// contiguous and hold nothing yet. Kernels never read a row of memory or keys that lengths or a [B, S] mask keep from every query;
+// in the outputs such rows are zeros. A launcher raises std::runtime_error; none waits for the device.
+#pragma once
+
+#include "../problem.h"
+
+#include <cstddef>
+
+struct CUstream_st;  // cudaStream_t is a pointer to it
+
+namespace attn_ext::cuda {
+
+using Stream = CUstream_st*;
+
+// softmax.cu
+
+// weights = softmax(scale scores) over the steps that a query may attend, 0 elsewhere, whatever the scores are there.
+struct Softmax {
+  Problem problem;
+  const void* scores;  // [B, T, S] acc
+  void* weights;       // [B, T, S] acc, may be scores; each output may be null: not wanted
+  void* rounded;       // [B, T, S], of halves only
+  void* remainder;     // [B, T, S], of halves only: what was rounded off, rounded
+  void* logsumexp;     // [B, T] acc
+};
+void softmax(const Softmax& call, Stream stream);
+
+// da = g . m + gw;  de = scale a (da - sum_s a da), 0 where a query may not attend.
+struct SoftmaxBackward {
+  Problem problem;
+  const void* weights;            // [B, T, S] acc, or null: recomputed
+  const void* scores;             // [B, T, S] acc, and
+  const void* logsumexp;          // [B, T] acc, from these two
+  const void* grad_from_context;  // [B, T, S] acc, g . m; or null
+  View grad_weights;              // [B, T, S]; data may be null
+  void* recomputed;               // [B, T, S] acc, may be scores; each output may be null: not wanted
+  void* rounded;                  // [B, T, S] weights, of halves only
+  void* grad_scores;              // [B, T, S] acc, may be grad_from_context
+  void* rounded_grad_scores;      // [B, T, S], of halves only
+};
+void softmax_backward(const SoftmaxBackward& call, Stream stream);
+
+// Rows of memory, with zeros for those that no query may attend, so that a product with weights of 0 is 0.
+struct AttendedRows {
+  Problem problem;
+  void* rows;  // [B, S, memory_size]
+};
+void attended_rows(const AttendedRows& call, Stream stream);
+
+// One query a batch element. A block takes `split_steps` source steps; the last one of a batch element to arrive merges what the
+// others left, in their order.
+struct Splits {
+  int64_t count;
+  int64_t steps;
+  int* tickets;    // [B], zeros; null if count is 1
+  void* partials;  // forward [B, count, memory_size + 2] acc, backward [B, count, key_size] acc; null if count is 1
+};
+
+// one_step_dot.cu, one_step_additive.cu
+
+struct OneStep {
+  Problem problem;
+  Splits splits;
+  void* scores;         // [B, S] acc: scratch, may be exact_weights or (where not of halves) weights; null where none are wanted
+  void* context;        // [B, memory_size]
+  void* weights;        // [B, S], or null
+  void* logsumexp;      // [B] acc
+  void* exact_context;  // of halves: [B, memory_size] acc, or null
+  void* exact_weights;  // of halves: [B, S] acc, or null
+};
+void one_step_dot(const OneStep& call, Stream stream);
+void one_step_additive(const OneStep& call, Stream stream);
+
+struct OneStepBackward {
+  Problem problem;
+  Splits splits;
+  View grad_context;      // [B, memory_size]; data may be null
+  View grad_weights;      // [B, S]; data may be null, and is where weights are null
+  const void* context;    // [B, memory_size] acc
+  const void* weights;    // [B, S] acc, or null: recomputed
+  const void* logsumexp;  // [B] acc
+  void* grad_scores;      // [B, S] acc; each output may be null: not wanted
+  void* grad_query;       // [B, key_size]
+  void* grad_keys;        // [B, S, key_size], additive only
+  void* grad_v;           // [B, count, key_size] acc: one partial sum a block, additive only
+  void* grad_memory;      // [B, S, memory_size]
+};
+void one_step_dot_backward(const OneStepBackward& call, Stream stream);
+void one_step_additive_backward(const OneStepBackward& call, Stream stream);
+
+// additive_many.cu
+
+// scores = v . tanh(q + k), not yet scaled; anything where a query may not attend.
+struct AdditiveScores {
+  Problem problem;
+  void* workspace;  // additive_scores_workspace bytes
+  void* scores;     // [B, T, S] acc
+};
+size_t additive_scores_workspace(const Problem& problem);
+void additive_scores(const AdditiveScores& call, Stream stream);
+
+// From the gradients of v . tanh(q + k), which are 0 where a query may not attend.
+struct AdditiveBackward {
+  Problem problem;
+  const void* grad_scores;  // [B, T, S] acc
+  void* workspace;          // additive_backward_workspace bytes
+  void* grad_query;         // [B, T, key_size]; each output may be null: not wanted
+  void* grad_keys;          // [B, S, key_size]
+  void* grad_v;             // [key_size]
+};
+size_t additive_backward_workspace(const AdditiveBackward& call);  // its workspace is not looked at
+void additive_backward(const AdditiveBackward& call, Stream stream);
+
+}  // namespace attn_ext::cuda
