@@ -52,9 +52,11 @@ void attended_rows(const AttendedRows& call, Stream stream);
 
 // One query a batch element. A block takes `split_steps` source steps; the last one of a batch element to arrive merges what the
 // others left, in their order.
+constexpr int64_t kMostSplitSteps = 1024;  // whose scores shared memory holds
+
 struct Splits {
   int64_t count;
-  int64_t steps;
+  int64_t steps;   // at most kMostSplitSteps
   int* tickets;    // [B], zeros; null if count is 1
   void* partials;  // forward [B, count, memory_size + 2] acc, backward [B, count, key_size] acc; null if count is 1
 };
@@ -93,16 +95,17 @@ void one_step_additive_backward(const OneStepBackward& call, Stream stream);
 
 // additive_many.cu
 
-// scores = v . tanh(q + k), not yet scaled; anything where a query may not attend.
+// scores = v . tanh(q + k), not yet scaled, and without sum(v): it is the same for all steps and cancels in the softmax. From
+// one_step_additive's scores, and from both log-sum-exps, it is missing too. Anything where a query may not attend; nothing is
+// written behind lengths.
 struct AdditiveScores {
   Problem problem;
-  void* workspace;  // additive_scores_workspace bytes
-  void* scores;     // [B, T, S] acc
+  void* scores;  // [B, T, S] acc
 };
-size_t additive_scores_workspace(const Problem& problem);
 void additive_scores(const AdditiveScores& call, Stream stream);
 
-// From the gradients of v . tanh(q + k), which are 0 where a query may not attend.
+// From the gradients of v . tanh(q + k), which are 0 where a query may not attend. A key for which they all are passes nothing on,
+// whatever it holds.
 struct AdditiveBackward {
   Problem problem;
   const void* grad_scores;  // [B, T, S] acc
