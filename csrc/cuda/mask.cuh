@@ -5,7 +5,7 @@
 
 namespace attn_ext::cuda {
 
-// One query's, or with `per_query` masks left out, what lengths and a [B, S] mask leave to any query.
+// The source steps of one query.
 class Attendable {
  public:
   __device__ __forceinline__ Attendable(const Problem& problem, int64_t b, int64_t t)
@@ -20,7 +20,7 @@ class Attendable {
     }
   }
 
-  // By some query, as far as lengths and a [B, S] mask say.
+  // What lengths and a [B, S] mask leave to any query at all.
   static __device__ __forceinline__ Attendable by_any(const Problem& problem, int64_t b) {
     Attendable all(problem, b, 0);
     all.mask_ = problem.mask_per_query ? nullptr : all.mask_;
