@@ -11,7 +11,6 @@
 #include "dispatch.h"
 
 #include <ATen/Functions.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -31,12 +30,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Beneath autograd, and beneath autocast, which has had its say when the memory was made.
-class BelowAutograd {
-  at::AutoDispatchBelowADInplaceOrView below_autograd_;
-  c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
-};
 
 // What a step's backward leaves behind, each [B, T, ...]; weights and grad_scores in the accumulation type.
 struct Step {

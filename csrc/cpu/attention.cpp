@@ -125,7 +125,7 @@ const Kernels& kernels_for(const Inputs& inputs) {
 // What a profiler shows: which op ran, and the compilation of its kernel.
 std::string name_of(const Inputs& inputs, const char* direction) {
   const char* op = inputs.keys == nullptr ? "dot" : "additive";
-  return c10::str("attn_ext::cpu::", op, "_attention_", direction, "[", capability_name(), "]");
+  return c10::str("attn_ext::cpu::", op, "_attention_", direction, "[", capability().name, "]");
 }
 
 Tensor contiguous(const OptionalTensor& tensor) {
@@ -159,12 +159,6 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   if (gradients.v.defined()) {
     gradients.v.copy_(grad_v.sum(0));
   }
-}
-
-}  // namespace
-
-const char* capability_name() {
-  return capability().name;
 }
 
 void forward(const Inputs& inputs, Outputs& outputs) {
@@ -223,6 +217,14 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
   const Kernels& kernels = capability().additive(call.dtype);
   const int64_t grain = std::max<int64_t>(kGrain / (kTanhCost * std::max<int64_t>(call.key_size, 1)), 1);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels.prepare(call, begin, end); });
+}
+
+}  // namespace
+
+const EntryPoints entry_points{forward, backward, backward_of_scores, prepare_keys};
+
+const char* capability_name() {
+  return capability().name;
 }
 
 }  // namespace attn_ext::cpu

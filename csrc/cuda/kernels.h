@@ -37,9 +37,10 @@ struct SoftmaxBackward {
   const void* grad_from_context;  // [B, T, S] acc, g . m; or null
   View grad_weights;              // [B, T, S]; data may be null
   void* recomputed;               // [B, T, S] acc, may be scores; each output may be null: not wanted
-  void* rounded;                  // [B, T, S] weights, of halves only
+  void* rounded;                  // [B, T, S] weights, of halves only, batch elements rounded_batch elements apart
   void* grad_scores;              // [B, T, S] acc, may be grad_from_context
-  void* rounded_grad_scores;      // [B, T, S], of halves only
+  void* rounded_grad_scores;      // [B, T, S], of halves only, as far apart
+  int64_t rounded_batch;
 };
 void softmax_backward(const SoftmaxBackward& call, Stream stream);
 
@@ -104,8 +105,7 @@ struct AdditiveScores {
 };
 void additive_scores(const AdditiveScores& call, Stream stream);
 
-// From the gradients of v . tanh(q + k), which are 0 where a query may not attend. A key for which they all are passes nothing on,
-// whatever it holds.
+// From the gradients of v . tanh(q + k), which are 0 where a query may not attend.
 struct AdditiveBackward {
   Problem problem;
   const void* grad_scores;  // [B, T, S] acc

@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
   values.for_each([&](int64_t, const Pair& x) { delta += x.weight * x.grad; });
   delta = Team::sum(delta);
   const OutputRow<acc> recomputed(call.recomputed, first), grad_scores(call.grad_scores, first);
-  const OutputRow<scalar> rounded(call.rounded, first), rounded_grad_scores(call.rounded_grad_scores, first);
+  const int64_t rounded_first = b * call.rounded_batch + t * problem.steps;
+  const OutputRow<scalar> rounded(call.rounded, rounded_first), rounded_grad_scores(call.rounded_grad_scores, rounded_first);
   values.for_each([&](int64_t s, const Pair& x) {
     const acc grad_score = may_attend(s) ? scale * (x.weight * (x.grad - delta)) : acc(0);
     recomputed.store(s, x.weight);
