@@ -282,10 +282,13 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
   const Tile tile(shared_memory());
 
   acc query[rows], grad_query[rows] = {}, grad_v = 0;
+  const int64_t last_query = problem.queries - 1, last_feature = size - 1;
 #pragma unroll
   for (int i = 0; i < rows; ++i) {
-    const bool take = is_there && warp_query + i < problem.queries;
-    query[i] = take ? to_acc(row_of<scalar>(problem.query, b, warp_query + i)[a * problem.query.element]) : acc(0);
+    // Beyond the last one it stands in: what it gets there is not stored, and passes on nothing, its de being 0. Conditions, kept
+    // for the stores, would take as many registers as the queries.
+    const int64_t t = warp_query + i < last_query ? warp_query + i : last_query;
+    query[i] = to_acc(row_of<scalar>(problem.query, b, t)[(is_there ? a : last_feature) * problem.query.element]);
   }
   bool direct = true;
   if constexpr (kFactors<acc>) {
