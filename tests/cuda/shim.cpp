@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -53,7 +52,7 @@ attn_ext_switch_fiber:
   ret
 )");
 constexpr int kReturnAddress = 6;
-constexpr int kFrameWords = 8;      // with the entry's own return address, none
+constexpr int kFrameWords = 8;  // with the entry's own return address, none
 #elif defined(__aarch64__)
 asm(R"(
 .text
@@ -400,7 +399,6 @@ class Executor {
       threads_.emplace_back();
     }
     count_ = count;
-    warps_ = (count + kWarp - 1) / kWarp;
   }
 
   void begin(Thread& thread, size_t index) {
@@ -485,7 +483,7 @@ class Executor {
       }
       if (!takes_the_block(one.meeting) && from >= kWarp) {
         if (one.meeting != Meeting::ShuffleDown) {
-          raise("thread " + to_string(i) + " asks for lane " + to_string(from) + " in " + place(thread));
+          raise("thread " + to_string(i) + " asks for lane " + to_string(from) + " at " + file_and_line(thread.where));
         }
         from = lane;
       }
@@ -610,8 +608,7 @@ class Executor {
       return before.epoch < launch_epoch_ || passed_on(before);
     }
     const int warp = thread_ / kWarp;
-    return before.epoch < epoch_ || before.who == thread_ ||
-           (warp_of(before) == warp && before.warp_epoch < warp_epochs_[warp]);
+    return before.epoch < epoch_ || before.who == thread_ || (warp_of(before) == warp && before.warp_epoch < warp_epochs_[warp]);
   }
 
   // Another block's access is over if it drew a ticket afterwards, and this block a later one.
@@ -690,7 +687,6 @@ class Executor {
   // The block: `ready_` may run, the others wait or are done.
   std::vector<Thread> threads_;
   size_t count_ = 0;
-  size_t warps_ = 0;
   std::vector<int> ready_;
   std::array<size_t, kMostWarps + 1> arrived_;  // by warp, and of the block
   uint32_t epoch_ = 0;
@@ -866,20 +862,20 @@ void __tsan_func_entry(void*) {}
 
 void __tsan_func_exit() {}
 
-#define ATTN_EXT_HOOKS(bytes)                                                                                    \
-  void __tsan_read##bytes(const void* at) {                                                                      \
-    attn_ext::shim::executor().check_aligned(at, bytes, __builtin_return_address(0));                            \
-    attn_ext::shim::executor().access<false>(at, bytes, __builtin_return_address(0));                            \
-  }                                                                                                              \
-  void __tsan_write##bytes(const void* at) {                                                                     \
-    attn_ext::shim::executor().check_aligned(at, bytes, __builtin_return_address(0));                            \
-    attn_ext::shim::executor().access<true>(at, bytes, __builtin_return_address(0));                             \
-  }                                                                                                              \
-  void __tsan_unaligned_read##bytes(const void* at) {                                                            \
-    attn_ext::shim::executor().access<false>(at, bytes, __builtin_return_address(0));                            \
-  }                                                                                                              \
-  void __tsan_unaligned_write##bytes(const void* at) {                                                           \
-    attn_ext::shim::executor().access<true>(at, bytes, __builtin_return_address(0));                             \
+#define ATTN_EXT_HOOKS(bytes)                                                         \
+  void __tsan_read##bytes(const void* at) {                                           \
+    attn_ext::shim::executor().check_aligned(at, bytes, __builtin_return_address(0)); \
+    attn_ext::shim::executor().access<false>(at, bytes, __builtin_return_address(0)); \
+  }                                                                                   \
+  void __tsan_write##bytes(const void* at) {                                          \
+    attn_ext::shim::executor().check_aligned(at, bytes, __builtin_return_address(0)); \
+    attn_ext::shim::executor().access<true>(at, bytes, __builtin_return_address(0));  \
+  }                                                                                   \
+  void __tsan_unaligned_read##bytes(const void* at) {                                 \
+    attn_ext::shim::executor().access<false>(at, bytes, __builtin_return_address(0)); \
+  }                                                                                   \
+  void __tsan_unaligned_write##bytes(const void* at) {                                \
+    attn_ext::shim::executor().access<true>(at, bytes, __builtin_return_address(0));  \
   }
 ATTN_EXT_HOOKS(1)
 ATTN_EXT_HOOKS(2)
