@@ -63,6 +63,11 @@ class Call {
     return problem_.batch * problem_.queries * problem_.steps == 0;
   }
 
+  bool is_one_step() const {
+    const size_t element = inputs_.query.element_size();
+    return problem_.queries == 1 && (!is_dot() || problem_.memory_size <= most_one_step_columns(element));
+  }
+
   bool is_of_halves() const {
     return exact_type() != inputs_.query.scalar_type();
   }
@@ -242,9 +247,6 @@ void differentiate_once(Call& call, const Saved& saved, Gradients& gradients) {
   step.splits = call.splits(problem.key_size);
   step.grad_context = view_of(saved.grad_context);
   step.grad_weights = view_of(saved.grad_weights);
-  if (saved.grad_weights && saved.grad_weights->dim() == 3) {
-    step.grad_weights.row = 0;
-  }
   step.context = context.const_data_ptr();
   step.weights = if_given(weights);
   step.logsumexp = logsumexp.const_data_ptr();
@@ -336,12 +338,30 @@ void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, G
   }
 }
 
+// Of a tensor [B, ...], [B, 1, ...].
+Tensor with_queries(const Tensor& tensor) {
+  return tensor.defined() ? tensor.unsqueeze(1) : tensor;
+}
+
+OptionalTensor with_queries(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->unsqueeze(1)) : std::nullopt;
+}
+
 void forward(const Inputs& inputs, Outputs& outputs) {
   Call call(inputs, "forward");
   if (call.has_no_scores()) {
     attend_nothing(outputs);
-  } else if (call.problem().queries == 1) {
+  } else if (call.is_one_step()) {
     attend_once(call, outputs);
+  } else if (inputs.query.dim() == 2) {
+    Outputs of_queries{
+        with_queries(outputs.context),
+        with_queries(outputs.weights),
+        with_queries(outputs.logsumexp),
+        with_queries(outputs.exact_context),
+        with_queries(outputs.exact_weights)};
+    const Tensor query = with_queries(inputs.query);
+    forward({query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale}, of_queries);
   } else {
     attend(call, outputs);
   }
@@ -351,8 +371,18 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   Call call(inputs, "backward");
   if (call.has_no_scores()) {
     differentiate_nothing(gradients);
-  } else if (call.problem().queries == 1) {
+  } else if (call.is_one_step()) {
     differentiate_once(call, saved, gradients);
+  } else if (inputs.query.dim() == 2) {
+    const OptionalTensor grad_context = with_queries(saved.grad_context), grad_weights = with_queries(saved.grad_weights);
+    const OptionalTensor weights = with_queries(saved.weights);
+    const Tensor query = with_queries(inputs.query), context = with_queries(saved.context);
+    Gradients of_queries{
+        with_queries(gradients.query), gradients.keys, gradients.v, gradients.memory, with_queries(gradients.scores)};
+    backward(
+        {query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale},
+        {grad_context, grad_weights, context, weights, with_queries(saved.logsumexp)},
+        of_queries);
   } else {
     differentiate(call, inputs, saved, gradients);
   }

@@ -74,6 +74,9 @@ struct OneStep {
   void* exact_context;  // of halves: [B, memory_size] acc, or null
   void* exact_weights;  // of halves: [B, S] acc, or null
 };
+constexpr int64_t most_one_step_columns(size_t scalar_size) {
+  return scalar_size == 8 ? 512 : 1024;  // whose dot products' rows fit into a warp's registers
+}
 void one_step_dot(const OneStep& call, Stream stream);
 void one_step_additive(const OneStep& call, Stream stream);
 
