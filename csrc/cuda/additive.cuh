@@ -18,7 +18,7 @@ constexpr float kFactorable = 10.5f;
 // Numerators that share a reciprocal take the other's factor on, 2^61 at most: v must leave them room.
 constexpr float kModerate = 1e6f;
 
-// double has no approximate reciprocal that sharing could save, and takes its exponentials directly.
+// double has no approximate reciprocal that sharing could save, and takes tanh itself.
 template <class acc>
 constexpr bool kFactors = std::is_same_v<acc, float>;
 
@@ -26,13 +26,22 @@ __device__ __forceinline__ bool is_beyond(float x, float limit) {
   return x > limit || x < -limit;
 }
 
-// 1 / (1 + exp(2 (q + k))) of any q and k: where exp is inf, it is 0.
+// r of any q and k: where exp is inf, it is 0.
 __device__ __forceinline__ float direct_reciprocal(float query, float key) {
   return reciprocal_approx(1 + exp2_approx(2.88539008f * (query + key)));
 }
 
 __device__ __forceinline__ double direct_reciprocal(double query, double key) {
-  return 1 / (1 + exponential(2 * (query + key)));
+  return 0.5 - 0.5 * tanh_of(query + key);
+}
+
+// h of any q and k.
+__device__ __forceinline__ float direct_centred(float query, float key) {
+  return direct_reciprocal(query, key) - 0.5f;
+}
+
+__device__ __forceinline__ double direct_centred(double query, double key) {
+  return -0.5 * tanh_of(query + key);
 }
 
 // Consecutive elements of shared memory, which lie on 16 bytes where there are as many.

@@ -43,7 +43,7 @@ void for_rows_of_gradient(int64_t queries, const Launch& launch_of) {
 template <class Tile>
 AdditiveBackwardPlan plan_of(const Problem& problem) {
   AdditiveBackwardPlan plan{};
-  plan.query_tiles = std::max<int64_t>(ceil_div(problem.queries, Tile::kQueries), 1);
+  plan.query_tiles = ceil_div(problem.queries, Tile::kQueries);
   plan.chunks = ceil_div(problem.key_size, kFeatures);
   const int64_t blocks = std::max<int64_t>(problem.batch * plan.query_tiles * plan.chunks, 1);
   const int64_t step_chunks = std::max<int64_t>(ceil_div(problem.steps, Tile::kSteps), 1);
@@ -55,38 +55,100 @@ AdditiveBackwardPlan plan_of(const Problem& problem) {
   return plan;
 }
 
-// Divides the workspace; returns its size. Of a call without one the slabs have no meaning but that.
-template <class acc>
-size_t place_slabs(const AdditiveBackward& call, AdditiveBackwardPlan& plan) {
-  const Problem& problem = call.problem;
-  size_t used = 0;
-  const auto take = [&](bool wanted, int64_t count, int64_t size) -> void* {
-    if (!wanted) {
+// Where several blocks add to one gradient (or none does: no queries make zeros).
+template <class scalar>
+class Slabs {
+ public:
+  Slabs(void* out, int64_t count, int64_t size) : out_(out), count_(count), size_(size) {}
+
+  // Its part of the workspace, from `used` on.
+  void* place(void* workspace, size_t& used) const {
+    if (!are_needed()) {
       return nullptr;
     }
-    char* at = static_cast<char*>(call.workspace) + used;
-    used += count * size * sizeof(acc);
+    char* at = static_cast<char*>(workspace) + used;
+    used += count_ * size_ * sizeof(acc);
     return at;
-  };
-  plan.query_slabs = take(
-      call.grad_query != nullptr && plan.splits > 1, plan.splits, problem.batch * problem.queries * problem.key_size);
-  plan.key_slabs = take(
-      call.grad_keys != nullptr && plan.query_tiles > 1, plan.query_tiles, problem.batch * problem.steps * problem.key_size);
-  plan.v_slabs = take(call.grad_v != nullptr, problem.batch * plan.query_tiles * plan.splits, problem.key_size);
-  return used;
-}
-
-template <class scalar>
-void add_slabs(void* out, const void* slabs, int64_t count, int64_t size, Stream stream) {
-  using acc = accumulated_t<scalar>;
-  if (slabs == nullptr) {
-    return;
   }
-  const int groups = count >= 32 ? 8 : 1;
-  const dim3 grid(ceil_div(size, kSlabThreads / groups));
-  const size_t shared = groups > 1 ? kSlabThreads * sizeof(acc) : 0;
-  launch(
-      sum_slabs<scalar>, grid, kSlabThreads, shared, stream, static_cast<scalar*>(out), static_cast<const acc*>(slabs), count, size, groups);
+
+  void sum(const void* slabs, Stream stream) const {
+    if (are_needed()) {
+      const int groups = count_ < kManySlabs ? 1 : kManySlabs / 4;
+      const int width = kSlabThreads / groups;
+      const size_t shared = groups > 1 ? kSlabThreads * sizeof(acc) : 0;
+      launch(
+          sum_slabs<scalar>,
+          dim3(ceil_div(size_, width)),
+          kSlabThreads,
+          shared,
+          stream,
+          static_cast<scalar*>(out_),
+          static_cast<const acc*>(slabs),
+          count_,
+          size_,
+          groups);
+    }
+  }
+
+ private:
+  using acc = accumulated_t<scalar>;
+  static constexpr int kManySlabs = 32;
+
+  bool are_needed() const {
+    return out_ != nullptr && count_ != 1;
+  }
+
+  void* out_;
+  int64_t count_;
+  int64_t size_;
+};
+
+// A call of one type and tile.
+template <class scalar, int rows>
+class BackwardRun {
+ public:
+  explicit BackwardRun(const AdditiveBackward& call)
+      : call_(call),
+        plan_(plan_of<Tile>(call.problem)),
+        query_(call.grad_query, plan_.splits, call.problem.batch * call.problem.queries * call.problem.key_size),
+        keys_(call.grad_keys, plan_.query_tiles, call.problem.batch * call.problem.steps * call.problem.key_size),
+        v_(call.grad_v, call.problem.batch * plan_.query_tiles * plan_.splits, call.problem.key_size) {
+    plan_.query_slabs = query_.place(call.workspace, workspace_size_);
+    plan_.key_slabs = keys_.place(call.workspace, workspace_size_);
+    plan_.v_slabs = v_.place(call.workspace, workspace_size_);
+  }
+
+  size_t workspace_size() const {
+    return workspace_size_;
+  }
+
+  void launch_all(Stream stream) const {
+    const dim3 grid(call_.problem.batch * plan_.query_tiles * plan_.splits * plan_.chunks);
+    launch(additive_backward_tile<scalar, rows>, grid, kAdditiveThreads, Tile::kShared, stream, call_, plan_);
+    query_.sum(plan_.query_slabs, stream);
+    keys_.sum(plan_.key_slabs, stream);
+    v_.sum(plan_.v_slabs, stream);
+  }
+
+ private:
+  using Tile = GradientTile<accumulated_t<scalar>, rows>;
+
+  const AdditiveBackward& call_;
+  AdditiveBackwardPlan plan_;
+  Slabs<scalar> query_;
+  Slabs<scalar> keys_;
+  Slabs<scalar> v_;
+  size_t workspace_size_ = 0;
+};
+
+// run_of(BackwardRun)
+template <class Run>
+void for_backward(const AdditiveBackward& call, const Run& run_of) {
+  for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
+    for_rows_of_gradient<accumulated_t<scalar>>(call.problem.queries, [&]<int rows>(std::integral_constant<int, rows>) {
+      run_of(BackwardRun<scalar, rows>(call));
+    });
+  });
 }
 
 }  // namespace
@@ -105,33 +167,12 @@ void additive_scores(const AdditiveScores& call, Stream stream) {
 
 size_t additive_backward_workspace(const AdditiveBackward& call) {
   size_t size = 0;
-  for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
-    using acc = accumulated_t<scalar>;
-    for_rows_of_gradient<acc>(call.problem.queries, [&]<int rows>(std::integral_constant<int, rows>) {
-      AdditiveBackwardPlan plan = plan_of<GradientTile<acc, rows>>(call.problem);
-      size = place_slabs<acc>(call, plan);
-    });
-  });
+  for_backward(call, [&](const auto& run) { size = run.workspace_size(); });
   return size;
 }
 
 void additive_backward(const AdditiveBackward& call, Stream stream) {
-  const Problem& problem = call.problem;
-  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
-    using acc = accumulated_t<scalar>;
-    for_rows_of_gradient<acc>(problem.queries, [&]<int rows>(std::integral_constant<int, rows>) {
-      using Tile = GradientTile<acc, rows>;
-      AdditiveBackwardPlan plan = plan_of<Tile>(problem);
-      place_slabs<acc>(call, plan);
-      const dim3 grid(problem.batch * plan.query_tiles * plan.splits * plan.chunks);
-      launch(additive_backward_tile<scalar, rows>, grid, kAdditiveThreads, Tile::kShared, stream, call, plan);
-      const int64_t rows_of_queries = problem.batch * problem.queries, rows_of_keys = problem.batch * problem.steps;
-      const int64_t blocks = problem.batch * plan.query_tiles * plan.splits;
-      add_slabs<scalar>(call.grad_query, plan.query_slabs, plan.splits, rows_of_queries * problem.key_size, stream);
-      add_slabs<scalar>(call.grad_keys, plan.key_slabs, plan.query_tiles, rows_of_keys * problem.key_size, stream);
-      add_slabs<scalar>(call.grad_v, plan.v_slabs, blocks, problem.key_size, stream);
-    });
-  });
+  for_backward(call, [&](const auto& run) { run.launch_all(stream); });
 }
 
 }  // namespace attn_ext::cuda

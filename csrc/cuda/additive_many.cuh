@@ -9,7 +9,7 @@
 // and half a special function an element. The warps of a block have the same steps and features: what a key gets from them is
 // summed in shared memory, what it gets from other blocks by slabs.cuh, in a fixed order.
 //
-// Where a chunk leaves the range of factored exponentials, its block takes exp(2 (q + k)).
+// Where a chunk leaves the range of factored exponentials, its block takes exp(2 (q + k)); double takes tanh.
 #pragma once
 
 #include "additive.cuh"
@@ -168,7 +168,7 @@ struct AdditiveBackwardPlan {
   int64_t splits;
   int64_t split_steps;  // whole chunks of steps
   int64_t chunks;       // of features
-  // Partial sums, acc, each null where it is not wanted or one block has the whole sum.
+  // Partial sums, acc; null where a gradient is not wanted, or is one block's.
   void* query_slabs;  // [splits][B, T, A]
   void* key_slabs;    // [query_tiles][B, S, A]
   void* v_slabs;      // [B, query_tiles, splits][A]
@@ -195,8 +195,8 @@ struct GradientTile {
   template <bool direct>
   static __device__ __forceinline__ void centred_reciprocals(acc& h0, acc& h1, acc query, acc key0, acc key1) {
     if constexpr (direct) {
-      h0 = direct_reciprocal(query, key0) - acc(0.5);
-      h1 = direct_reciprocal(query, key1) - acc(0.5);
+      h0 = direct_centred(query, key0);
+      h1 = direct_centred(query, key1);
     } else {
       const acc x0 = query * key0 + 1, x1 = query * key1 + 1;
       const acc shared = reciprocal_approx(x0 * x1);
@@ -349,12 +349,12 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
       store_gradient<scalar>(plan.query_slabs, slab, call.grad_query, at, 4 * v * grad_query[i]);
     }
   }
-  if (plan.v_slabs != nullptr) {
+  if (call.grad_v != nullptr) {
     sync_threads();  // the last chunk's parts have been read
     tile.parts[warp * Tile::kSteps * kFeatures + lane] = grad_v;
     sync_threads();  // every warp's is there
     if (warp == 0 && is_there) {
-      static_cast<acc*>(plan.v_slabs)[group * size + a] = -2 * tile.sum_of_parts(0, lane);
+      store_gradient<scalar>(plan.v_slabs, group * size, call.grad_v, a, -2 * tile.sum_of_parts(0, lane));
     }
   }
 }
