@@ -1,4 +1,4 @@
-"""The shim that runs CUDA kernels on the CPU (tests/cuda/shim.h): it finds each kind of bug, and none where there is none."""
+"""CUDA kernels on the CPU (tests/cuda/shim.h): each kind of bug is found, and none where there is none."""
 
 from __future__ import annotations
 
