@@ -6,7 +6,7 @@
 //   backward   da = g m^T;  de = softmax_backward(a, da + gw);  dq = de k;  dm = a^T g + de^T q
 //
 // where additive scores and their gradients have kernels in the place of the products with q and k. Products of halves are summed
-// in float32. A forward's are not rounded before that: its weights are two halves, the second what the first rounded off.
+// in float32, and none of their factors is rounded before: a and de are two halves, the second what was rounded off the first.
 #include "../attention.h"
 
 #include "../dispatch.h"
@@ -23,6 +23,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 namespace attn_ext::cuda {
 namespace {
@@ -220,8 +221,7 @@ void attend(const Call& call, Outputs& outputs) {
 
   const Tensor memory = call.attended_memory();
   if (rounds) {
-    const bool wanted = outputs.exact_context.defined();
-    Tensor context = wanted ? outputs.exact_context : call.empty_exact(outputs.context.sizes());
+    Tensor context = outputs.exact_context.defined() ? outputs.exact_context : call.empty_exact(outputs.context.sizes());
     multiply(context, rounded, memory);
     multiply(context, remainder, memory, true);
     outputs.context.copy_(context);
@@ -266,6 +266,9 @@ void differentiate_once(Call& call, const Saved& saved, Gradients& gradients) {
 }
 
 void differentiate_scores(const Call& call, const Tensor& grad_scores, Gradients& gradients) {
+  if (!gradients.query.defined() && !gradients.keys.defined() && !gradients.v.defined()) {
+    return;
+  }
   AdditiveBackward backward{};
   backward.problem = call.problem();
   backward.grad_scores = grad_scores.const_data_ptr();
@@ -277,64 +280,89 @@ void differentiate_scores(const Call& call, const Tensor& grad_scores, Gradients
   additive_backward(backward, call.stream());
 }
 
-void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+// a and de, and of halves both as products take them: [B, 4, T, S], a and what was rounded off it, then de and that. Additive scores
+// have no products with de: [B, 2, T, S].
+struct Coefficients {
+  Tensor weights, grad_scores, halves;
+};
+
+Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved& saved, const Gradients& gradients) {
   const Problem& problem = call.problem();
-  const bool rounds = call.is_of_halves();
-  const int64_t B = problem.batch, T = problem.queries, S = problem.steps;
   const Tensor logsumexp = saved.logsumexp.contiguous();
-  Tensor weights, grad_scores = gradients.scores.defined() ? gradients.scores : call.empty_scores();
+  Coefficients of;
+  of.grad_scores = gradients.scores.defined() ? gradients.scores : call.empty_scores();
   SoftmaxBackward backward{};
   backward.problem = problem;
   backward.grad_weights = view_of(saved.grad_weights);
-  backward.logsumexp = logsumexp.const_data_ptr();
   if (saved.weights) {
-    weights = saved.weights->contiguous();
-    backward.weights = weights.const_data_ptr();
+    of.weights = saved.weights->contiguous();
+    backward.weights = of.weights.const_data_ptr();
   } else {
-    weights = call.empty_scores();
-    call.scores(weights);
-    backward.scores = weights.const_data_ptr();
-    backward.recomputed = rounds ? nullptr : weights.mutable_data_ptr();
+    of.weights = call.empty_scores();
+    call.scores(of.weights);
+    backward.scores = of.weights.const_data_ptr();
+    backward.logsumexp = logsumexp.const_data_ptr();
+    backward.recomputed = call.is_of_halves() ? nullptr : of.weights.mutable_data_ptr();
   }
   if (saved.grad_context) {
-    multiply(grad_scores, *saved.grad_context, inputs.memory.mT());
-    backward.grad_from_context = grad_scores.const_data_ptr();
+    multiply(of.grad_scores, *saved.grad_context, inputs.memory.mT());
+    backward.grad_from_context = of.grad_scores.const_data_ptr();
   }
-  backward.grad_scores = grad_scores.mutable_data_ptr();
-  // The two one behind the other in a batch element: the memory's gradient is one product with both.
-  Tensor rounded;
-  if (rounds) {
-    rounded = call.empty({B, 2, T, S});
-    backward.rounded = data_of(rounded);
-    backward.rounded_grad_scores = data_of(rounded.select(1, 1));
-    backward.rounded_batch = rounded.stride(0);
+  backward.grad_scores = of.grad_scores.mutable_data_ptr();
+  if (call.is_of_halves() && (call.is_dot() || gradients.memory.defined())) {
+    of.halves = call.empty({problem.batch, call.is_dot() ? 4 : 2, problem.queries, problem.steps});
+    backward.rounded = of.halves.mutable_data_ptr();
+    backward.halves = of.halves.size(1);
   }
   softmax_backward(backward, call.stream());
+  return of;
+}
 
-  const Tensor coefficients = rounds ? rounded.select(1, 0) : weights;
-  const Tensor score_coefficients = rounds ? rounded.select(1, 1) : grad_scores;
-  Tensor& grad_memory = gradients.memory;
+void differentiate_query(const Call& call, const Coefficients& of, Tensor& grad_query) {
+  const Tensor memory = call.attended_memory();
+  if (call.is_of_halves()) {
+    Tensor exact = call.empty_exact(grad_query.sizes());
+    multiply(exact, of.halves.select(1, 2), memory);
+    multiply(exact, of.halves.select(1, 3), memory, true);
+    grad_query.copy_(exact);
+  } else {
+    multiply(grad_query, of.grad_scores, memory);
+  }
+}
+
+void differentiate_memory(
+    const Call& call, const Inputs& inputs, const Saved& saved, const Coefficients& of, Tensor& grad_memory) {
+  const int64_t copies = call.is_of_halves() ? 2 : 1;
+  std::vector<Tensor> rows;
+  if (saved.grad_context) {
+    rows.insert(rows.end(), copies, *saved.grad_context);
+  }
   if (call.is_dot()) {
-    if (gradients.query.defined()) {
-      multiply(gradients.query, score_coefficients, call.attended_memory());
-    }
-    if (grad_memory.defined() && rounds && saved.grad_context) {
-      multiply(grad_memory, rounded.flatten(1, 2).mT(), at::cat({*saved.grad_context, inputs.query}, 1));
-    } else if (grad_memory.defined()) {
-      multiply(grad_memory, score_coefficients.mT(), inputs.query);
-      if (saved.grad_context) {
-        multiply(grad_memory, coefficients.mT(), *saved.grad_context, true);
-      }
-    }
-    return;
+    rows.insert(rows.end(), copies, inputs.query);
   }
-  if (grad_memory.defined() && saved.grad_context) {
-    multiply(grad_memory, coefficients.mT(), *saved.grad_context);
-  } else if (grad_memory.defined()) {
+  if (rows.empty()) {
     grad_memory.zero_();
+  } else if (call.is_of_halves()) {
+    // One product, so that nothing is rounded on the way.
+    const Tensor coefficients = saved.grad_context ? of.halves : of.halves.slice(1, 2);
+    multiply(grad_memory, coefficients.flatten(1, 2).mT(), at::cat(rows, 1));
+  } else {
+    multiply(grad_memory, (saved.grad_context ? of.weights : of.grad_scores).mT(), rows.front());
+    if (rows.size() > 1) {
+      multiply(grad_memory, of.grad_scores.mT(), rows.back(), true);
+    }
   }
-  if (gradients.query.defined() || gradients.keys.defined() || gradients.v.defined()) {
-    differentiate_scores(call, grad_scores, gradients);
+}
+
+void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+  const Coefficients of = coefficients_of(call, inputs, saved, gradients);
+  if (!call.is_dot()) {
+    differentiate_scores(call, of.grad_scores, gradients);
+  } else if (gradients.query.defined()) {
+    differentiate_query(call, of, gradients.query);
+  }
+  if (gradients.memory.defined()) {
+    differentiate_memory(call, inputs, saved, of, gradients.memory);
   }
 }
 

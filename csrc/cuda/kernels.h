@@ -37,10 +37,10 @@ struct SoftmaxBackward {
   const void* grad_from_context;  // [B, T, S] acc, g . m; or null
   View grad_weights;              // [B, T, S]; data may be null
   void* recomputed;               // [B, T, S] acc, may be scores; each output may be null: not wanted
-  void* rounded;                  // [B, T, S] weights, of halves only, batch elements rounded_batch elements apart
   void* grad_scores;              // [B, T, S] acc, may be grad_from_context
-  void* rounded_grad_scores;      // [B, T, S], of halves only, as far apart
-  int64_t rounded_batch;
+  // Of halves only, [B, halves, T, S]: the weights and what was rounded off them; of 4, the scores' gradients and that.
+  void* rounded;
+  int64_t halves;
 };
 void softmax_backward(const SoftmaxBackward& call, Stream stream);
 

@@ -102,6 +102,12 @@ class RowValues {
   Value value_[held > 0 ? held : 1];
 };
 
+// What rounding takes off.
+template <class scalar>
+__device__ __forceinline__ accumulated_t<scalar> remainder_of(accumulated_t<scalar> x) {
+  return x - to_acc(from_acc<scalar>(x));
+}
+
 // A row of an output that may not be wanted.
 template <class scalar>
 class OutputRow {
@@ -113,6 +119,12 @@ class OutputRow {
     if (row_ != nullptr) {
       row_[s] = from_acc<scalar>(x);
     }
+  }
+
+  // Rounded, and what that takes off `distance` behind.
+  __device__ __forceinline__ void store_halves(int64_t s, int64_t distance, accumulated_t<scalar> x) const {
+    store(s, x);
+    store(s + distance, remainder_of<scalar>(x));
   }
 
  private:
@@ -148,7 +160,7 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
     weights.store(s, weight);
     if constexpr (!std::is_same_v<scalar, acc>) {
       rounded.store(s, weight);
-      remainder.store(s, weight - to_acc(from_acc<scalar>(weight)));
+      remainder.store(s, remainder_of<scalar>(weight));
     }
   });
   if (Team::rank() == 0) {
@@ -192,15 +204,17 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
   values.for_each([&](int64_t, const Pair& x) { delta += x.weight * x.grad; });
   delta = Team::sum(delta);
   const OutputRow<acc> recomputed(call.recomputed, first), grad_scores(call.grad_scores, first);
-  const int64_t rounded_first = b * call.rounded_batch + t * problem.steps;
-  const OutputRow<scalar> rounded(call.rounded, rounded_first), rounded_grad_scores(call.rounded_grad_scores, rounded_first);
+  const int64_t half = problem.queries * problem.steps;
+  const OutputRow<scalar> rounded(call.rounded, (b * call.halves * problem.queries + t) * problem.steps);
   values.for_each([&](int64_t s, const Pair& x) {
     const acc grad_score = may_attend(s) ? scale * (x.weight * (x.grad - delta)) : acc(0);
     recomputed.store(s, x.weight);
     grad_scores.store(s, grad_score);
     if constexpr (!std::is_same_v<scalar, acc>) {
-      rounded.store(s, x.weight);
-      rounded_grad_scores.store(s, grad_score);
+      rounded.store_halves(s, half, x.weight);
+      if (call.halves == 4) {
+        rounded.store_halves(s + 2 * half, half, grad_score);
+      }
     }
   });
 }
