@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -86,10 +86,9 @@ def said_by_nvcc(source: Path) -> str:
 
 def functions(said: str) -> list[Function]:
     """The functions that ptxas reports on, in the words of `-v`."""
-    demangled = (
-        subprocess.run(["c++filt"], input=said, capture_output=True, text=True) if shutil.which("c++filt") else None
-    )
-    lines = iter((demangled.stdout if demangled else said).splitlines())
+    if shutil.which("c++filt"):
+        said = subprocess.run(["c++filt"], input=said, capture_output=True, text=True, check=True).stdout
+    lines = iter(said.splitlines())
     found: list[Function] = []
     architecture = 0
     for line in lines:
@@ -100,15 +99,7 @@ def functions(said: str) -> list[Function]:
             found.append(Function(match.group(1), architecture, numbers[0], numbers[1] + numbers[2]))
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            of = found[-1]
-            found[-1] = Function(
-                of.name,
-                of.architecture,
-                of.stack,
-                of.spilled,
-                int(match.group(1)),
-                int(shared.group(1)) if shared else 0,
-            )
+            found[-1] = replace(found[-1], registers=int(match.group(1)), shared=int(shared.group(1)) if shared else 0)
     return found
 
 
@@ -128,9 +119,8 @@ def table(all_functions: list[Function]) -> str:
     for of in all_functions:
         rows.setdefault(re.sub(r"^void |attn_ext::cuda::|\(.*", "", of.name), {})[of.architecture] = of
     width = max(map(len, rows))
-    lines = [
-        f"{'registers':{width}} " + "".join(f"{f'sm_{column}':>7}" for column in columns) + "  static shared memory"
-    ]
+    heads = "".join(f"{f'sm_{column}':>7}" for column in columns)
+    lines = [f"{'registers':{width}} {heads}  static shared memory"]
     for name, row in sorted(rows.items()):
         registers = "".join(f"{row[column].registers if column in row else '-':>7}" for column in columns)
         lines.append(f"{name:{width}} {registers}  {max(of.shared for of in row.values())} bytes")
@@ -149,12 +139,14 @@ def test_no_kernel_spills(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("source", HOST_CODE, ids=lambda path: path.name)
 def test_host_code_compiles_against_the_cpu_wheel(source: Path) -> None:
-    """PyTorch's wheel for the CPU has c10's CUDA headers, though not what their configuration file would say."""
+    """PyTorch's wheel for the CPU has c10's CUDA headers, though not the file that says how they were configured."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
     assert NVCC is not None
-    toolkit = Path(NVCC).resolve().parents[1] / "include"
+    # What lies on the PATH may be a script: the compiler itself tells where it stands.
+    plan = subprocess.run([NVCC, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    toolkit = Path(re.findall(r"TOP=(.+)", plan)[0]) / "include"
     defines = ["-DATTN_EXT_WITH_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DTORCH_EXTENSION_NAME=_C"]
     includes = [f"-isystem{path}" for path in (*include_paths("cpu"), toolkit)]
     command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *defines, *includes]
