@@ -106,4 +106,20 @@ __device__ __forceinline__ void finish_weights(
   }
 }
 
+// From partial results with their factors to the outputs.
+template <class scalar>
+__device__ __forceinline__ void finish_step(
+    const OneStep& call,
+    const Place& place,
+    const accumulated_t<scalar>* partials,
+    int64_t count,
+    const accumulated_t<scalar>* factors,
+    const Softmaxed<accumulated_t<scalar>>& all) {
+  const int64_t size = call.problem.memory_size;
+  for (int64_t d = threadIdx.x; d < size; d += kStepBlock) {
+    store_context<scalar>(call, place.b, d, merged_column(partials, count, size + 2, factors, d) * all.inverse());
+  }
+  finish_weights<scalar>(call, place, all);
+}
+
 }  // namespace attn_ext::cuda

@@ -163,22 +163,6 @@ struct Columns {
   }
 };
 
-// From partial results with their factors to the outputs.
-template <class scalar>
-__device__ __forceinline__ void finish_step(
-    const OneStep& call,
-    const Place& place,
-    const accumulated_t<scalar>* partials,
-    int64_t count,
-    const accumulated_t<scalar>* factors,
-    const Softmaxed<accumulated_t<scalar>>& all) {
-  const int64_t size = call.problem.memory_size;
-  for (int64_t d = threadIdx.x; d < size; d += kStepBlock) {
-    store_context<scalar>(call, place.b, d, merged_column(partials, count, size + 2, factors, d) * all.inverse());
-  }
-  finish_weights<scalar>(call, place, all);
-}
-
 template <class scalar, int pieces, int rows>
 __global__ void __launch_bounds__(kStepBlock) attend_one_step(const OneStep call, const Columns<scalar, pieces, rows> columns) {
   using acc = accumulated_t<scalar>;
