@@ -24,18 +24,18 @@ constexpr int kStepRows = 4;      // in flight
 
 template <class acc>
 struct AdditiveStepShared {
+  acc* panel;   // [kStepPanel], or as many factors as there are splits
   acc* scores;  // [steps of a split]; backward: its weights
   acc* grads;   // [steps of a split], backward only: da, then de
-  acc* panel;   // [kStepPanel], or as many factors as there are splits
 
-  __device__ __forceinline__ AdditiveStepShared(const Splits& splits, bool has_grads)
-      : scores(reinterpret_cast<acc*>(shared_memory())),
-        grads(scores + splits.steps),
-        panel(has_grads ? grads + splits.steps : grads) {}
+  __device__ __forceinline__ explicit AdditiveStepShared(const Splits& splits)
+      : panel(reinterpret_cast<acc*>(shared_memory())),
+        scores(panel + (splits.count > kStepPanel ? splits.count : kStepPanel)),
+        grads(scores + splits.steps) {}
 
   static size_t size(const Splits& splits, bool has_grads) {
     const int64_t panel = splits.count > kStepPanel ? splits.count : kStepPanel;
-    return ((has_grads ? 2 : 1) * splits.steps + panel) * sizeof(acc);
+    return (panel + (has_grads ? 2 : 1) * splits.steps) * sizeof(acc);
   }
 };
 
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kStepBlock, 4)
   const Problem& problem = call.problem;
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
-  const AdditiveStepShared<acc> shared(call.splits, false);
+  const AdditiveStepShared<acc> shared(call.splits);
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t size = problem.memory_size;
   additive_scores_of<scalar>(problem, place, may_attend, keys_by_vectors, shared);
@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(kStepBlock, 4)
   constexpr int each = Rows::kEach, rows = kStepRows / 2;
   const Problem& problem = call.problem;
   const Place place(problem, call.splits);
-  const AdditiveStepShared<acc> shared(call.splits, true);
+  const AdditiveStepShared<acc> shared(call.splits);
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t size = problem.key_size, splits = call.splits.count;
   grad_scores_of<scalar>(call, place, keys_by_vectors, memory_by_vectors, shared);
