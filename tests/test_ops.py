@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from tests import cases
 from tests.cases import DTYPES, LOSSES, Case, short, spoiled
 
 pytestmark = pytest.mark.fused
@@ -159,7 +160,8 @@ def test_halves_are_rounded_where_they_are_written(
     for result, exact, truth in zip(rounded, unrounded, wide, strict=False):
         assert exact.dtype == torch.float32
         assert torch.equal(result, exact.to(dtype))
-        torch.testing.assert_close(exact, truth, rtol=1e-5, atol=1e-6)
+        # On a GPU the weights of many queries meet the memory as two halves, of bfloat16 16 bits.
+        torch.testing.assert_close(exact, truth, rtol=1e-5, atol=1e-5 if cases.KERNELS == "cuda" else 1e-6)
     for need_weights in (True, False):
         context, weights, _, none = op(method, "forward")(*tensors, lengths, mask, scale, need_weights, False)
         assert none == []
@@ -185,7 +187,7 @@ def ranges(call: Callable[[], object]) -> set[str]:
     """The attn_ext ranges that a call records under the profiler."""
     with torch.autograd.profiler.profile() as profile:
         call()
-    return {event.name for event in profile.function_events if event.name.startswith("attn_ext::cpu::")}
+    return {event.name for event in profile.function_events if event.name.startswith(("attn_ext::cpu::", "attn_ext::cuda::"))}
 
 
 @pytest.mark.parametrize("T", [1, 5, 70], ids="T={}".format)
@@ -195,9 +197,8 @@ def test_the_fused_kernels_run(function: str, dtype: torch.dtype, T: int) -> Non
     """By name: the forward kernel, and with gradients the backward kernel; none under "reference"."""
     problem = Case(function, T=T, S=37, D=20, dtype=dtype, masking="lengths").problem()
     name = "dot_attention" if function in ("dot", "general") else "additive_attention"
-    forward, backward = (
-        f"attn_ext::cpu::{name}_{d}[{torch.ops.attn_ext.cpu_capability()}]" for d in ("forward", "backward")
-    )
+    capability = f"[{torch.ops.attn_ext.cpu_capability()}]" if cases.KERNELS == "cpu" else ""
+    forward, backward = (f"attn_ext::{cases.KERNELS}::{name}_{d}{capability}" for d in ("forward", "backward"))
     assert ranges(lambda: problem.function(**problem.tensors, **problem.options)) == {forward}
     assert ranges(problem.results) == {forward, backward}
     assert ranges(problem.reference_results) == set()
