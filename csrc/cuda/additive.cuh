@@ -1,6 +1,6 @@
 // What the additive kernels share. With E = exp(2q) exp(2k) and r = 1 / (1 + E), tanh(q + k) = 1 - 2r:
 //
-//   forward    e_ts ~ -2 sum_a v_a r_tsa, sum(v) being the same for every step
+//   forward    e_ts ~ -2 sum_a v_a r_tsa: sum(v) is the same for every step and cancels in the softmax
 //   backward   h = r - 1/2 = -tanh / 2, y = 1/4 - h^2 = tanh' / 4:
 //              dq_t = 4v sum_s de_ts y_ts,  dk_s = 4v sum_t de_ts y_ts,  dv = -2 sum_ts de_ts h_ts
 //
@@ -11,8 +11,9 @@
 
 namespace attn_ext::cuda {
 
-// Two elements share a reciprocal, 1/x0 = x1 / (x0 x1), where queries and keys are no larger than this: (1 + E)^2 <= 4 exp(8 * 10.5)
-// = 2^123, whose reciprocal is no subnormal. For it is the special-function unit, 16 results a clock, that bounds these kernels.
+// Two elements share a reciprocal, 1/x0 = x1 / (x0 x1), where queries and keys are no larger than this: (1 + E)^2 <= 4 exp(8
+// * 10.5) = 2^123, whose reciprocal is no subnormal. For it is the special-function unit, 16 results a clock, that bounds these
+// kernels.
 constexpr float kFactorable = 10.5f;
 
 // Numerators that share a reciprocal take the other's factor on, 2^61 at most: v must leave them room.
@@ -31,10 +32,6 @@ __device__ __forceinline__ float direct_reciprocal(float query, float key) {
   return reciprocal_approx(1 + exp2_approx(2.88539008f * (query + key)));
 }
 
-__device__ __forceinline__ double direct_reciprocal(double query, double key) {
-  return 0.5 - 0.5 * tanh_of(query + key);
-}
-
 // h of any q and k.
 __device__ __forceinline__ float direct_centred(float query, float key) {
   return direct_reciprocal(query, key) - 0.5f;
@@ -42,6 +39,15 @@ __device__ __forceinline__ float direct_centred(float query, float key) {
 
 __device__ __forceinline__ double direct_centred(double query, double key) {
   return -0.5 * tanh_of(query + key);
+}
+
+// What a feature adds to a score, times -2v: r as elsewhere; h where nothing is factored, so that double's scores lack nothing.
+__device__ __forceinline__ float direct_term(float query, float key) {
+  return direct_reciprocal(query, key);
+}
+
+__device__ __forceinline__ double direct_term(double query, double key) {
+  return direct_centred(query, key);
 }
 
 // Consecutive elements of shared memory, which lie on 16 bytes where there are as many.

@@ -145,9 +145,8 @@ class BackwardRun {
 template <class Run>
 void for_backward(const AdditiveBackward& call, const Run& run_of) {
   for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
-    for_rows_of_gradient<accumulated_t<scalar>>(call.problem.queries, [&]<int rows>(std::integral_constant<int, rows>) {
-      run_of(BackwardRun<scalar, rows>(call));
-    });
+    for_rows_of_gradient<accumulated_t<scalar>>(
+        call.problem.queries, [&]<int rows>(std::integral_constant<int, rows>) { run_of(BackwardRun<scalar, rows>(call)); });
   });
 }
 

@@ -47,9 +47,7 @@ struct ScoresTile {
   acc* v;        // [kFeatures]
 
   __device__ __forceinline__ explicit ScoresTile(char* shared)
-      : queries(reinterpret_cast<acc*>(shared)),
-        keys(queries + kFeatures * kQueryStride),
-        v(keys + kFeatures * kStepStride) {}
+      : queries(reinterpret_cast<acc*>(shared)), keys(queries + kFeatures * kQueryStride), v(keys + kFeatures * kStepStride) {}
 
   __device__ __forceinline__ void add_factored(acc (&sums)[kRows][kColumns], int row, int column) const {
     for (int a = 0; a < kFeatures; a += 2) {
@@ -79,7 +77,7 @@ struct ScoresTile {
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          sums[i][j] += v[a] * direct_reciprocal(q[i], k[j]);
+          sums[i][j] += v[a] * direct_term(q[i], k[j]);
         }
       }
     }
@@ -187,9 +185,7 @@ struct GradientTile {
   acc* parts;        // [kAdditiveWarps][kSteps][kFeatures] what the keys get, not yet times 4v
 
   __device__ __forceinline__ explicit GradientTile(char* shared)
-      : grad_scores(reinterpret_cast<acc*>(shared)),
-        keys(grad_scores + kSteps * kStride),
-        parts(keys + kSteps * kFeatures) {}
+      : grad_scores(reinterpret_cast<acc*>(shared)), keys(grad_scores + kSteps * kStride), parts(keys + kSteps * kFeatures) {}
 
   // h of a query and two steps.
   template <bool direct>
@@ -210,7 +206,7 @@ struct GradientTile {
   __device__ __forceinline__ void walk(const acc (&query)[kRows], acc (&grad_query)[kRows], acc& grad_v) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     acc of_chunk = 0;  // a sum of sums is nearer to the truth
-#pragma unroll 1  // there is enough to overlap in one round, and no register left for another
+#pragma unroll 1       // there is enough to overlap in one round, and no register left for another
     for (int s = 0; s < kSteps; s += 2) {
       const acc key0 = keys[s * kFeatures + lane], key1 = keys[(s + 1) * kFeatures + lane];
       acc grad_key0 = 0, grad_key1 = 0;

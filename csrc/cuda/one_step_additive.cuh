@@ -4,9 +4,9 @@
 //   backward   delta = g . c + sum_s a_s gw_s;  de_s = scale a_s (g . m_s + gw_s - delta);  dm_s = a_s g, and dq, dk, dv from de
 //
 // A block has a split of the steps, whose scores are in shared memory. Where a row becomes a number (a score, g . m_s), it is a
-// warp's, several at once; where rows are summed (the context, dq, dv) a thread has 16 bytes of a column and walks the rows, several
-// threads abreast where a row is short. Bound by memory: for one query there are as many exponentials either way, two special
-// functions an element, taken directly.
+// warp's, several at once; where rows are summed (the context, dq, dv) a thread has 16 bytes of a column and walks the rows,
+// several threads abreast where a row is short. Bound by memory: for one query there are as many exponentials either way, two
+// special functions an element, taken directly.
 #pragma once
 
 #include "additive.cuh"
@@ -109,7 +109,11 @@ __device__ __forceinline__ void load_piece(
 // other, with zeros up to whole pieces. A row that is null is zeros.
 template <class scalar, int rows, class Body>
 __device__ __forceinline__ void for_panels(
-    accumulated_t<scalar>* panel, const scalar* const (&row)[rows], const int64_t (&element)[rows], int64_t size, const Body& body) {
+    accumulated_t<scalar>* panel,
+    const scalar* const (&row)[rows],
+    const int64_t (&element)[rows],
+    int64_t size,
+    const Body& body) {
   constexpr int most = kStepPanel / rows;
   for (int64_t at = 0; at < size; at += most) {
     const int count = static_cast<int>(size - at < most ? size - at : most);
@@ -141,7 +145,11 @@ __device__ __forceinline__ void for_rows_of_warp(int count, const Wants& wants, 
 // scores[s] = scale v . tanh(q + k_s), -inf where the query may not attend. Of the split; complete after a barrier.
 template <class scalar>
 __device__ __forceinline__ void additive_scores_of(
-    const Problem& problem, const Place& place, const Attendable& may_attend, bool by_vectors, const AdditiveStepShared<accumulated_t<scalar>>& shared) {
+    const Problem& problem,
+    const Place& place,
+    const Attendable& may_attend,
+    bool by_vectors,
+    const AdditiveStepShared<accumulated_t<scalar>>& shared) {
   using acc = accumulated_t<scalar>;
   using Rows = StepRows<scalar>;
   constexpr int each = Rows::kEach;
@@ -171,7 +179,7 @@ __device__ __forceinline__ void additive_scores_of(
           unpack<scalar>(k, piece[r]);
 #pragma unroll
           for (int i = 0; i < each; ++i) {
-            sums[r] += v[i] * direct_reciprocal(q[i], k[i]);
+            sums[r] += v[i] * direct_term(q[i], k[i]);
           }
         }
       }

@@ -7,7 +7,8 @@ namespace attn_ext::cuda {
 
 constexpr int kSlabThreads = 256;
 
-// A block has 256 / groups elements; each group of its threads sums every groups-th slab, so that many short slabs are read by many.
+// A block has 256 / groups elements; each group of its threads sums every groups-th slab, so that many short slabs are read by
+// many.
 template <class scalar>
 __global__ void __launch_bounds__(kSlabThreads)
     sum_slabs(scalar* out, const accumulated_t<scalar>* slabs, int64_t count, int64_t size, int groups) {
