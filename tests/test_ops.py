@@ -187,7 +187,11 @@ def ranges(call: Callable[[], object]) -> set[str]:
     """The attn_ext ranges that a call records under the profiler."""
     with torch.autograd.profiler.profile() as profile:
         call()
-    return {event.name for event in profile.function_events if event.name.startswith(("attn_ext::cpu::", "attn_ext::cuda::"))}
+    return {
+        event.name
+        for event in profile.function_events
+        if event.name.startswith(("attn_ext::cpu::", "attn_ext::cuda::"))
+    }
 
 
 @pytest.mark.parametrize("T", [1, 5, 70], ids="T={}".format)

@@ -280,8 +280,8 @@ void differentiate_scores(const Call& call, const Tensor& grad_scores, Gradients
   additive_backward(backward, call.stream());
 }
 
-// a and de, and of halves both as products take them: [B, 4, T, S], a and what was rounded off it, then de and that. Additive scores
-// have no products with de: [B, 2, T, S].
+// a and de, and of halves both as products take them: [B, 4, T, S], a and what was rounded off it, then de and that. Additive
+// scores have no products with de: [B, 2, T, S].
 struct Coefficients {
   Tensor weights, grad_scores, halves;
 };
@@ -330,8 +330,7 @@ void differentiate_query(const Call& call, const Coefficients& of, Tensor& grad_
   }
 }
 
-void differentiate_memory(
-    const Call& call, const Inputs& inputs, const Saved& saved, const Coefficients& of, Tensor& grad_memory) {
+void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& saved, const Coefficients& of, Tensor& grad_memory) {
   const int64_t copies = call.is_of_halves() ? 2 : 1;
   std::vector<Tensor> rows;
   if (saved.grad_context) {

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the host, kept under build/tests until what the preprocessor makes of a source changes."""
+"""The CUDA kernels compiled for the host, kept under build/ until what the preprocessor makes of a source changes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// CUDA's entry points in the CPU's place: with this library ahead of attn_ext._C, the ops of CPU tensors run the CUDA kernels, on the
-// host (shim.h). Results and workspaces hold NaN until they are written.
+// CUDA's entry points in the CPU's place: with this library ahead of attn_ext._C, the ops of CPU tensors run the CUDA kernels, on
+// the host (shim.h). Results and workspaces hold NaN until they are written.
 #include "../../csrc/attention.h"
 #include "../../csrc/cuda/stream.h"
 
