@@ -11,12 +11,12 @@
 
 namespace attn_ext::cuda {
 
-// Two elements share a reciprocal, 1/x0 = x1 / (x0 x1), where queries and keys are no larger than this: (1 + E)^2 <= 4 exp(8
-// * 10.5) = 2^123, whose reciprocal is no subnormal. For it is the special-function unit, 16 results a clock, that bounds these
-// kernels.
-constexpr float kFactorable = 10.5f;
+// Two elements share a reciprocal, 1/x0 = x1 / (x0 x1), where queries and keys are no larger than this: x is 2^93 at most, and
+// where a product is more than a reciprocal can be taken of, 2^126, both r are less than 2^-32 and may be 0. For it is the
+// special-function unit, 16 results a clock, that bounds these kernels.
+constexpr float kFactorable = 16;
 
-// Numerators that share a reciprocal take the other's factor on, 2^61 at most: v must leave them room.
+// Numerators that share a reciprocal take the other's factor on: v must leave them room.
 constexpr float kModerate = 1e6f;
 
 // double has no approximate reciprocal that sharing could save, and takes tanh itself.
