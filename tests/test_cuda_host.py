@@ -12,7 +12,7 @@ import pytest
 from tests.cuda.compiler import compiler, host_library
 from tests.processes import PACKAGE, python
 
-FILES = ("against_reference", "masking", "layouts", "precision", "gradients", "ops", "memory")
+FILES = ("against_reference", "dot", "additive", "masking", "layouts", "precision", "gradients", "ops", "memory")
 
 pytestmark = [pytest.mark.fused, pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler here")]
 
@@ -38,4 +38,4 @@ def test_within_what_was_allocated() -> None:
     library = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not library.startswith("/"):
         pytest.skip("the compiler has no shared AddressSanitizer")
-    run(61, FILES[:4], LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0")
+    run(61, FILES[:6], LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0")
