@@ -2,7 +2,7 @@
 
 Builds for the GPU that is there, runs the tests of the ops on it, has compute-sanitizer look at small calls, compares
 runs bit by bit, and measures speed. A stage that cannot run says why, and the next one runs. The report, JSON and
-Markdown, stands in benchmarks/results/ under the names of GPU, PyTorch and commit, and is written anew after every stage.
+Markdown, stands in benchmarks/results/ by the names of GPU, PyTorch and commit, and is written anew after every stage.
 """
 
 from __future__ import annotations
@@ -213,20 +213,23 @@ def speed_table(data: dict[str, Any]) -> list[str]:
         f"{ceilings['special'] / 1e12:.2f} T special functions/s and {ceilings['instructions'] / 1e12:.1f} T "
         "instructions/s, by the clock.",
         "",
-        "Medians in microseconds, inputs not in the L2 cache, CUDA graphs replayed; in brackets a peer's time over the fused "
-        "op's.",
+        "Medians in microseconds, inputs not in the L2 cache, CUDA graphs replayed; in brackets a peer's time over the "
+        "fused op's.",
         "",
         "| method | (B, T, S, H) | dtype | direction | floor | fused | share of the floor | fused, called | peers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in data["rows"]:
+    reached = [row for row in data["rows"] if row["seconds"]]
+    for row in reached:
         fused = row["seconds"].get("fused")
         peers = [
             f"{name} {microseconds(seconds)}" + (f" ({seconds / fused:.2f}x)" if fused else "")
             for name, seconds in row["seconds"].items()
             if name != "fused"
         ]
-        peers += [f"{name}: {why}" for name, why in row["missing"].items()]
+        for why in dict.fromkeys(row["missing"].values()):
+            names = ", ".join(name for name, its_own in row["missing"].items() if its_own == why)
+            peers.append(f"{names}: {why}")
         share = "" if row["share"] is None else f"{row['share']:.0%}"
         if row["wanted"]:
             share += f" (wanted {row['wanted']:.0%})"
@@ -237,6 +240,8 @@ def speed_table(data: dict[str, Any]) -> list[str]:
             f"| {microseconds(fused) if fused else '-'} | {share} "
             f"| {microseconds(called) if called else '-'} | {'; '.join(peers).replace('|', '/')} |"
         )
+    if len(reached) < len(data["rows"]):
+        lines += ["", f"The time was over before {len(data['rows']) - len(reached)} more of them."]
     return lines
 
 

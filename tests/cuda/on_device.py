@@ -6,38 +6,42 @@ ATTN_EXT_TEST_DEVICE names another device.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 DEVICE = os.environ.get("ATTN_EXT_TEST_DEVICE", "cuda")
 
 
-class OnDevice(TorchFunctionMode):
-    """Moves what torch's factories return, where no device was asked for."""
+def moved(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """The factory, whose tensors lie on DEVICE where no device was asked for."""
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        arguments: Sequence[Any] = (),
-        named: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = function(*arguments, **(named or {}))
-        made_here = function in _device_constructors() and (named or {}).get("device") is None
-        if made_here and isinstance(result, Tensor) and result.device.type == "cpu":
+    @wraps(factory)
+    def make(*arguments: Any, **named: Any) -> Any:
+        result = factory(*arguments, **named)
+        if named.get("device") is None and isinstance(result, Tensor) and result.device.type == "cpu":
             return result.detach().to(DEVICE).requires_grad_(result.requires_grad)
         return result
 
+    return make
 
-@pytest.fixture(autouse=True)
-def _on_device() -> Iterator[None]:
-    with OnDevice():
-        yield
+
+def factories() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """torch's, by name."""
+    for factory in _device_constructors():
+        if getattr(torch, factory.__name__, None) is factory:
+            yield factory.__name__, factory
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Not by a mode: under one, calls do not go the shortest way to the ops. And before the tests are imported.
+    for name, factory in list(factories()):
+        setattr(torch, name, moved(factory))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
