@@ -1,4 +1,5 @@
-// One query a batch element with additive scores (the equations are in additive.cuh): keys and memory are each read once.
+// One query a batch element with additive scores (the equations are in additive.cuh): keys and memory are each read once, and the
+// keys once more by a backward that was left no weights.
 //
 //   forward    e_s = scale v . tanh(q + k_s), p_s = exp(e_s - max);  c = sum_s p_s m_s / sum_s p_s
 //   backward   delta = g . c + sum_s a_s gw_s;  de_s = scale a_s (g . m_s + gw_s - delta);  dm_s = a_s g, and dq, dk, dv from de
