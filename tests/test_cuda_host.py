@@ -18,7 +18,6 @@ pytestmark = [pytest.mark.fused, pytest.mark.skipif(compiler() is None, reason="
 
 
 def run(sample: int, files: tuple[str, ...], **environment: str) -> None:
-    host_library()  # compiled here, so that a compiler is not preloaded with a sanitizer
     process = python(
         *("-m", "pytest", "-p", "tests.cuda.plugin", "-p", "no:cacheprovider", "-q", "--tb=short"),
         *("--sample", str(sample), *(f"tests/test_{name}.py" for name in files)),
@@ -33,9 +32,10 @@ def test_a_sample_of_the_tests_of_the_ops() -> None:
     run(23, FILES)
 
 
-def test_within_what_was_allocated() -> None:
-    """Under AddressSanitizer's runtime the shim asks whose memory an access to global memory is."""
+def test_under_sanitizers() -> None:
+    """With AddressSanitizer's runtime the shim asks whose memory an access to global memory is."""
     library = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not library.startswith("/"):
         pytest.skip("the compiler has no shared AddressSanitizer")
-    run(61, FILES[:6], LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0")
+    host_library(undefined=True)  # compiled here: the sanitizer is not for the compiler
+    run(61, FILES[:6], LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0", ATTN_EXT_UNDEFINED="1")

@@ -20,6 +20,7 @@ LIBRARIES = Path(torch.__file__).with_name("lib")
 FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-Itests/cuda", "-Icsrc/cuda")
 # The hooks of ThreadSanitizer are the shim's own (tests/cuda/shim.h): its runtime is not linked.
 KERNEL_FLAGS = (*FLAGS, "-Wno-unknown-pragmas", "-fsanitize=thread", "-x", "c++")
+UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=undefined")
 TORCH_FLAGS = (*FLAGS, *(f"-isystem{path}" for path in include_paths("cpu")))
 
 
@@ -42,10 +43,14 @@ def compile_object(source: str, flags: Sequence[str]) -> Path:
     return to
 
 
-def host_library() -> Path:
-    """The library that puts the CUDA kernels behind the ops of CPU tensors (tests/cuda/host.cpp)."""
+def host_library(undefined: bool = False) -> Path:
+    """The library that puts the CUDA kernels behind the ops of CPU tensors (tests/cuda/host.cpp).
+
+    `undefined`: with UndefinedBehaviorSanitizer in the kernels, which ends the process at what it finds.
+    """
+    kernel_flags = (*KERNEL_FLAGS, *(UNDEFINED if undefined else ()))
     kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu") if path.stem != "build")
-    sources = [(source, KERNEL_FLAGS) for source in kernels]
+    sources = [(source, kernel_flags) for source in kernels]
     sources += [("tests/cuda/shim.cpp", FLAGS)]
     sources += [(source, TORCH_FLAGS) for source in ("csrc/cuda/attention.cpp", "tests/cuda/host.cpp")]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
@@ -54,7 +59,14 @@ def host_library() -> Path:
     library = BUILD / f"host-{key}.so"
     if not library.exists():
         unfinished = library.with_suffix(f".{os.getpid()}")
-        libraries = (f"-L{LIBRARIES}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{LIBRARIES}", "-ldl")
+        libraries = (
+            f"-L{LIBRARIES}",
+            "-ltorch_cpu",
+            "-lc10",
+            f"-Wl,-rpath,{LIBRARIES}",
+            "-ldl",
+            *(["-lubsan"] if undefined else []),
+        )
         _run("-shared", *map(str, objects), *libraries, "-o", str(unfinished))
         unfinished.replace(library)
     return library
