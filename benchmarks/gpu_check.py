@@ -33,8 +33,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # Tests of what runs on a device, and the packages that some of them need.
 TESTS = (
-    "against_reference", "gradients", "masking", "layouts", "precision", "ops", "memory", "modules", "decoder", "beam",
-    "modes", "errors",
+    "against_reference", "dot", "additive", "gradients", "masking", "layouts", "precision", "ops", "memory", "modules",
+    "decoder", "beam", "modes", "errors",
 )  # fmt: skip
 NEEDS = {"ops": "expecttest"}
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")

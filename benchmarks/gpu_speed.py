@@ -317,9 +317,7 @@ def measure(rows: Sequence[Row], cache_bytes: int, deadline: float, save: Callab
                 continue
             row.seconds[name], row.called[name] = seconds, called
         except Exception as error:  # whatever a peer cannot do is a line of the report
-            row.missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[
-                :160
-            ]
+            row.missing[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:100]
             torch.cuda.empty_cache()
         save()
 

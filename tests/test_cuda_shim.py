@@ -109,3 +109,29 @@ def test_halves_are_pytorchs(planted: Path) -> None:
     for first, dtype in ((4, torch.float16), (6, torch.bfloat16)):
         mine = rounded[:, first : first + 2].clone().view(dtype).flatten()
         torch.testing.assert_close(mine, floats.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_threads_get_what_the_others_have(planted: Path) -> None:
+    rows = torch.tensor([int(number) for number in output(planted, "exchange").split()]).view(64, 8)
+    for i, row in enumerate(rows.tolist()):
+        lane, first = i % 32, i // 32 * 32
+        down = i + 3 if lane + 3 < 32 else i
+        assert row == [i ^ 5, down, first + 7, 496 + 32 * first, -first, 24, 1, 0]
+
+
+def test_approximations_are_as_good_as_a_gpus(planted: Path) -> None:
+    """A unit in the last place off here and there, and no subnormals."""
+    written = torch.frombuffer(bytearray(output(planted, "approximations")), dtype=torch.float32).view(-1, 3)
+    x = written[:, 0].double()
+    tiny = torch.finfo(torch.float32).tiny
+    flushed = torch.where(x.abs() < tiny, torch.copysign(torch.zeros(()), x), x)
+    for mine, exact in ((written[:, 1], flushed.exp2()), (written[:, 2], 1 / flushed)):
+        assert torch.equal(mine.isnan(), exact.isnan())
+        large = exact.abs() > torch.finfo(torch.float32).max
+        assert torch.equal(mine.isinf(), large)
+        assert not ((mine != 0) & (mine.abs() < tiny)).any()
+        normal = (exact.abs() >= 2 * tiny) & ~large
+        error = ((mine.double() - exact) / exact)[normal].abs()
+        assert 2**-24 < error.max() < 1.5 * 2**-23
+        assert (error > 2**-24).float().mean() > 0.2
+        assert (mine[exact.abs() < tiny / 2] == 0).all()

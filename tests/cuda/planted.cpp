@@ -2,6 +2,8 @@
 //   planted list                  names the kernels
 //   planted KERNEL right|wrong    prints what is wrong, or "right", for each of some orders of blocks and threads
 //   planted order SEED            prints the order in which threads came by
+//   planted exchange              prints what each thread got from the others
+//   planted approximations        writes floats with exp2_approx and reciprocal_approx of them
 //   planted conversions           writes every Half, every BFloat16, and some floats rounded to both
 #include "device.cuh"
 #include "launch.h"
@@ -279,6 +281,24 @@ __global__ void last_block_by_ticket(int* out, int* counter, bool wrong) {
   }
 }
 
+// What threads get from each other: a row of results each.
+__global__ void exchange(int* out, bool) {
+  const int i = threadIdx.x;
+  const int results[] = {
+      shuffle_xor(i, 5),
+      shuffle_down(i, 3),
+      shuffle(i, 7),
+      warp_sum(i),
+      warp_max(-i),
+      static_cast<int>(warp_sum(0.5) + warp_sum(0.25f)),
+      any_in_block(i == 40),
+      any_in_block(i == kThreads),
+  };
+  for (int j = 0; j < 8; ++j) {
+    out[8 * i + j] = results[j];
+  }
+}
+
 __global__ void draw(int* out, int* counter) {
   out[blockIdx.x * kThreads + threadIdx.x] = atomic_ticket(counter);
 }
@@ -418,8 +438,29 @@ void print_order(uint64_t seed) {
   }
 }
 
+void print_exchange() {
+  const Buffer out(8 * kThreads);
+  launch(exchange, 1, kThreads, 0, nullptr, out.values, false);
+  for (int i = 0; i < 8 * kThreads; ++i) {
+    std::printf("%d ", out.values[i]);
+  }
+}
+
+template <class T>
+void write(T x) {
+  std::fwrite(&x, sizeof(x), 1, stdout);
+}
+
+void write_approximations() {
+  for (uint32_t i = 0; i < 1 << 18; ++i) {
+    const auto x = std::bit_cast<float>(i * 16381u);
+    write(x);
+    write(exp2_approx(x));
+    write(reciprocal_approx(x));
+  }
+}
+
 void write_conversions() {
-  const auto write = [](auto x) { std::fwrite(&x, sizeof(x), 1, stdout); };
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     write(to_acc(Half{static_cast<uint16_t>(bits)}));
   }
@@ -444,6 +485,10 @@ int main(int count, char** arguments) {
     }
   } else if (what == "conversions") {
     write_conversions();
+  } else if (what == "approximations") {
+    write_approximations();
+  } else if (what == "exchange") {
+    print_exchange();
   } else if (what == "order") {
     print_order(std::atoi(arguments[2]));
   } else {
