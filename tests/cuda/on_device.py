@@ -42,6 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Not by a mode: under one, calls do not go the shortest way to the ops. And before the tests are imported.
     for name, factory in list(factories()):
         setattr(torch, name, moved(factory))
+    from tests import cases
+
+    cases.KERNELS = torch.device(DEVICE).type
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -589,8 +589,10 @@ class Executor {
 
   void mark_shared(const void* at, size_t who) {
     const size_t first = (static_cast<const char*>(at) - shared_) / kCellBytes;
+    Access access = now();
+    access.who = static_cast<uint16_t>(who);
     for (size_t i = first; i < first + 16 / kCellBytes; ++i) {
-      shared_cells_[i].write = {epoch_, 0, static_cast<uint16_t>(who)};
+      shared_cells_[i].write = access;
     }
   }
 
