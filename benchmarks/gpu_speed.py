@@ -143,10 +143,9 @@ class Row:
 
 
 def fused(query: Tensor, memory: Tensor, keys: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-    with attn_ext.use_backend("fused"):
-        if keys is None:
-            return attn_ext.dot_attention(query, memory, need_weights=False)[0]
-        return attn_ext.additive_attention(query, keys, v, memory, need_weights=False)[0]
+    if keys is None:
+        return attn_ext.dot_attention(query, memory, need_weights=False)[0]
+    return attn_ext.additive_attention(query, keys, v, memory, need_weights=False)[0]
 
 
 def eager(query: Tensor, memory: Tensor, **parameters: Tensor) -> Tensor:
@@ -328,6 +327,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, metavar="M")
     arguments = parser.parse_args()
     deadline = time.perf_counter() + 60 * arguments.minutes
+    attn_ext.use_backend("fused")
     ceilings = measure_ceilings()
     cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     rows = [Row(each, each.floor(ceilings)) for each in workloads()]

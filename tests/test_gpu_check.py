@@ -115,6 +115,26 @@ def test_a_missing_tool_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_check.sanitizers(10).verdict == "not run: there is no compute-sanitizer"
 
 
+@pytest.mark.parametrize("missing", [None, "expecttest", "pytest"])
+def test_what_tests_need_is_looked_for(monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], limit: float, **_: str) -> tuple[int, str]:
+        commands.append(command)
+        return 1, "...\nFAILED tests/test_ops.py::test_x\n1 failed, 2 passed in 3.4s\n"
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    stage = gpu_check.tests(10)
+    if missing == "pytest":
+        assert stage.verdict == "not run: pytest is not installed"
+        return
+    assert stage.verdict == "failed"
+    assert stage.details[-2:] == ["FAILED tests/test_ops.py::test_x", "1 failed, 2 passed in 3.4s"]
+    assert ("-k" in commands[0]) == (missing is not None)
+    assert all((gpu_check.ROOT / word).exists() for word in commands[0] if word.startswith("tests/"))
+
+
 def sanitizer(folder: Path, script: str) -> None:
     tool = folder / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\n{script}\n")
