@@ -164,7 +164,7 @@ struct Columns {
 };
 
 template <class scalar, int pieces, int rows>
-__global__ void __launch_bounds__(kStepBlock) attend_one_step(const OneStep call, const Columns<scalar, pieces, rows> columns) {
+__global__ void __launch_bounds__(kStepBlock, 1) attend_one_step(const OneStep call, const Columns<scalar, pieces, rows> columns) {
   using acc = accumulated_t<scalar>;
   using Cols = Columns<scalar, pieces, rows>;
   const Problem& problem = call.problem;
@@ -296,7 +296,7 @@ __device__ __forceinline__ accumulated_t<scalar> delta_of(
 }
 
 template <class scalar, int pieces, int rows>
-__global__ void __launch_bounds__(kStepBlock)
+__global__ void __launch_bounds__(kStepBlock, 1)
     differentiate_one_step(const OneStepBackward call, const Columns<scalar, pieces, rows> columns) {
   using acc = accumulated_t<scalar>;
   using Cols = Columns<scalar, pieces, rows>;
