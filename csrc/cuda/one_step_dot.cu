@@ -1,3 +1,4 @@
+// Launches of the one-step dot kernels: how a row of memory is held.
 #include "one_step_dot.cuh"
 
 #include "dtypes.h"

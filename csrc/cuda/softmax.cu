@@ -1,3 +1,4 @@
+// Launches of the row kernels: how a row of scores is held.
 #include "softmax.cuh"
 
 #include "dtypes.h"
