@@ -3,6 +3,7 @@
 # make bench   set up, build, and print the speed report
 # make targets set up, build, and hold the performance targets against the machine's limits (ARGS="--grid --json FILE")
 # make build   set up and build: seconds after a change to a kernel
+# make gpu-check   on a machine with a GPU: build, tests, sanitizers and speed, one report in benchmarks/results (needs no network)
 # make lint    ruff and clang-format, as they stand in the environment
 #
 # PYTHON names the interpreter to start from. If it has a PyTorch of 2.11 or later, .venv reuses it, so that a machine with PyTorch and
@@ -17,7 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
-.PHONY: demo test bench targets build lint clean
+.PHONY: demo test bench targets gpu-check build lint clean
 
 demo: build
 	$(PY) examples/translate_dates.py $(ARGS)
@@ -30,6 +31,10 @@ bench: build
 
 targets: build
 	$(PY) -m benchmarks.targets $(ARGS)
+
+# With PYTHON's own packages: where there is a GPU, there may be no network.
+gpu-check:
+	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 build: $(VENV)/ready
 	@mkdir -p build

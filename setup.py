@@ -147,7 +147,7 @@ ops = make_extension(
         "csrc/autograd.cpp",
         "csrc/memory.cpp",
         *sources("csrc/cpu", "*.cpp"),
-        *(sources("csrc/cuda", "*.cu") if with_cuda else []),
+        *(sources("csrc/cuda", "*.cpp") + sources("csrc/cuda", "*.cu") if with_cuda else []),
     ],
     define_macros=[("ATTN_EXT_WITH_CUDA", None)] if with_cuda else [],
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++20", "-O3"]},

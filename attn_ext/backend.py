@@ -14,9 +14,11 @@ import torch
 from attn_ext import autograd, checks
 
 BACKENDS = ("auto", "fused", "reference")
-FUSED_DEVICES = ("cpu", "meta")  # the device types that have kernels in this build; "meta" stands for shape propagation
 ENVIRONMENT_VARIABLE = "ATTN_EXT_BACKEND"
-calls: ModuleType  # attn_ext._calls: the ops without torch.ops' look at their arguments, once unavailable() is None
+# Once unavailable() is None: attn_ext._calls, the ops without torch.ops' look at their arguments, and the device types
+# that have kernels in this build; "meta" stands for shape propagation.
+calls: ModuleType
+fused_devices = ("cpu", "meta")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -65,7 +67,7 @@ def fused_runs_on(device_type: str) -> bool:
     if use_backend._current == "reference":
         return False
     problem = unavailable()
-    if problem is None and device_type in FUSED_DEVICES:
+    if problem is None and device_type in fused_devices:
         return True
     if use_backend._current == "fused":
         problem = problem or f"no kernels are compiled for {device_type} tensors"
@@ -104,13 +106,15 @@ def _load() -> str | None:
             f"the extension was built for PyTorch {built_for}, but this is PyTorch {running}. "
             f"To rebuild it, run in attn_ext's source folder: {REBUILD}"
         )
-    global calls
+    global calls, fused_devices
     try:
         torch.ops.load_library(spec.origin)
         calls = importlib.import_module("attn_ext._calls")
     except (ImportError, OSError) as error:
         return f"the extension does not load ({error}). To rebuild it, run in attn_ext's source folder: {REBUILD}"
     autograd.library()
+    if torch.ops.attn_ext.cuda_build():
+        fused_devices = ("cpu", "cuda", "meta")
     return None
 
 

@@ -36,7 +36,7 @@ def describe() -> dict[str, str]:
 def _what_runs(device: str, problem: str | None) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "nothing: PyTorch sees no CUDA device"
-    missing = problem or (None if device in backend.FUSED_DEVICES else f"no kernels are compiled for {device} tensors")
+    missing = problem or (None if device in backend.fused_devices else f"no kernels are compiled for {device} tensors")
     if backend.current() == "reference":
         return "reference, as chosen"
     if missing is None:

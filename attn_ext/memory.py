@@ -80,7 +80,7 @@ class AttentionMemory:
             self._query_weight = query_weight.detach()
             if functional.is_slow(query_weight):
                 self._query_weight = self._query_weight.float()
-        if self.keys is not None:
+        if self.keys is not None and self.keys.is_cpu:  # a GPU's kernels take the exponentials as they read
             self._prepared_keys = _OPS.prepare_keys.default(self.keys.detach())
         if self._has_gradients and torch.is_grad_enabled():
             self._node = _OPS.memory_node.default(

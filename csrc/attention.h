@@ -51,13 +51,22 @@ struct Gradients {
   Tensor scores{};  // [B, T, S] in the accumulation type: of q . m, or v . tanh(q + k)
 };
 
+// A device's way in.
+struct EntryPoints {
+  void (*forward)(const Inputs& inputs, Outputs& outputs);
+  void (*backward)(const Inputs& inputs, const Saved& saved, Gradients& gradients);
+  // The rest of a backward whose gradients of the scores are known: not of the memory, and of no scores.
+  void (*backward_of_scores)(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients);
+  void (*prepare_keys)(const Tensor& keys, Tensor& prepared);
+};
+
 namespace cpu {
-void forward(const Inputs& inputs, Outputs& outputs);
-void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients);
-// The rest of a backward whose gradients of the scores are known: not of the memory, and of no scores.
-void backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients);
-void prepare_keys(const Tensor& keys, Tensor& prepared);
+extern const EntryPoints entry_points;
 const char* capability_name();
 }  // namespace cpu
+
+namespace cuda {
+extern const EntryPoints entry_points;
+}  // namespace cuda
 
 }  // namespace attn_ext

@@ -11,7 +11,8 @@
 #include "dispatch.h"
 
 #include <ATen/Functions.h>
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -32,21 +33,38 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Beneath autograd, and beneath autocast, which has had its say when the memory was made.
-class BelowAutograd {
-  at::AutoDispatchBelowADInplaceOrView below_autograd_;
-  c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
-};
-
 // What a step's backward leaves behind, each [B, T, ...]; weights and grad_scores in the accumulation type.
 struct Step {
   Tensor weights, grad_context;  // undefined if none came in
   Tensor grad_scores;
-  Tensor query;       // as it met the memory
-  Tensor features;    // as it came,
-  Tensor grad_query;  // and the gradient of what its projection gave
-  Tensor origin;      // the query in the graph
+  Tensor query;        // as it met the memory
+  Tensor features;     // as it came,
+  Tensor grad_query;   // and the gradient of what its projection gave
+  Tensor origin;       // the query in the graph
+  c10::Stream stream;  // of the backward that left this
 };
+
+c10::Stream current_stream(const Tensor& tensor) {
+  return c10::impl::getDeviceGuardImpl(tensor.device().type())->getStream(tensor.device());
+}
+
+// What autograd does for the gradients that it passes on itself: the current stream waits for the steps' where they are others.
+void wait_for(const std::vector<Step>& steps) {
+  for (const Step& step : steps) {
+    const c10::Stream current = current_stream(step.grad_scores);
+    if (step.stream == current) {
+      continue;
+    }
+    c10::Event event(current.device_type());
+    event.record(step.stream);
+    event.block(current);
+    for (const Tensor& tensor : {step.weights, step.grad_context, step.grad_scores, step.query, step.features, step.grad_query}) {
+      if (tensor.defined()) {
+        tensor.record_stream(current);
+      }
+    }
+  }
+}
 
 // The steps of each backward pass under way. A pass owns its entries, by way of a callback that does nothing: they go when it ends,
 // whether it came as far as the node, never meant to, or raised.
@@ -165,6 +183,7 @@ struct Node : torch::autograd::Function<Node> {
     if (steps.empty()) {
       return grads;
     }
+    wait_for(steps);
     variable_list saved = ctx->get_saved_variables();
     {
       const at::NoGradGuard no_grad;
@@ -366,7 +385,8 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
            steps(projected),
            is_projected ? steps(query) : Tensor(),
            is_projected ? steps(grad_query) : Tensor(),
-           query});
+           query,
+           current_stream(query)});
     }
     if (ctx->needs_input_grad(0)) {
       grads[0] = query_weight.defined() ? project(grad_query, query_weight.t()) : grad_query;

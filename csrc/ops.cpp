@@ -1,7 +1,7 @@
 // Every op's schema, registration and argument checks: the only file that says what exists.
-#include "cpu/kernels/problem.h"
 #include "cuda/build.h"
 #include "dispatch.h"
+#include "problem.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -62,6 +62,15 @@ struct Sizes {
   Size size, B, T, S, memory_size;
 };
 
+const EntryPoints& entries_of([[maybe_unused]] const Tensor& tensor) {
+#if defined(ATTN_EXT_WITH_CUDA)
+  if (tensor.is_cuda()) {
+    return cuda::entry_points;
+  }
+#endif
+  return cpu::entry_points;
+}
+
 at::ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -104,7 +113,7 @@ Sizes<Size> check(const Inputs& inputs) {
     check_argument<Size>("v", *inputs.v, type, query, {size});
   }
   if (inputs.prepared_keys != nullptr) {
-    check_argument<Size>("prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, cpu::prepared_size(size)});
+    check_argument<Size>("prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, prepared_size(size)});
     TORCH_CHECK_VALUE(inputs.prepared_keys->sym_stride(2) == 1, "prepared_keys must be what prepare_keys returned");
   }
   if (inputs.lengths) {
@@ -156,7 +165,7 @@ Forwards forward(const Inputs& inputs, bool need_weights, bool need_exact) {
     exact = {outputs.exact_context = context_like(exact_type), outputs.exact_weights = weights_like(exact_type)};
   }
   if constexpr (kHasData<Size>) {
-    cpu::forward(inputs, outputs);
+    entries_of(inputs.query).forward(inputs, outputs);
   }
   return {std::move(outputs.context), std::move(outputs.weights), std::move(outputs.logsumexp), std::move(exact)};
 }
@@ -165,7 +174,7 @@ template <class Size>
 Gradients backward(const Inputs& inputs, const Saved& saved, Gradients gradients) {
   check<Size>(inputs, saved);
   if constexpr (kHasData<Size>) {
-    cpu::backward(inputs, saved, gradients);
+    entries_of(inputs.query).backward(inputs, saved, gradients);
   }
   return gradients;
 }
@@ -175,7 +184,7 @@ Gradients backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gr
   const auto sizes = check<Size>(inputs);
   check_argument<Size>("grad_scores", grad_scores, accumulation_type(inputs.query), inputs.query, sizes.of_rows(sizes.S));
   if constexpr (kHasData<Size>) {
-    cpu::backward_of_scores(inputs, grad_scores, gradients);
+    entries_of(inputs.query).backward_of_scores(inputs, grad_scores, gradients);
   }
   return gradients;
 }
@@ -277,9 +286,9 @@ Tensor prepare_keys(const Tensor& keys) {
       "; needed is float32, float64, bfloat16 or float16");
   TORCH_CHECK_VALUE(keys.dim() == 3, "keys has shape ", keys.sym_sizes(), ", needed is [B, S, A]");
   const auto sizes = sizes_of<Size>(keys);
-  Tensor prepared = empty(ArrayRef<Size>{sizes[0], sizes[1], cpu::prepared_size(sizes[2])}, accumulation_type(keys), keys);
+  Tensor prepared = empty(ArrayRef<Size>{sizes[0], sizes[1], prepared_size(sizes[2])}, accumulation_type(keys), keys);
   if constexpr (kHasData<Size>) {
-    cpu::prepare_keys(keys, prepared);
+    entries_of(keys).prepare_keys(keys, prepared);
   }
   return prepared;
 }
@@ -436,6 +445,12 @@ TORCH_LIBRARY(attn_ext, m) {
 TORCH_LIBRARY_IMPL(attn_ext, CPU, m) {
   implement<int64_t>(m);
 }
+
+#if defined(ATTN_EXT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(attn_ext, CUDA, m) {
+  implement<int64_t>(m);
+}
+#endif
 
 // Shapes alone, for torch.compile and export.
 TORCH_LIBRARY_IMPL(attn_ext, Meta, m) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +15,24 @@ BUILD = ROOT / "build" / "tests"
 
 
 def compile_program(
-    name: str, compiler: str, sources: Sequence[str], flags: Sequence[str], link: Sequence[str]
+    name: str,
+    compiler: str,
+    sources: Sequence[str],
+    flags: Sequence[str],
+    link: Sequence[str],
+    own_flags: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
-    """The program made of `sources`, paths from the project's root; fails with the compiler's own words."""
+    """The program made of `sources`, paths from the project's root; fails with the compiler's own words.
+
+    `own_flags` are those that one source has besides `flags`.
+    """
+    own_flags = own_flags or {}
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     # A kernel's headers are many: whatever changes in csrc/ may be one of them.
-    contents = [path.read_text() for path in sorted(ROOT.glob("csrc/**/*.[ch]*"))]
+    headers = [*ROOT.glob("csrc/**/*.[ch]*"), *ROOT.glob("tests/cuda/*.h")]
+    contents = [path.read_text() for path in sorted(headers)]
     contents += [(ROOT / source).read_text() for source in sources]
-    key = hashlib.sha256("\n".join((version, *flags, *link, *contents)).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join((version, *flags, *link, repr(own_flags), *contents)).encode()).hexdigest()[:16]
     folder = BUILD / f"{name}-{key}"
     program = folder / name
     if not program.exists():
@@ -30,7 +40,7 @@ def compile_program(
         objects = [folder / f"{Path(source).stem}.o" for source in sources]
 
         def compile_one(source: str, to: Path) -> None:
-            _run(compiler, *flags, "-c", str(ROOT / source), "-o", str(to))
+            _run(compiler, *flags, *own_flags.get(source, ()), "-c", str(ROOT / source), "-o", str(to))
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, sources, objects))

@@ -591,3 +591,31 @@ def test_resident_size_is_flat(name: str) -> None:
     for i in range(100):
         train(i)
     assert resident() - before < 20 << 20
+
+
+@pytest.mark.fused
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["dot", "general", "concat"])
+def test_steps_on_streams_of_their_own(name: str) -> None:
+    """The memory's gradient waits for the steps' backwards, each on the stream of its step, which are late."""
+    torch.manual_seed(0)
+    attention = LuongAttention(name, 64, device="cuda")
+    encoder_outputs = torch.randn(4, 50, 64, device="cuda").requires_grad_()
+    hidden = torch.randn(3, 4, 64, device="cuda")
+
+    def gradients(streams: list[torch.cuda.Stream]) -> tuple[Tensor, ...]:
+        memory = attention.memory(encoder_outputs * 1)
+        own = torch.cuda.current_stream()
+        losses = []
+        for state, stream in zip(hidden, streams, strict=True):
+            stream.wait_stream(own)
+            with torch.cuda.stream(stream):
+                losses.append(attention(state, memory)[0].square().sum())
+        for stream in streams:
+            own.wait_stream(stream)
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)
+        return torch.autograd.grad(sum(losses), [encoder_outputs, *attention.parameters()])
+
+    expected = gradients([torch.cuda.current_stream()] * 3)
+    torch.testing.assert_close(gradients([torch.cuda.Stream() for _ in range(3)]), expected)

@@ -1,6 +1,7 @@
 // The CPU's entry points: from tensors to the kernels' view of them, and the division of the work among the threads.
 #include "../attention.h"
 
+#include "../tensors.h"
 #include "capability.h"
 
 #include <ATen/Parallel.h>
@@ -25,66 +26,6 @@ constexpr int64_t kTanhCost = 8;
 // and multiply-adds.
 constexpr int64_t kLeastQueries = 8;
 constexpr int64_t kQueriesGrain = 8 * kGrain;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return Dtype::Double;
-    case at::kBFloat16:
-      return Dtype::BFloat16;
-    case at::kHalf:
-      return Dtype::Half;
-    default:
-      return Dtype::Float;
-  }
-}
-
-// [B, rows, elements], [B, elements], or [elements].
-View view_of(const Tensor& tensor) {
-  if (tensor.dim() == 1) {
-    return {tensor.const_data_ptr(), 0, 0, tensor.stride(0)};
-  }
-  if (tensor.dim() == 2) {
-    return {tensor.const_data_ptr(), tensor.stride(0), 0, tensor.stride(1)};
-  }
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-View view_of(const OptionalTensor& tensor) {
-  return tensor ? view_of(*tensor) : View{};
-}
-
-void* data_of(const Tensor& output) {
-  return output.defined() && output.numel() > 0 ? output.mutable_data_ptr() : nullptr;
-}
-
-Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
-  Problem problem{};
-  problem.dtype = dtype_of(inputs.query);
-  problem.batch = inputs.query.size(0);
-  problem.queries = inputs.query.dim() == 3 ? inputs.query.size(1) : 1;
-  problem.steps = inputs.memory.size(1);
-  problem.key_size = inputs.query.size(-1);
-  problem.memory_size = inputs.memory.size(2);
-  problem.scale = inputs.scale;
-  problem.query = view_of(inputs.query);
-  problem.memory = view_of(inputs.memory);
-  if (inputs.keys != nullptr) {
-    problem.keys = view_of(*inputs.keys);
-    problem.v = view_of(*inputs.v);
-    if (inputs.prepared_keys != nullptr) {
-      problem.prepared_keys = view_of(*inputs.prepared_keys);
-    }
-  }
-  if (lengths.defined()) {
-    problem.lengths = lengths.const_data_ptr<int64_t>();
-  }
-  if (inputs.mask) {
-    problem.mask_per_query = inputs.mask->dim() == 3;
-    problem.mask = view_of(*inputs.mask);
-  }
-  return problem;
-}
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -184,7 +125,7 @@ const Kernels& kernels_for(const Inputs& inputs, const Plan& plan) {
 // What a profiler shows: which op ran, and the compilation of its kernel.
 std::string name_of(const Inputs& inputs, const char* direction) {
   const char* op = inputs.keys == nullptr ? "dot" : "additive";
-  return c10::str("attn_ext::cpu::", op, "_attention_", direction, "[", capability_name(), "]");
+  return c10::str("attn_ext::cpu::", op, "_attention_", direction, "[", capability().name, "]");
 }
 
 Tensor contiguous(const OptionalTensor& tensor) {
@@ -218,12 +159,6 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   if (gradients.v.defined()) {
     gradients.v.copy_(grad_v.sum(0));
   }
-}
-
-}  // namespace
-
-const char* capability_name() {
-  return capability().name;
 }
 
 void forward(const Inputs& inputs, Outputs& outputs) {
@@ -282,6 +217,14 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
   const Kernels& kernels = capability().additive(call.dtype, 1);
   const int64_t grain = std::max<int64_t>(kGrain / (kTanhCost * std::max<int64_t>(call.key_size, 1)), 1);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels.prepare(call, begin, end); });
+}
+
+}  // namespace
+
+const EntryPoints entry_points{forward, backward, backward_of_scores, prepare_keys};
+
+const char* capability_name() {
+  return capability().name;
 }
 
 }  // namespace attn_ext::cpu

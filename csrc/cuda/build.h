@@ -1,4 +1,4 @@
-// What the CUDA half of this build was compiled for. Its kernels will stand beside it.
+// What the CUDA half of this build was compiled for.
 #pragma once
 
 #include <string>

@@ -1,29 +1,11 @@
-// What an op's kernels are given: sizes, addresses and strides, and the division of the work. Free of torch headers.
+// What an op's kernels are given: the problem and the division of the work. Free of torch headers.
 #pragma once
 
+#include "../../problem.h"
+
 #include <cstddef>
-#include <cstdint>
 
 namespace attn_ext::cpu {
-
-enum class Dtype { Float, Double, BFloat16, Half };
-
-// A tensor as [batch, row, element]: strides in elements, 0 along what it has not or repeats.
-struct View {
-  const void* data = nullptr;
-  int64_t batch = 0;
-  int64_t row = 0;
-  int64_t element = 0;
-};
-
-// A prepared key is exp(2k), filled up with ones to a whole number of 64 features, and a line of 16 that begins with the largest
-// |2k|.
-constexpr int64_t kPreparedLine = 16;
-
-template <class Size>
-constexpr Size prepared_size(const Size& key_size) {
-  return (key_size + 63) / 64 * 64 + kPreparedLine;
-}
 
 struct Preparation {
   Dtype dtype;
@@ -40,24 +22,6 @@ constexpr int64_t kChunk = 128;
 
 // Rows of a product's result from which on it takes its other factor from packed panels, which makes deep products the fast ones.
 constexpr int64_t kMany = 64;
-
-struct Problem {
-  Dtype dtype;
-  int64_t batch;        // B
-  int64_t queries;      // T
-  int64_t steps;        // S
-  int64_t key_size;     // Dq of dot, A of additive
-  int64_t memory_size;  // Dm
-  double scale;
-  View query;                        // [B, T, key_size]
-  View keys;                         // [B, S, key_size], additive only
-  View prepared_keys;                // [B, S, prepared_size(key_size)] acc, additive only; data may be null
-  View v;                            // [key_size] (along element), additive only
-  View memory;                       // [B, S, memory_size]
-  const int64_t* lengths = nullptr;  // [B]
-  View mask;                         // [B, S] (row stride 0) or [B, T, S] bool
-  bool mask_per_query = false;
-};
 
 // One item of work: a chunk of the queries of one batch element against one split of its source steps.
 struct Item {

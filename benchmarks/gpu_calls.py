@@ -1,0 +1,117 @@
+"""Calls of every op on the GPU, for tools that look at each memory access and for comparing runs bit by bit.
+
+`python -m benchmarks.gpu_calls` makes each small call once. With `--repeat 10` it makes larger ones too, each so often,
+and names those whose results' bits are not always the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+import attn_ext
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SMALL = ((3, 1, 70, 33), (2, 1, 600, 64), (2, 37, 65, 40), (1, 130, 33, 8))  # B, T, S, D
+LARGE = ((64, 1, 512, 1024), (32, 128, 128, 512), (3, 200, 1100, 136))
+MASKINGS = ("none", "lengths", "rows", "pairs")
+
+
+def of_an_op(
+    op: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, masking: str, device: str
+) -> Callable[[], list[Tensor]]:
+    """Context, weights and every gradient of one call, on inputs that are the same at each."""
+    B, T, S, D = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    options = {}
+    if masking == "lengths":
+        options["lengths"] = torch.randint(0, S + 1, (B,), generator=generator).to(device)
+    elif masking != "none":
+        size = (B, S) if masking == "rows" else (B, T, S)
+        options["mask"] = (torch.rand(size, generator=generator) < 0.7).to(device)
+    if op == "dot":
+        inputs = [normal(B, T, D) / D**0.5, normal(B, S, D)]
+    else:
+        inputs = [normal(B, T, D), normal(B, S, D), normal(D) / D**0.5, normal(B, S, D)]
+    attend = attn_ext.dot_attention if op == "dot" else attn_ext.additive_attention
+    gradients = [normal(B, T, D), normal(B, T, S)]
+
+    def call() -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = attend(*leaves, **options)
+        return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, leaves, gradients))]
+
+    return call
+
+
+def of_a_loop(method: str, dtype: torch.dtype, device: str) -> Callable[[], list[Tensor]]:
+    """A decoder's steps over one AttentionMemory, whose gradients come when all steps' are over."""
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randn(3, 50, 24, generator=generator).to(device, dtype)
+    hidden = torch.randn(4, 3, 24, generator=generator).to(device, dtype)
+    lengths = torch.tensor([50, 17, 0], device=device)
+    module = attn_ext.LuongAttention(method, 24)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    module = module.to(device, dtype)
+
+    def call() -> list[Tensor]:
+        leaves = [memory.detach().requires_grad_(), hidden.detach().requires_grad_(), *module.parameters()]
+        prepared = module.memory(leaves[0], lengths)
+        contexts = torch.stack([module(query, prepared)[0] for query in leaves[1]])
+        return [x.detach() for x in (contexts, *torch.autograd.grad(contexts.square().sum(), leaves))]
+
+    return call
+
+
+def calls(device: str, large: bool) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    """By name."""
+    for (op, sizes), dtype in product(product(("dot", "additive"), SMALL + (LARGE if large else ())), DTYPES):
+        masking = MASKINGS[(SMALL + LARGE).index(sizes) % 4 - DTYPES.index(dtype)]
+        name = f"{op} {sizes} {str(dtype).removeprefix('torch.')} masked by {masking}"
+        yield name, of_an_op(op, sizes, dtype, masking, device)
+    for method, dtype in product(("dot", "general", "concat"), (torch.float32, torch.bfloat16)):
+        yield f"a loop of {method}, {str(dtype).removeprefix('torch.')}", of_a_loop(method, dtype, device)
+
+
+def changes(call: Callable[[], list[Tensor]], repeats: int) -> list[int]:
+    """The results that are not the same bits in every run."""
+    first = call()
+    changed = set()
+    for _ in range(repeats - 1):
+        for i, (one, other) in enumerate(zip(first, call(), strict=True)):
+            if not torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)):
+                changed.add(i)
+    return sorted(changed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=1, metavar="N")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    with attn_ext.use_backend("fused"):
+        done = [
+            (name, changes(call, arguments.repeat))
+            for name, call in calls(arguments.device, large=arguments.repeat > 1)
+        ]
+    different = [
+        f"{name}: results {', '.join(map(str, which))} differ from run to run" for name, which in done if which
+    ]
+    for line in different:
+        print(line)
+    print(f"{len(done)} calls, {arguments.repeat} times each, {len(different)} of them not always the same")
+    sys.exit(1 if different else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+// What the additive kernels share. With E = exp(2q) exp(2k) and r = 1 / (1 + E), tanh(q + k) = 1 - 2r:
+//
+//   forward    e_ts ~ -2 sum_a v_a r_tsa: sum(v) is the same for every step and cancels in the softmax
+//   backward   h = r - 1/2 = -tanh / 2, y = 1/4 - h^2 = tanh' / 4:
+//              dq_t = 4v sum_s de_ts y_ts,  dk_s = 4v sum_t de_ts y_ts,  dv = -2 sum_ts de_ts h_ts
+//
+// dv is summed from h: r alone would leave it the rounding of sum_s de_ts, which is 0, where tanh is small.
+#pragma once
+
+#include "device.cuh"
+
+namespace attn_ext::cuda {
+
+// Two elements share a reciprocal, 1/x0 = x1 / (x0 x1), where queries and keys are no larger than this: x is 2^93 at most, and
+// where a product is more than a reciprocal can be taken of, 2^126, both r are less than 2^-32 and may be 0. For it is the
+// special-function unit, 16 results a clock, that bounds these kernels.
+constexpr float kFactorable = 16;
+
+// Numerators that share a reciprocal take the other's factor on: v must leave them room.
+constexpr float kModerate = 1e6f;
+
+// double has no approximate reciprocal that sharing could save, and takes tanh itself.
+template <class acc>
+constexpr bool kFactors = std::is_same_v<acc, float>;
+
+__device__ __forceinline__ bool is_beyond(float x, float limit) {
+  return x > limit || x < -limit;
+}
+
+// r of any q and k: where exp is inf, it is 0.
+__device__ __forceinline__ float direct_reciprocal(float query, float key) {
+  return reciprocal_approx(1 + exp2_approx(2.88539008f * (query + key)));
+}
+
+// h of any q and k.
+__device__ __forceinline__ float direct_centred(float query, float key) {
+  return direct_reciprocal(query, key) - 0.5f;
+}
+
+__device__ __forceinline__ double direct_centred(double query, double key) {
+  return -0.5 * tanh_of(query + key);
+}
+
+// What a feature adds to a score, times -2v: r as elsewhere; h where nothing is factored, so that double's scores lack nothing.
+__device__ __forceinline__ float direct_term(float query, float key) {
+  return direct_reciprocal(query, key);
+}
+
+__device__ __forceinline__ double direct_term(double query, double key) {
+  return direct_centred(query, key);
+}
+
+// Consecutive elements of shared memory, which lie on 16 bytes where there are as many.
+template <class acc, int count>
+__device__ __forceinline__ void load_shared(acc (&to)[count], const acc* from) {
+  constexpr int lanes = kLanes<acc>;
+  if constexpr (count % lanes == 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += lanes) {
+      acc part[lanes];
+      unpack<acc>(part, load16(from + i));
+#pragma unroll
+      for (int n = 0; n < lanes; ++n) {
+        to[i + n] = part[n];
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      to[i] = from[i];
+    }
+  }
+}
+
+}  // namespace attn_ext::cuda

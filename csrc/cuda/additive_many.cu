@@ -1,0 +1,177 @@
+#include "additive_many.cuh"
+
+#include "dtypes.h"
+#include "launch.h"
+#include "slabs.cuh"
+
+#include <algorithm>
+
+namespace attn_ext::cuda {
+namespace {
+
+// So many blocks keep a large GPU busy: a few on each of its multiprocessors.
+constexpr int64_t kEnoughBlocks = 512;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// launch_of(n): the rows of a thread of the scores' tile, 64 or 16 queries. double has half the registers for them.
+template <class acc, class Launch>
+void for_rows_of_scores(int64_t queries, const Launch& launch_of) {
+  if (kFactors<acc> && queries > 16) {
+    launch_of(std::integral_constant<int, kFactors<acc> ? 8 : 2>());
+  } else {
+    launch_of(std::integral_constant<int, 2>());
+  }
+}
+
+// launch_of(n): the queries of a warp of the backward's, as many as its tile needs.
+template <class acc, class Launch>
+void for_rows_of_gradient(int64_t queries, const Launch& launch_of) {
+  if constexpr (kFactors<acc>) {
+    if (queries > 16 * kAdditiveWarps) {
+      return launch_of(std::integral_constant<int, 32>());
+    }
+    if (queries > 8 * kAdditiveWarps) {
+      return launch_of(std::integral_constant<int, 16>());
+    }
+  }
+  launch_of(std::integral_constant<int, 8>());
+}
+
+template <class Tile>
+AdditiveBackwardPlan plan_of(const Problem& problem) {
+  AdditiveBackwardPlan plan{};
+  plan.query_tiles = ceil_div(problem.queries, Tile::kQueries);
+  plan.chunks = ceil_div(problem.key_size, kFeatures);
+  const int64_t blocks = std::max<int64_t>(problem.batch * plan.query_tiles * plan.chunks, 1);
+  const int64_t step_chunks = std::max<int64_t>(ceil_div(problem.steps, Tile::kSteps), 1);
+  // A split of fewer chunks would not be worth its slab of the queries' gradient.
+  constexpr int64_t least_chunks = 4;
+  const int64_t splits = std::clamp<int64_t>(kEnoughBlocks / blocks, 1, ceil_div(step_chunks, least_chunks));
+  plan.split_steps = ceil_div(step_chunks, splits) * Tile::kSteps;
+  plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_steps), 1);
+  return plan;
+}
+
+// Where several blocks add to one gradient (or none does: no queries make zeros).
+template <class scalar>
+class Slabs {
+ public:
+  Slabs(void* out, int64_t count, int64_t size) : out_(out), count_(count), size_(size) {}
+
+  // Its part of the workspace, from `used` on.
+  void* place(void* workspace, size_t& used) const {
+    if (!are_needed()) {
+      return nullptr;
+    }
+    char* at = static_cast<char*>(workspace) + used;
+    used += count_ * size_ * sizeof(acc);
+    return at;
+  }
+
+  void sum(const void* slabs, Stream stream) const {
+    if (are_needed()) {
+      const int groups = count_ < kManySlabs ? 1 : kManySlabs / 4;
+      const int width = kSlabThreads / groups;
+      const size_t shared = groups > 1 ? kSlabThreads * sizeof(acc) : 0;
+      launch(
+          sum_slabs<scalar>,
+          dim3(ceil_div(size_, width)),
+          kSlabThreads,
+          shared,
+          stream,
+          static_cast<scalar*>(out_),
+          static_cast<const acc*>(slabs),
+          count_,
+          size_,
+          groups);
+    }
+  }
+
+ private:
+  using acc = accumulated_t<scalar>;
+  static constexpr int kManySlabs = 32;
+
+  bool are_needed() const {
+    return out_ != nullptr && count_ != 1;
+  }
+
+  void* out_;
+  int64_t count_;
+  int64_t size_;
+};
+
+// A call of one type and tile.
+template <class scalar, int rows>
+class BackwardRun {
+ public:
+  explicit BackwardRun(const AdditiveBackward& call)
+      : call_(call),
+        plan_(plan_of<Tile>(call.problem)),
+        query_(call.grad_query, plan_.splits, call.problem.batch * call.problem.queries * call.problem.key_size),
+        keys_(call.grad_keys, plan_.query_tiles, call.problem.batch * call.problem.steps * call.problem.key_size),
+        v_(call.grad_v, call.problem.batch * plan_.query_tiles * plan_.splits, call.problem.key_size) {
+    plan_.query_slabs = query_.place(call.workspace, workspace_size_);
+    plan_.key_slabs = keys_.place(call.workspace, workspace_size_);
+    plan_.v_slabs = v_.place(call.workspace, workspace_size_);
+  }
+
+  size_t workspace_size() const {
+    return workspace_size_;
+  }
+
+  void launch_all(Stream stream) const {
+    const dim3 grid(call_.problem.batch * plan_.query_tiles * plan_.splits * plan_.chunks);
+    launch(additive_backward_tile<scalar, rows>, grid, kAdditiveThreads, Tile::kShared, stream, call_, plan_);
+    query_.sum(plan_.query_slabs, stream);
+    keys_.sum(plan_.key_slabs, stream);
+    v_.sum(plan_.v_slabs, stream);
+  }
+
+ private:
+  using Tile = GradientTile<accumulated_t<scalar>, rows>;
+
+  const AdditiveBackward& call_;
+  AdditiveBackwardPlan plan_;
+  Slabs<scalar> query_;
+  Slabs<scalar> keys_;
+  Slabs<scalar> v_;
+  size_t workspace_size_ = 0;
+};
+
+// run_of(BackwardRun)
+template <class Run>
+void for_backward(const AdditiveBackward& call, const Run& run_of) {
+  for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
+    for_rows_of_gradient<accumulated_t<scalar>>(
+        call.problem.queries, [&]<int rows>(std::integral_constant<int, rows>) { run_of(BackwardRun<scalar, rows>(call)); });
+  });
+}
+
+}  // namespace
+
+void additive_scores(const AdditiveScores& call, Stream stream) {
+  const Problem& problem = call.problem;
+  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
+    using acc = accumulated_t<scalar>;
+    for_rows_of_scores<acc>(problem.queries, [&]<int rows>(std::integral_constant<int, rows>) {
+      using Tile = ScoresTile<acc, rows>;
+      const int64_t tiles = ceil_div(problem.steps, Tile::kSteps) * ceil_div(problem.queries, Tile::kQueries);
+      launch(additive_scores_tile<scalar, rows>, dim3(problem.batch * tiles), kAdditiveThreads, Tile::kShared, stream, call);
+    });
+  });
+}
+
+size_t additive_backward_workspace(const AdditiveBackward& call) {
+  size_t size = 0;
+  for_backward(call, [&](const auto& run) { size = run.workspace_size(); });
+  return size;
+}
+
+void additive_backward(const AdditiveBackward& call, Stream stream) {
+  for_backward(call, [&](const auto& run) { run.launch_all(stream); });
+}
+
+}  // namespace attn_ext::cuda

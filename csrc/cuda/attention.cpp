@@ -1,0 +1,442 @@
+// CUDA's entry points: which kernels make up a call, and the matrix products between them, which are ATen's.
+//
+// One query a batch element is bound by reading the memory, and has a kernel of its own. With more, of keys k (dot: m itself)
+//
+//   forward    e = q k^T;  a = softmax(e);  c = a m
+//   backward   da = g m^T;  de = softmax_backward(a, da + gw);  dq = de k;  dm = a^T g + de^T q
+//
+// where additive scores and their gradients have kernels in the place of the products with q and k. Products of halves are summed
+// in float32, and none of their factors is rounded before: a and de are two halves, the second what was rounded off the first.
+#include "../attention.h"
+
+#include "../dispatch.h"
+#include "../tensors.h"
+#include "stream.h"
+
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/record_function.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+namespace attn_ext::cuda {
+namespace {
+
+// Blocks of a one-step kernel for each multiprocessor, and steps that are worth a block.
+constexpr int64_t kBlocks = 4;
+constexpr int64_t kLeastSplitSteps = 32;
+
+// What every call begins with.
+class Call {
+ public:
+  Call(const Inputs& inputs, const char* direction)
+      : profiled_(at::RecordScope::FUNCTION),
+        device_(inputs.query.device()),
+        inputs_(inputs),
+        lengths_(inputs.lengths ? inputs.lengths->contiguous() : Tensor()),
+        problem_(problem_of(inputs, lengths_)),
+        stream_(current_stream(inputs.query.device())) {
+    if (profiled_.isActive()) {
+      profiled_.before(c10::str("attn_ext::cuda::", is_dot() ? "dot" : "additive", "_attention_", direction));
+    }
+  }
+
+  const Problem& problem() const {
+    return problem_;
+  }
+
+  Stream stream() const {
+    return stream_;
+  }
+
+  bool is_dot() const {
+    return inputs_.keys == nullptr;
+  }
+
+  // Kernels are spared the empty.
+  bool has_no_scores() const {
+    return problem_.batch * problem_.queries * problem_.steps == 0;
+  }
+
+  bool is_one_step() const {
+    const size_t element = inputs_.query.element_size();
+    return problem_.queries == 1 && (!is_dot() || problem_.memory_size <= most_one_step_columns(element));
+  }
+
+  bool is_of_halves() const {
+    return exact_type() != inputs_.query.scalar_type();
+  }
+
+  at::ScalarType exact_type() const {
+    return problem_.dtype == Dtype::Double ? at::kDouble : at::kFloat;
+  }
+
+  Tensor empty(at::IntArrayRef sizes) const {
+    return empty(sizes, inputs_.query.scalar_type());
+  }
+
+  Tensor empty_exact(at::IntArrayRef sizes) const {
+    return empty(sizes, exact_type());
+  }
+
+  Tensor workspace(size_t bytes) const {
+    return empty({static_cast<int64_t>(bytes)}, at::kByte);
+  }
+
+  Tensor empty_scores() const {
+    return empty_exact({problem_.batch, problem_.queries, problem_.steps});
+  }
+
+  // q k^T, or v . tanh(q + k), of every query and step.
+  void scores(Tensor& to) const;
+
+  // The memory as products with weights of 0 may meet it.
+  Tensor attended_memory() const {
+    if (problem_.lengths == nullptr && (problem_.mask.data == nullptr || problem_.mask_per_query)) {
+      return inputs_.memory;
+    }
+    Tensor rows = empty(inputs_.memory.sizes());
+    attended_rows({problem_, rows.mutable_data_ptr()}, stream_);
+    return rows;
+  }
+
+  // `partial_size` elements of a split's result wait for the merge.
+  Splits splits(int64_t partial_size) {
+    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t wanted = ceil_div(kBlocks * multiprocessors(inputs_.query.device()), problem_.batch);
+    const int64_t useful = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(problem_.steps / kLeastSplitSteps, 1));
+    Splits splits{};
+    splits.steps = std::clamp<int64_t>(ceil_div(problem_.steps, useful), 1, kMostSplitSteps);
+    splits.count = std::max<int64_t>(ceil_div(problem_.steps, splits.steps), 1);
+    if (splits.count > 1) {
+      tickets_ = at::zeros({problem_.batch}, inputs_.query.options().dtype(at::kInt));
+      partials_ = empty_exact({problem_.batch, splits.count, partial_size});
+      splits.tickets = tickets_.mutable_data_ptr<int>();
+      splits.partials = partials_.mutable_data_ptr();
+    }
+    return splits;
+  }
+
+ private:
+  Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const {
+    return at::empty(sizes, inputs_.query.options().dtype(type));
+  }
+
+  at::RecordFunction profiled_;
+  const BelowAutograd guard_;
+  const c10::DeviceGuard device_;
+  const Inputs& inputs_;
+  Tensor lengths_;
+  Problem problem_;
+  Stream stream_;
+  Tensor tickets_, partials_;
+};
+
+// result = a b, or result += a b, each [B, ...]. Halves' products may have a result of float32: all their bits.
+void multiply(Tensor& result, const Tensor& a, const Tensor& b, bool adds = false) {
+  const auto type = result.scalar_type();
+  if (result.numel() == 0) {
+    return;
+  }
+  if (a.size(2) == 0) {
+    if (!adds) {
+      result.zero_();
+    }
+  } else if (type == a.scalar_type()) {
+    adds ? at::baddbmm_out(result, result, a, b) : at::bmm_out(result, a, b);
+  } else {
+    adds ? at::baddbmm_out(result, result, a, b, type) : at::bmm_out(result, a, b, type);
+  }
+}
+
+void Call::scores(Tensor& to) const {
+  if (is_dot()) {
+    multiply(to, inputs_.query, inputs_.memory.mT());
+  } else {
+    additive_scores({problem_, to.mutable_data_ptr()}, stream_);
+  }
+}
+
+const void* if_given(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+void attend_nothing(Outputs& outputs) {
+  outputs.context.zero_();
+  if (outputs.exact_context.defined()) {
+    outputs.exact_context.zero_();
+  }
+  outputs.logsumexp.fill_(-std::numeric_limits<double>::infinity());
+}
+
+void attend_once(Call& call, Outputs& outputs) {
+  const Problem& problem = call.problem();
+  OneStep step{};
+  step.problem = problem;
+  step.splits = call.splits(problem.memory_size + 2);
+  step.context = data_of(outputs.context);
+  step.weights = data_of(outputs.weights);
+  step.logsumexp = outputs.logsumexp.mutable_data_ptr();
+  step.exact_context = data_of(outputs.exact_context);
+  step.exact_weights = data_of(outputs.exact_weights);
+  Tensor scores;
+  if (step.weights != nullptr && call.is_of_halves() && step.exact_weights == nullptr) {
+    scores = call.empty_exact({problem.batch, problem.steps});
+  }
+  step.scores = scores.defined() ? scores.mutable_data_ptr() : call.is_of_halves() ? step.exact_weights : step.weights;
+  (call.is_dot() ? one_step_dot : one_step_additive)(step, call.stream());
+}
+
+void attend(const Call& call, Outputs& outputs) {
+  const Problem& problem = call.problem();
+  const bool rounds = call.is_of_halves(), has_weights = outputs.weights.numel() > 0;
+  Tensor& exact_weights = rounds ? outputs.exact_weights : outputs.weights;
+  const bool has_exact_weights = data_of(exact_weights) != nullptr;
+  Tensor scores = has_exact_weights ? exact_weights : call.empty_scores();
+  call.scores(scores);
+
+  Tensor rounded, remainder;
+  if (rounds) {
+    rounded = has_weights ? outputs.weights : call.empty(scores.sizes());
+    remainder = call.empty(scores.sizes());
+  }
+  softmax(
+      {problem,
+       scores.const_data_ptr(),
+       rounds && !has_exact_weights ? nullptr : scores.mutable_data_ptr(),
+       data_of(rounded),
+       data_of(remainder),
+       outputs.logsumexp.mutable_data_ptr()},
+      call.stream());
+
+  const Tensor memory = call.attended_memory();
+  if (rounds) {
+    Tensor context = outputs.exact_context.defined() ? outputs.exact_context : call.empty_exact(outputs.context.sizes());
+    multiply(context, rounded, memory);
+    multiply(context, remainder, memory, true);
+    outputs.context.copy_(context);
+  } else {
+    multiply(outputs.context, scores, memory);
+  }
+}
+
+void differentiate_nothing(Gradients& gradients) {
+  for (Tensor* gradient : {&gradients.query, &gradients.keys, &gradients.v, &gradients.memory, &gradients.scores}) {
+    if (gradient->defined()) {
+      gradient->zero_();
+    }
+  }
+}
+
+void differentiate_once(Call& call, const Saved& saved, Gradients& gradients) {
+  const Problem& problem = call.problem();
+  const Tensor context = saved.context.contiguous(), logsumexp = saved.logsumexp.contiguous();
+  const OptionalTensor weights = contiguous(saved.weights);
+  OneStepBackward step{};
+  step.problem = problem;
+  step.splits = call.splits(problem.key_size);
+  step.grad_context = view_of(saved.grad_context);
+  step.grad_weights = view_of(saved.grad_weights);
+  step.context = context.const_data_ptr();
+  step.weights = if_given(weights);
+  step.logsumexp = logsumexp.const_data_ptr();
+  step.grad_scores = data_of(gradients.scores);
+  step.grad_query = data_of(gradients.query);
+  step.grad_keys = data_of(gradients.keys);
+  step.grad_memory = data_of(gradients.memory);
+  Tensor grad_v;  // [B, splits, A]
+  if (data_of(gradients.v) != nullptr) {
+    grad_v = call.empty_exact({problem.batch, step.splits.count, problem.key_size});
+    step.grad_v = grad_v.mutable_data_ptr();
+  }
+  (call.is_dot() ? one_step_dot_backward : one_step_additive_backward)(step, call.stream());
+  if (grad_v.defined()) {
+    gradients.v.copy_(grad_v.sum({0, 1}));
+  }
+}
+
+void differentiate_scores(const Call& call, const Tensor& grad_scores, Gradients& gradients) {
+  if (!gradients.query.defined() && !gradients.keys.defined() && !gradients.v.defined()) {
+    return;
+  }
+  AdditiveBackward backward{};
+  backward.problem = call.problem();
+  backward.grad_scores = grad_scores.const_data_ptr();
+  backward.grad_query = data_of(gradients.query);
+  backward.grad_keys = data_of(gradients.keys);
+  backward.grad_v = data_of(gradients.v);
+  const Tensor workspace = call.workspace(additive_backward_workspace(backward));
+  backward.workspace = workspace.mutable_data_ptr();
+  additive_backward(backward, call.stream());
+}
+
+// a and de, and of halves both as products take them: [B, 4, T, S], a and what was rounded off it, then de and that. Additive
+// scores have no products with de: [B, 2, T, S].
+struct Coefficients {
+  Tensor weights, grad_scores, halves;
+};
+
+Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved& saved, const Gradients& gradients) {
+  const Problem& problem = call.problem();
+  const Tensor logsumexp = saved.logsumexp.contiguous();
+  Coefficients of;
+  of.grad_scores = gradients.scores.defined() ? gradients.scores : call.empty_scores();
+  SoftmaxBackward backward{};
+  backward.problem = problem;
+  backward.grad_weights = view_of(saved.grad_weights);
+  if (saved.weights) {
+    of.weights = saved.weights->contiguous();
+    backward.weights = of.weights.const_data_ptr();
+  } else {
+    of.weights = call.empty_scores();
+    call.scores(of.weights);
+    backward.scores = of.weights.const_data_ptr();
+    backward.logsumexp = logsumexp.const_data_ptr();
+    backward.recomputed = call.is_of_halves() ? nullptr : of.weights.mutable_data_ptr();
+  }
+  if (saved.grad_context) {
+    multiply(of.grad_scores, *saved.grad_context, inputs.memory.mT());
+    backward.grad_from_context = of.grad_scores.const_data_ptr();
+  }
+  backward.grad_scores = of.grad_scores.mutable_data_ptr();
+  if (call.is_of_halves() && (call.is_dot() || gradients.memory.defined())) {
+    of.halves = call.empty({problem.batch, call.is_dot() ? 4 : 2, problem.queries, problem.steps});
+    backward.rounded = of.halves.mutable_data_ptr();
+    backward.halves = of.halves.size(1);
+  }
+  softmax_backward(backward, call.stream());
+  return of;
+}
+
+void differentiate_query(const Call& call, const Coefficients& of, Tensor& grad_query) {
+  const Tensor memory = call.attended_memory();
+  if (call.is_of_halves()) {
+    Tensor exact = call.empty_exact(grad_query.sizes());
+    multiply(exact, of.halves.select(1, 2), memory);
+    multiply(exact, of.halves.select(1, 3), memory, true);
+    grad_query.copy_(exact);
+  } else {
+    multiply(grad_query, of.grad_scores, memory);
+  }
+}
+
+void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& saved, const Coefficients& of, Tensor& grad_memory) {
+  const int64_t copies = call.is_of_halves() ? 2 : 1;
+  std::vector<Tensor> rows;
+  if (saved.grad_context) {
+    rows.insert(rows.end(), copies, *saved.grad_context);
+  }
+  if (call.is_dot()) {
+    rows.insert(rows.end(), copies, inputs.query);
+  }
+  if (rows.empty()) {
+    grad_memory.zero_();
+  } else if (call.is_of_halves()) {
+    // One product, so that nothing is rounded on the way.
+    const Tensor coefficients = saved.grad_context ? of.halves : of.halves.slice(1, 2);
+    multiply(grad_memory, coefficients.flatten(1, 2).mT(), at::cat(rows, 1));
+  } else {
+    multiply(grad_memory, (saved.grad_context ? of.weights : of.grad_scores).mT(), rows.front());
+    if (rows.size() > 1) {
+      multiply(grad_memory, of.grad_scores.mT(), rows.back(), true);
+    }
+  }
+}
+
+void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+  const Coefficients of = coefficients_of(call, inputs, saved, gradients);
+  if (!call.is_dot()) {
+    differentiate_scores(call, of.grad_scores, gradients);
+  } else if (gradients.query.defined()) {
+    differentiate_query(call, of, gradients.query);
+  }
+  if (gradients.memory.defined()) {
+    differentiate_memory(call, inputs, saved, of, gradients.memory);
+  }
+}
+
+// Of a tensor [B, ...], [B, 1, ...].
+Tensor with_queries(const Tensor& tensor) {
+  return tensor.defined() ? tensor.unsqueeze(1) : tensor;
+}
+
+OptionalTensor with_queries(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->unsqueeze(1)) : std::nullopt;
+}
+
+void forward(const Inputs& inputs, Outputs& outputs) {
+  Call call(inputs, "forward");
+  if (call.has_no_scores()) {
+    attend_nothing(outputs);
+  } else if (call.is_one_step()) {
+    attend_once(call, outputs);
+  } else if (inputs.query.dim() == 2) {
+    Outputs of_queries{
+        with_queries(outputs.context),
+        with_queries(outputs.weights),
+        with_queries(outputs.logsumexp),
+        with_queries(outputs.exact_context),
+        with_queries(outputs.exact_weights)};
+    const Tensor query = with_queries(inputs.query);
+    forward({query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale}, of_queries);
+  } else {
+    attend(call, outputs);
+  }
+}
+
+void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+  Call call(inputs, "backward");
+  if (call.has_no_scores()) {
+    differentiate_nothing(gradients);
+  } else if (call.is_one_step()) {
+    differentiate_once(call, saved, gradients);
+  } else if (inputs.query.dim() == 2) {
+    const OptionalTensor grad_context = with_queries(saved.grad_context), grad_weights = with_queries(saved.grad_weights);
+    const OptionalTensor weights = with_queries(saved.weights);
+    const Tensor query = with_queries(inputs.query), context = with_queries(saved.context);
+    Gradients of_queries{
+        with_queries(gradients.query), gradients.keys, gradients.v, gradients.memory, with_queries(gradients.scores)};
+    backward(
+        {query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale},
+        {grad_context, grad_weights, context, weights, with_queries(saved.logsumexp)},
+        of_queries);
+  } else {
+    differentiate(call, inputs, saved, gradients);
+  }
+}
+
+void backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients) {
+  const Call call(inputs, "backward");
+  if (call.has_no_scores()) {
+    differentiate_nothing(gradients);
+  } else {
+    differentiate_scores(call, grad_scores.contiguous(), gradients);
+  }
+}
+
+// The CUDA kernels take the exponentials as they read: this is for whoever calls the op.
+void prepare_keys(const Tensor& keys, Tensor& prepared) {
+  const BelowAutograd guard;
+  const Tensor doubled = keys.to(prepared.scalar_type()).mul(2);
+  prepared.fill_(1);
+  prepared.narrow(2, 0, keys.size(2)).copy_(doubled.exp());
+  if (keys.size(2) > 0) {
+    prepared.select(2, prepared.size(2) - kPreparedLine).copy_(doubled.abs().amax(2));
+  }
+}
+
+}  // namespace
+
+const EntryPoints entry_points{forward, backward, backward_of_scores, prepare_keys};
+
+}  // namespace attn_ext::cuda

@@ -1,0 +1,125 @@
+// What the kernels of one query a batch element share: a block's place, and the merge of partial softmaxes, of a block's warps or
+// of a batch element's splits, always in their order.
+#pragma once
+
+#include "device.cuh"
+#include "kernels.h"
+#include "mask.cuh"
+#include "view.cuh"
+
+namespace attn_ext::cuda {
+
+constexpr int kStepBlock = 128;
+constexpr int kStepWarps = kStepBlock / kWarp;
+
+// The block's place: a split of a batch element.
+struct Place {
+  int64_t b, split, begin, end;
+
+  __device__ __forceinline__ Place(const Problem& problem, const Splits& splits)
+      : b(blockIdx.x / splits.count), split(blockIdx.x % splits.count), begin(split * splits.steps) {
+    end = begin + splits.steps < problem.steps ? begin + splits.steps : problem.steps;
+  }
+
+  // Whether this block is the batch element's last: what the others wrote is there.
+  __device__ __forceinline__ bool is_last(const Splits& splits) const {
+    sync_threads();  // the whole block's share is written
+    return any_in_block(threadIdx.x == 0 && atomic_ticket(splits.tickets + b) == splits.count - 1);
+  }
+};
+
+template <class acc>
+struct Softmaxed {
+  acc largest = -kInfinity<acc>;
+  acc total = 0;
+
+  // With nothing to attend, everything is exp(-inf) = 0.
+  __device__ __forceinline__ acc shift() const {
+    return largest == -kInfinity<acc> ? 0 : largest;
+  }
+
+  __device__ __forceinline__ acc inverse() const {
+    return total == 0 ? 0 : 1 / total;
+  }
+};
+
+// `count` partial results, each `size` sums, its maximum and its total, in their order: their factors go to `factors`.
+template <class acc>
+__device__ __forceinline__ Softmaxed<acc> merge_softmaxes(const acc* partials, int64_t count, int64_t size, acc* factors) {
+  const int64_t stride = size + 2;
+  Softmaxed<acc> all;
+  for (int64_t n = 0; n < count; ++n) {
+    const acc largest = partials[n * stride + size];
+    all.largest = largest > all.largest ? largest : all.largest;
+  }
+  for (int64_t n = threadIdx.x; n < count; n += kStepBlock) {
+    factors[n] = exponential(partials[n * stride + size] - all.shift());
+  }
+  sync_threads();  // all factors are there
+  for (int64_t n = 0; n < count; ++n) {
+    all.total += factors[n] * partials[n * stride + size + 1];
+  }
+  return all;
+}
+
+template <class acc>
+__device__ __forceinline__ acc merged_column(const acc* partials, int64_t count, int64_t stride, const acc* factors, int64_t d) {
+  acc sum = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    sum += (factors == nullptr ? 1 : factors[n]) * partials[n * stride + d];
+  }
+  return sum;
+}
+
+template <class scalar>
+__device__ __forceinline__ void store_context(const OneStep& call, int64_t b, int64_t d, accumulated_t<scalar> context) {
+  const int64_t at = b * call.problem.memory_size + d;
+  static_cast<scalar*>(call.context)[at] = from_acc<scalar>(context);
+  if (call.exact_context != nullptr) {
+    static_cast<accumulated_t<scalar>*>(call.exact_context)[at] = context;
+  }
+}
+
+// The log-sum-exp, and the scores' weights where they are wanted.
+template <class scalar>
+__device__ __forceinline__ void finish_weights(
+    const OneStep& call, const Place& place, const Softmaxed<accumulated_t<scalar>>& all) {
+  using acc = accumulated_t<scalar>;
+  const acc inverse = all.inverse(), shift = all.shift();
+  if (threadIdx.x == 0) {
+    static_cast<acc*>(call.logsumexp)[place.b] = shift + logarithm(all.total);
+  }
+  if (call.weights == nullptr) {
+    return;
+  }
+  const int64_t steps = call.problem.steps, first = place.b * steps;
+  const Attendable may_attend(call.problem, place.b, 0);
+  const acc* scores = static_cast<const acc*>(call.scores) + first;
+  scalar* weights = static_cast<scalar*>(call.weights) + first;
+  acc* exact = call.exact_weights == nullptr ? nullptr : static_cast<acc*>(call.exact_weights) + first;
+  for (int64_t s = threadIdx.x; s < steps; s += kStepBlock) {
+    const acc weight = may_attend(s) ? exponential(scores[s] - shift) * inverse : acc(0);
+    weights[s] = from_acc<scalar>(weight);
+    if (exact != nullptr) {
+      exact[s] = weight;
+    }
+  }
+}
+
+// From partial results with their factors to the outputs.
+template <class scalar>
+__device__ __forceinline__ void finish_step(
+    const OneStep& call,
+    const Place& place,
+    const accumulated_t<scalar>* partials,
+    int64_t count,
+    const accumulated_t<scalar>* factors,
+    const Softmaxed<accumulated_t<scalar>>& all) {
+  const int64_t size = call.problem.memory_size;
+  for (int64_t d = threadIdx.x; d < size; d += kStepBlock) {
+    store_context<scalar>(call, place.b, d, merged_column(partials, count, size + 2, factors, d) * all.inverse());
+  }
+  finish_weights<scalar>(call, place, all);
+}
+
+}  // namespace attn_ext::cuda

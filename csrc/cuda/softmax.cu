@@ -1,0 +1,57 @@
+// Launches of the row kernels: how a row of scores is held.
+#include "softmax.cuh"
+
+#include "dtypes.h"
+#include "launch.h"
+
+namespace attn_ext::cuda {
+namespace {
+
+// launch_of(n): the elements of a row that a lane holds, or 0 for a block's row.
+template <class acc, class Launch>
+void for_steps(int64_t steps, const Launch& launch_of) {
+  if (steps <= 4 * kWarp) {
+    launch_of(std::integral_constant<int, 4>());
+  } else if (steps <= 16 * kWarp) {
+    launch_of(std::integral_constant<int, 16>());
+  } else if (steps <= kMostHeld<acc> * kWarp) {
+    launch_of(std::integral_constant<int, kMostHeld<acc>>());
+  } else {
+    launch_of(std::integral_constant<int, 0>());
+  }
+}
+
+template <int held>
+void launch_rows(auto kernel, int64_t rows, Stream stream, const auto&... arguments) {
+  constexpr int64_t rows_of_block = held > 0 ? kRowBlock / kWarp : 1;
+  const size_t shared = held > 0 ? 0 : kRowBlock / kWarp * sizeof(double);
+  launch(kernel, dim3((rows + rows_of_block - 1) / rows_of_block), kRowBlock, shared, stream, arguments...);
+}
+
+}  // namespace
+
+void softmax(const Softmax& call, Stream stream) {
+  for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
+    for_steps<accumulated_t<scalar>>(call.problem.steps, [&]<int held>(std::integral_constant<int, held>) {
+      launch_rows<held>(softmax_rows<scalar, held>, call.problem.batch * call.problem.queries, stream, call);
+    });
+  });
+}
+
+void softmax_backward(const SoftmaxBackward& call, Stream stream) {
+  for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
+    for_steps<accumulated_t<scalar>>(call.problem.steps, [&]<int held>(std::integral_constant<int, held>) {
+      launch_rows<held>(softmax_backward_rows<scalar, held>, call.problem.batch * call.problem.queries, stream, call);
+    });
+  });
+}
+
+void attended_rows(const AttendedRows& call, Stream stream) {
+  const Problem& problem = call.problem;
+  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
+    const bool by_vectors = takes_vectors<scalar>(problem.memory, problem.memory_size);  // the copy is fresh and lies on 16 bytes
+    launch_rows<1>(copy_attended_rows<scalar>, problem.batch * problem.steps, stream, call, by_vectors);
+  });
+}
+
+}  // namespace attn_ext::cuda

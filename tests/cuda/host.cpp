@@ -1,0 +1,111 @@
+// CUDA's entry points in the CPU's place: with this library ahead of attn_ext._C, the ops of CPU tensors run the CUDA kernels, on
+// the host (shim.h). Results and workspaces hold NaN until they are written.
+#include "../../csrc/attention.h"
+#include "../../csrc/cuda/stream.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <mutex>
+
+namespace attn_ext {
+namespace {
+
+// While it lives, at::empty fills what it allocates, and no other thread of PyTorch runs kernels.
+class Poisoned {
+ public:
+  Poisoned()
+      : lock_(mutex()),
+        deterministic_(at::globalContext().deterministicAlgorithms()),
+        warns_(at::globalContext().deterministicAlgorithmsWarnOnly()) {
+    at::globalContext().setDeterministicAlgorithms(true, false);
+  }
+
+  ~Poisoned() {
+    at::globalContext().setDeterministicAlgorithms(deterministic_, warns_);
+  }
+
+ private:
+  static std::recursive_mutex& mutex() {
+    static std::recursive_mutex mutex;
+    return mutex;
+  }
+
+  std::lock_guard<std::recursive_mutex> lock_;
+  bool deterministic_, warns_;
+};
+
+void poison(std::initializer_list<Tensor> outputs) {
+  for (const Tensor& output : outputs) {
+    if (output.defined()) {
+      output.fill_(std::numeric_limits<double>::quiet_NaN());
+    }
+  }
+}
+
+void poison(const Gradients& gradients) {
+  poison({gradients.query, gradients.keys, gradients.v, gradients.memory, gradients.scores});
+}
+
+void forward(const Inputs& inputs, Outputs& outputs) {
+  const Poisoned poisoned;
+  poison({outputs.context, outputs.weights, outputs.logsumexp, outputs.exact_context, outputs.exact_weights});
+  cuda::entry_points.forward(inputs, outputs);
+}
+
+void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+  const Poisoned poisoned;
+  poison(gradients);
+  cuda::entry_points.backward(inputs, saved, gradients);
+}
+
+void backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients) {
+  const Poisoned poisoned;
+  poison(gradients);
+  cuda::entry_points.backward_of_scores(inputs, grad_scores, gradients);
+}
+
+void prepare_keys(const Tensor& keys, Tensor& prepared) {
+  const Poisoned poisoned;
+  poison({prepared});
+  cuda::entry_points.prepare_keys(keys, prepared);
+}
+
+// CUDA alone has these.
+Tensor& bmm_out_dtype(const Tensor& a, const Tensor& b, at::ScalarType type, Tensor& out) {
+  return at::bmm_out(out, a.to(type), b.to(type));
+}
+
+Tensor& baddbmm_out_dtype(
+    const Tensor& added,
+    const Tensor& a,
+    const Tensor& b,
+    at::ScalarType type,
+    const at::Scalar& beta,
+    const at::Scalar& alpha,
+    Tensor& out) {
+  return at::baddbmm_out(out, added, a.to(type), b.to(type), beta, alpha);
+}
+
+}  // namespace
+
+const EntryPoints cpu::entry_points{forward, backward, backward_of_scores, prepare_keys};
+
+cuda::Stream cuda::current_stream(c10::Device) {
+  return nullptr;
+}
+
+// Few, so that a test's few blocks are enough to split over.
+int64_t cuda::multiprocessors(c10::Device) {
+  return 4;
+}
+
+TORCH_LIBRARY_IMPL(aten, CPU, m) {
+  m.impl("bmm.dtype_out", bmm_out_dtype);
+  m.impl("baddbmm.dtype_out", baddbmm_out_dtype);
+}
+
+}  // namespace attn_ext

@@ -1,0 +1,38 @@
+"""Additive attention where its kernels change their ways: the ranges of exponentials and of v, and many queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cases import DTYPES, Case, assert_accurate, assert_same, short
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("T", [1, 3, 70], ids="T={}".format)
+@pytest.mark.parametrize("size", [10, 15.9, 16.1, 21.4, 22, 25, 44], ids="{:g}".format)
+def test_at_the_edge_of_factored_exponentials(size: float, T: int) -> None:
+    """Keys like their queries and opposite to them are neighbours: 1 + exp(4 size) and 2 share a reciprocal."""
+    problem = Case("additive", T=T, S=70, D=37, Dm=8).problem()
+    query, keys = (1e-3 * problem.tensors[name].tanh() for name in ("query", "keys"))
+    checkered = (torch.arange(70).unsqueeze(1) + torch.arange(37)) % 2 * 2 - 1
+    assert_accurate(problem.with_tensors(query=query + size, keys=keys + size * checkered))
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("T", [1, 3, 70], ids="T={}".format)
+def test_large_v(T: int) -> None:
+    """Two features that share a reciprocal take on each other's denominators, 1 + exp(36) here."""
+    problem = Case("additive", T=T, S=40, D=37, Dm=8, scale=1e-30).problem()
+    query, keys, v = (problem.tensors[name] for name in ("query", "keys", "v"))
+    assert_accurate(problem.with_tensors(query=query / 2 + 9, keys=keys / 2 + 9, v=1e30 * v))
+
+
+@pytest.mark.parametrize("S", [17, 130], ids="S={}".format)
+@pytest.mark.parametrize("T", [64, 128, 129, 300], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_many_queries(dtype: torch.dtype, T: int, S: int) -> None:
+    """Keys and v gather gradients from several tiles of queries."""
+    problem = Case("additive", T=T, S=S, D=33, Dm=8, dtype=dtype, masking="lengths").problem()
+    assert_accurate(problem)
+    assert_same(problem.results(), problem.results())

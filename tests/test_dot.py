@@ -1,0 +1,48 @@
+"""Dot attention where its kernels change their ways: the columns that a lane holds, splits of the source, long rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.cases import DTYPES, LOSSES, Case, assert_accurate, assert_same, short
+
+
+@pytest.mark.parametrize(
+    "D", [1, 2, 4, 5, 8, 16, 31, 64, 72, 128, 136, 256, 264, 512, 520, 1024, 1032], ids="D={}".format
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_one_step_of_any_width(dtype: torch.dtype, D: int) -> None:
+    assert_accurate(Case("dot", B=3, T=1, S=37, D=D, dtype=dtype, masking="lengths+rows").problem())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("S", [1, 33, 64, 65, 300, 2100], ids="S={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_one_step_in_splits(dtype: torch.dtype, S: int, loss: str) -> None:
+    """To the same bits, whichever comes last."""
+    problem = Case("dot", T=1, S=S, D=24, dtype=dtype, masking="lengths", loss=loss).problem()
+    assert_accurate(problem)
+    assert_same(problem.results(), problem.results())
+
+
+@pytest.mark.parametrize("D", [24, 1032], ids="D={}".format)
+def test_one_step_without_its_dimension(D: int) -> None:
+    problem = Case("dot", T=1, S=37, D=D, masking="lengths").problem()
+    without = replace(
+        problem,
+        tensors=problem.tensors | {"query": problem.tensors["query"][:, 0]},
+        grad_outputs={name: grad[:, 0] for name, grad in problem.grad_outputs.items()},
+    )
+    expected = problem.results()
+    for name, result in without.results().items():
+        assert torch.equal(result, expected[name] if name == "grad memory" else expected[name][:, 0]), name
+
+
+@pytest.mark.parametrize("loss", ["both", "no_weights"])
+@pytest.mark.parametrize("S", [128, 129, 512, 513, 1024, 1025, 2050], ids="S={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_rows_of_scores(dtype: torch.dtype, S: int, loss: str) -> None:
+    assert_accurate(Case("dot", T=3, S=S, D=8, dtype=dtype, masking="lengths+pairs", loss=loss).problem())
