@@ -327,7 +327,7 @@ class Executor {
   void check_aligned(const void* at, size_t bytes, const void* caller) {
     if (running() && reinterpret_cast<uintptr_t>(at) % bytes != 0) {
       caller_ = caller;
-      fail(me() + " takes " + to_string(bytes) + " bytes at " + address_of(at) + ", which is not aligned so far");
+      fail(me() + " takes " + to_string(bytes) + " bytes at " + address_of(at) + ", which is not aligned to them");
     }
   }
 
