@@ -86,6 +86,9 @@ Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
   return problem;
 }
 
+// Bytes of a memory, keys included, that no cache is trusted to keep from one call to the next.
+constexpr int64_t kLargeMemory = int64_t{1} << 24;
+
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -115,6 +118,8 @@ Plan plan_of(const Problem& problem, int64_t chunk) {
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
   plan.tile = tile_of(problem, plan.chunk);
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
+  const int64_t row = problem.memory_size + (problem.keys.data == nullptr ? 0 : problem.key_size);
+  plan.is_large = problem.batch * problem.steps * row * width_of(problem.dtype) >= kLargeMemory;
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
   const int64_t wanted = ceil_div(at::get_num_threads(), groups);
@@ -240,7 +245,8 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   }
   const bool rounds = outputs.context.scalar_type() != outputs.logsumexp.scalar_type();
   Tensor unrounded;  // weights that grow tile by tile, and are scaled at last
-  if (rounds && call.weights != nullptr && !outputs.exact_weights.defined() && call.problem.steps > call.plan.tile) {
+  const bool grow = call.problem.queries > 1 && call.problem.steps > call.plan.tile;
+  if (rounds && call.weights != nullptr && !outputs.exact_weights.defined() && grow) {
     unrounded = at::empty(outputs.weights.sizes(), outputs.logsumexp.options());
   }
   call.exact_context = rounds ? data_of(outputs.exact_context) : call.context;

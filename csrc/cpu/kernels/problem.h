@@ -8,6 +8,11 @@ namespace attn_ext::cpu {
 
 enum class Dtype { Float, Double, BFloat16, Half };
 
+// Bytes of an element.
+constexpr int64_t width_of(Dtype dtype) {
+  return dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2;
+}
+
 // A tensor as [batch, row, element]: strides in elements, 0 along what it has not or repeats.
 struct View {
   const void* data = nullptr;
@@ -80,6 +85,7 @@ struct Plan {
   int64_t split_size;   // source steps per item, a multiple of tile
   int64_t splits;       // items along S
   int64_t split_tiles;  // tiles per item
+  bool is_large;        // what one query reads is not in the caches, nor stays there
 
   int64_t groups(const Problem& problem) const {
     return problem.batch * chunks;
@@ -110,7 +116,7 @@ struct Forward {
   void* weights;        // [B, T, S], or null
   void* logsumexp;      // [B, T] acc
   void* exact_context;  // of halves, the same as they were accumulated; acc, or null: not wanted
-  void* exact_weights;  // needed where halves have weights of more than one tile
+  void* exact_weights;  // needed where halves have weights of more than one tile and more than one query
 };
 
 struct Backward {

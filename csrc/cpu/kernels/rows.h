@@ -4,6 +4,8 @@
 #include "problem.h"
 #include "vec.h"
 
+#include <numeric>
+
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // Scratch handed out piece by piece. Without a base it only counts: the same code that lays a slot out tells its size.
@@ -65,6 +67,12 @@ class SourceWalk {
 
   bool next(Tile& tile) {
     tile.count = 0;
+    if (problem_.mask.data == nullptr) {
+      tile.count = std::clamp<int64_t>(end_ - next_, 0, tile_);
+      std::iota(tile.steps, tile.steps + tile.count, next_);
+      next_ += tile.count;
+      return tile.count > 0;
+    }
     for (; next_ < end_ && tile.count < tile_; ++next_) {
       if (attended(next_)) {
         tile.steps[tile.count++] = next_;
@@ -75,9 +83,6 @@ class SourceWalk {
 
  private:
   bool attended(int64_t step) const {
-    if (problem_.mask.data == nullptr) {
-      return true;
-    }
     const int64_t queries = problem_.mask_per_query ? item_.queries : 1;
     for (int64_t t = 0; t < queries; ++t) {
       if (may_attend(problem_, item_.batch, item_.first_query + t, step)) {
@@ -109,7 +114,7 @@ class Rows {
         view_(view),
         size_(size),
         stride_(padded<acc>(size)),
-        in_place_((dtype == Dtype::Float || dtype == Dtype::Double) && (view.element == 1 || size <= 1)),
+        in_place_(view.data == nullptr || (dtype == kAccumulated<acc> && (view.element == 1 || size <= 1))),
         address_(arena.take<const acc*>(capacity)),
         copies_(in_place_ ? nullptr : arena.take<acc>(capacity * stride_)) {}
 
@@ -123,6 +128,15 @@ class Rows {
     for (int64_t i = 0; i < tile.count; ++i) {
       load_one(i, b, tile.steps[i]);
     }
+  }
+
+  // The row of one query; null if there is none.
+  const acc* load_only(int64_t b) {
+    if (view_.data == nullptr) {
+      return nullptr;
+    }
+    load_one(0, b, 0);
+    return address_[0];
   }
 
   const acc* const* addresses() const {
