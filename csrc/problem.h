@@ -7,6 +7,11 @@ namespace attn_ext {
 
 enum class Dtype { Float, Double, BFloat16, Half };
 
+// Bytes of an element.
+constexpr int64_t width_of(Dtype dtype) {
+  return dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2;
+}
+
 // A tensor as [batch, row, element]: strides in elements, 0 along what it has not or repeats.
 struct View {
   const void* data = nullptr;

@@ -27,6 +27,9 @@ constexpr int64_t kTanhCost = 8;
 constexpr int64_t kLeastQueries = 8;
 constexpr int64_t kQueriesGrain = 8 * kGrain;
 
+// Bytes of a memory, keys included, that no cache is trusted to keep from one call to the next.
+constexpr int64_t kLargeMemory = int64_t{1} << 24;
+
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -56,6 +59,8 @@ Plan plan_of(const Problem& problem, int64_t chunk) {
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
   plan.tile = tile_of(problem, plan.chunk);
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
+  const int64_t row = problem.memory_size + (problem.keys.data == nullptr ? 0 : problem.key_size);
+  plan.is_large = problem.batch * problem.steps * row * width_of(problem.dtype) >= kLargeMemory;
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
   const int64_t wanted = ceil_div(at::get_num_threads(), groups);
@@ -117,9 +122,9 @@ void run_items(
   });
 }
 
-const Kernels& kernels_for(const Inputs& inputs, const Plan& plan) {
+const Kernels& kernels_for(const Inputs& inputs, const Problem& problem, const Plan& plan) {
   const auto kernels = inputs.keys == nullptr ? capability().dot : capability().additive;
-  return kernels(dtype_of(inputs.query), plan.chunk);
+  return kernels(problem.dtype, problem.queries, plan.chunk);
 }
 
 // What a profiler shows: which op ran, and the compilation of its kernel.
@@ -152,7 +157,7 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
     call.grad_v = data_of(grad_v);
   }
   if (items > 0) {
-    const Kernels& kernels = kernels_for(inputs, call.plan);
+    const Kernels& kernels = kernels_for(inputs, call.problem, call.plan);
     const int64_t merges = call.plan.splits * call.plan.chunks > 1 ? items : 0;
     run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
   }
@@ -175,7 +180,8 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   }
   const bool rounds = outputs.context.scalar_type() != outputs.logsumexp.scalar_type();
   Tensor unrounded;  // weights that grow tile by tile, and are scaled at last
-  if (rounds && call.weights != nullptr && !outputs.exact_weights.defined() && call.problem.steps > call.plan.tile) {
+  const bool grow = call.problem.queries > 1 && call.problem.steps > call.plan.tile;
+  if (rounds && call.weights != nullptr && !outputs.exact_weights.defined() && grow) {
     unrounded = at::empty(outputs.weights.sizes(), outputs.logsumexp.options());
   }
   call.exact_context = rounds ? data_of(outputs.exact_context) : call.context;
@@ -183,7 +189,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   for (const Tensor* output : {&outputs.context, &outputs.weights, &outputs.exact_context, &outputs.exact_weights, &unrounded}) {
     use_huge_pages(*output);
   }
-  const Kernels& kernels = kernels_for(inputs, call.plan);
+  const Kernels& kernels = kernels_for(inputs, call.problem, call.plan);
   const int64_t merges = call.plan.splits > 1 ? call.plan.groups(call.problem) : 0;
   run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge, merges);
 }
@@ -214,7 +220,7 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
     return;
   }
   use_huge_pages(prepared);
-  const Kernels& kernels = capability().additive(call.dtype, 1);
+  const Kernels& kernels = capability().additive(call.dtype, 1, 1);
   const int64_t grain = std::max<int64_t>(kGrain / (kTanhCost * std::max<int64_t>(call.key_size, 1)), 1);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels.prepare(call, begin, end); });
 }

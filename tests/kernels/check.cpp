@@ -21,8 +21,8 @@
 namespace attn_ext::cpu {
 
 namespace CPU_CAPABILITY {
-const Kernels& dot_kernels(Dtype, int64_t);
-const Kernels& additive_kernels(Dtype, int64_t);
+const Kernels& dot_kernels(Dtype, int64_t, int64_t);
+const Kernels& additive_kernels(Dtype, int64_t, int64_t);
 }  // namespace CPU_CAPABILITY
 
 namespace {
@@ -65,7 +65,11 @@ class Array {
   Array(Dtype dtype, int64_t batches, int64_t rows, int64_t size, int64_t row_padding = 0, int64_t element = 1)
       : dtype_(dtype), rows_(rows), size_(size), row_(size * element + row_padding), element_(element), batches_(batches) {
     const int64_t count = batches * rows * size == 0 ? 0 : (batches * rows - 1) * row_ + (size - 1) * element_ + 1;
-    bytes_.reset(static_cast<char*>(std::malloc(std::max<size_t>(count * width(), 1))));
+    void* bytes = nullptr;  // aligned as PyTorch aligns
+    if (posix_memalign(&bytes, 64, std::max<size_t>(count * width(), 1)) != 0) {
+      std::abort();
+    }
+    bytes_.reset(static_cast<char*>(bytes));
     std::fill_n(reinterpret_cast<unsigned char*>(bytes_.get()), count * width(), kUnwritten);
   }
 
@@ -191,7 +195,7 @@ struct Case {
   }
 
   const Kernels& kernels(const Plan& plan) const {
-    return (additive ? CPU_CAPABILITY::additive_kernels : CPU_CAPABILITY::dot_kernels)(dtype, plan.chunk);
+    return (additive ? CPU_CAPABILITY::additive_kernels : CPU_CAPABILITY::dot_kernels)(dtype, T, plan.chunk);
   }
 
   // As exact as the products with the weights are: pairs of bfloat16 are multiplied with rounded ones.
@@ -227,14 +231,18 @@ struct Case {
         dtype(random.of({Dtype::Float, Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half})),
         exact_type(dtype == Dtype::Double ? Dtype::Double : Dtype::Float),
         B(random.upto(1, 3)),
-        T(random.chance(0.3)   ? 1
+        T(random.chance(0.5)   ? 1
           : random.chance(0.7) ? random.upto(2, 40)
                                : random.upto(41, 300)),
         S(random.chance(0.2)   ? random.upto(0, 3)
           : random.chance(0.7) ? random.upto(4, 90)
                                : random.upto(91, 600)),
-        D(random.chance(0.8) ? random.upto(1, 70) : random.upto(71, 300)),
-        Dm(additive ? random.upto(1, 70) : D),
+        D(random.chance(0.2)   ? 32 * random.upto(1, 6)
+          : random.chance(0.8) ? random.upto(1, 70)
+                               : random.upto(71, 300)),
+        Dm(!additive            ? D
+           : random.chance(0.3) ? 32 * random.upto(1, 6)
+                                : random.upto(1, 70)),
         scale(random.of({1.0, 0.3})),
         mask_per_query(random.chance(0.5)),
         query(dtype, B, T, D, random.upto(0, 3), random.of({1, 1, 2})),
@@ -380,6 +388,7 @@ Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   plan.split_tiles = random.of({tiles, random.upto(1, tiles)});
   plan.split_size = plan.split_tiles * plan.tile;
   plan.splits = std::max<int64_t>(ceil_div(p.steps, plan.split_size), 1);
+  plan.is_large = random.chance(0.5);
   return plan;
 }
 

@@ -20,6 +20,9 @@
 // keys: their exponentials come prepared.
 #include "attention.h"
 #include "kernels.h"
+#include "one_query.h"
+
+#include <optional>
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 namespace {
@@ -129,6 +132,12 @@ inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t en
   std::fill(to + size, to + end, acc(1));
 }
 
+// Numerators that share take factors on: v must leave them room.
+template <class acc>
+bool is_moderate(acc largest_v) {
+  return largest_v < acc(1e6);
+}
+
 // As they are.
 constexpr auto kUnscaled = [](const auto& exponentials, int64_t) { return exponentials; };
 
@@ -202,15 +211,14 @@ class AdditiveScore {
   AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, bool has_scores = true)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
-        may_factor_(queries > 1 || problem.prepared_keys.data != nullptr),
         query_(arena, problem.dtype, problem.query, queries, size_),
         keys_(arena, problem.dtype, problem.keys, tile, size_),
-        key_exponentials_(arena, may_factor_ ? tile : 0, size_, problem.prepared_keys),
+        key_exponentials_(arena, tile, size_, problem.prepared_keys),
         v_(arena.take<acc>(Exponentials<acc>::shared_size(size_))),
         problem_(problem),
         has_scores_(has_scores),
         inverse_v_(arena.take<acc>(Exponentials<acc>::shared_size(size_))),
-        query_over_v_(arena, has_scores && may_factor_ ? queries : 0, size_) {}
+        query_over_v_(arena, has_scores ? queries : 0, size_) {}
 
   void load_queries(int64_t b, int64_t first, int64_t count) {
     query_.load(b, first, count);
@@ -219,7 +227,7 @@ class AdditiveScore {
       invert_v();
     }
     std::fill(v_ + size_, v_ + Exponentials<acc>::shared_size(size_), acc(0));
-    if (has_scores_ && may_factor_) {
+    if (has_scores_) {
       query_over_v_.take(query_.addresses(), count, [&](const Vec<acc>& exponentials, int64_t a) {
         return exponentials * Vec<acc>::loadu(inverse_v_ + a);
       });
@@ -235,7 +243,7 @@ class AdditiveScore {
       }
     }
     keys_.load(b, tile);
-    if (may_factor_ && !key_exponentials_.is_prepared()) {
+    if (!key_exponentials_.is_prepared()) {
       key_exponentials_.take(keys_.addresses(), tile.count, kUnscaled);
     }
   }
@@ -267,17 +275,16 @@ class AdditiveScore {
  protected:
   // Whether exponentials may be factored at all.
   bool may_factor() const {
-    return may_factor_ && range() <= range_of<acc>(1);
+    return range() <= range_of<acc>(1);
   }
 
   // Whether so many features may share a reciprocal: the x lie between exp(-kCentre) and 2 exp(range + spread - kCentre).
   bool may_share(int features) const {
-    return may_factor_ && range() + spread_ <= range_of<acc>(features) + kCentre;
+    return range() + spread_ <= range_of<acc>(features) + kCentre;
   }
 
   int64_t size_;
   acc scale_;
-  bool may_factor_;
   Rows<acc> query_;
   Rows<acc> keys_;
   Exponentials<acc> key_exponentials_;
@@ -306,7 +313,7 @@ class AdditiveScore {
       smallest_v = at::vec::minimum(smallest_v, magnitude);
     }
     const acc most = largest(largest_v), least = smallest(smallest_v);
-    v_is_moderate_ = most < acc(1e6);
+    v_is_moderate_ = is_moderate(most);
     const acc floor = kLeastV<acc> * (most > 0 ? most : acc(1));
     unit_ = (most > 0 ? most : acc(1)) * std::exp(-kCentre);
     // What is not finite, or next to nothing, has no inverse.
@@ -413,18 +420,15 @@ class AdditiveGradient : public AdditiveScore<acc> {
       : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena, !f.weights.data && !f.score_gradients.data),
         f_(f),
         stride_(padded<acc>(f.problem.key_size)),
-        half_exponentials_(arena, this->may_factor_ ? f.plan.chunk : 0, f.problem.key_size),
+        half_exponentials_(arena, f.plan.chunk, f.problem.key_size),
         grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, kPads),
         grad_v_(arena.take<acc>(stride_)) {}
 
   void begin(const Item& item, acc* grad_query) {
     this->load_queries(item.batch, item.first_query, item.queries);
-    if (this->may_factor_) {
-      half_exponentials_.take(this->query_.addresses(), item.queries, [](const Vec<acc>& exponentials, int64_t) {
-        return exponentials * Vec<acc>(0.5);
-      });
-      this->query_range_ = half_exponentials_.range();
-    }
+    half_exponentials_.take(
+        this->query_.addresses(), item.queries, [](const Vec<acc>& exponentials, int64_t) { return exponentials * Vec<acc>(0.5); });
+    this->query_range_ = half_exponentials_.range();
     grad_keys_.begin_item(item);
     std::fill_n(grad_query, item.queries * stride_, acc(0));
     std::fill_n(grad_v_, stride_, acc(0));
@@ -645,10 +649,226 @@ class AdditiveGradient : public AdditiveScore<acc> {
   acc* grad_v_;                          // not yet times -1
 };
 
+// Of one query, both ways. Its exponentials are as many as the keys', or all prepared.
+template <class acc_>
+class OneQueryAdditive {
+ public:
+  using acc = acc_;
+
+  static constexpr bool kReadsMemory = false;
+
+  OneQueryAdditive(const Problem& problem, const Plan& plan, Arena& arena, const Backward* f = nullptr)
+      : problem_(problem),
+        f_(f),
+        size_(problem.key_size),
+        shared_size_(Exponentials<acc>::shared_size(size_)),
+        is_prepared_(problem.prepared_keys.data != nullptr),
+        query_rows_(arena, problem.dtype, problem.query, 1, size_),
+        query_exponentials_(is_prepared_ ? arena.take<acc>(shared_size_) : nullptr),
+        keys_(arena, problem.dtype, problem.keys, problem, plan, size_, true),
+        prepared_keys_(arena, kAccumulated<acc>, problem.prepared_keys, problem, plan, prepared_size(size_)),
+        v_(arena.take<acc>(shared_size_)),
+        grad_v_(f == nullptr ? nullptr : arena.take<acc>(size_)) {
+    if (f != nullptr) {
+      grad_keys_.emplace(arena, f->grad_keys, problem, f->plan, size_, kAtOnce);
+    }
+  }
+
+  void begin(int64_t b) {
+    query_ = query_rows_.load_only(b);
+    if (is_prepared_) {
+      Vec<acc> magnitudes(0);
+      take_exponentials(query_exponentials_, query_, size_, shared_size_, magnitudes, kUnscaled);
+      query_range_ = largest(magnitudes);
+    }
+    load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
+    std::fill(v_ + size_, v_ + shared_size_, acc(0));
+    v_is_moderate_ = std::all_of(v_, v_ + size_, [](acc v) { return is_moderate(std::abs(v)); });
+  }
+
+  void load_keys(int64_t b, const Tile& tile, const Tile& next) {
+    range_ = std::numeric_limits<acc>::infinity();
+    if (is_prepared_) {
+      prepared_keys_.load(b, tile, next);
+      range_ = query_range_;
+      for (int64_t r = 0; r < tile.count; ++r) {
+        range_ = std::max(range_, query_range_ + prepared_keys_.row(r)[prepared_size(size_) - kPreparedLine]);
+      }
+    }
+    if (!is_factored()) {
+      keys_.load(b, tile, next);
+    }
+  }
+
+  void scores(acc* out, const RowGroup<acc>&) const {
+    if (!v_is_moderate_) {
+      is_factored() ? find_scores<1, true>(out) : find_scores<1, false>(out);
+    } else if (range_ <= range_of<acc>(4)) {
+      find_scores<4, true>(out);
+    } else if (range_ <= range_of<acc>(2)) {
+      find_scores<2, true>(out);
+    } else if (is_factored()) {
+      find_scores<1, true>(out);
+    } else {
+      find_scores<4, false>(out);
+    }
+  }
+
+  const acc* query_of_memory() const {
+    return nullptr;
+  }
+
+  void begin_gradients(const Item& item) {
+    grad_keys_->begin(item);
+    std::fill_n(grad_v_, size_, acc(0));
+  }
+
+  void add_gradients(const acc* grad_scores, const Tile& tile, const RowGroup<acc>&, acc* grad_query) {
+    const bool only_query = !grad_keys_->wanted() && f_->grad_v == nullptr;
+    if (is_factored()) {
+      only_query ? add<true, false>(grad_scores, tile, grad_query) : add<true, true>(grad_scores, tile, grad_query);
+    } else {
+      only_query ? add<false, false>(grad_scores, tile, grad_query) : add<false, true>(grad_scores, tile, grad_query);
+    }
+  }
+
+  void end_gradients(const Item& item, int64_t index, acc* grad_query) {
+    grad_keys_->end(item);
+    for (int64_t a = 0; a < size_; ++a) {
+      grad_query[a] *= v_[a];
+    }
+    if (f_->grad_v != nullptr) {
+      scale_row(static_cast<acc*>(f_->grad_v) + index * size_, grad_v_, size_, acc(-1));
+    }
+  }
+
+ private:
+  // Rows of keys at a time.
+  static constexpr int kAtOnce = 4;
+
+  // Whether the group's exponentials are products of prepared ones.
+  bool is_factored() const {
+    return range_ <= range_of<acc>(1);
+  }
+
+  const RowGroup<acc>& rows() const {
+    return is_factored() ? prepared_keys_ : keys_;
+  }
+
+  // 1 + exp(2 (q + k)) of features from a on.
+  template <bool factored, int shared>
+  Vec<acc> denominator(const acc* key, int64_t a, int64_t count) const {
+    if constexpr (factored) {
+      return at::vec::fmadd(Vec<acc>::loadu(query_exponentials_ + a), Vec<acc>::loadu(key + a), Vec<acc>(1));
+    } else {
+      return direct_denominator<acc>(Vec<acc>::loadu(query_ + a, count), Vec<acc>::loadu(key + a, count), range_of<acc>(shared));
+    }
+  }
+
+  template <int shared, bool factored>
+  void find_scores(acc* out) const {
+    constexpr int64_t lanes = Vec<acc>::size();
+    const RowGroup<acc>& keys = rows();
+    const bool fetches = keys.fetches();
+    const int64_t end = factored ? shared_size_ : size_;
+    for_blocks<4>(keys.count(), [&](auto rows, int64_t first) {
+      Vec<acc> totals[1][rows.value];
+      for (int r = 0; r < rows.value; ++r) {
+        const acc* key = keys.row(first + r);
+        Vec<acc> total(0);
+        const auto add = [&](int64_t a, auto block, int64_t last) {
+          Vec<acc> numerators[block.value], denominators[block.value];
+#pragma GCC unroll 4
+          for (int n = 0; n < block.value; ++n) {
+            const int64_t at = a + n * lanes;
+            if (fetches) {
+              keys.fetch_next(first + r, at);
+            }
+            numerators[n] = Vec<acc>::loadu(v_ + at);
+            denominators[n] = denominator<factored, shared>(key, at, n + 1 < block.value ? lanes : last);
+          }
+          share_denominator<block.value, acc>(numerators, denominators);
+          total = add_quotient<acc>(total, numerators[0], denominators[0]);
+        };
+        int64_t a = 0;
+        for (; a + shared * lanes <= end; a += shared * lanes) {
+          add(a, std::integral_constant<int, shared>(), lanes);
+        }
+        for (; a < end; a += lanes) {
+          add(a, std::integral_constant<int, 1>(), std::min(lanes, end - a));
+        }
+        totals[0][r] = total;
+      }
+      store_sums<1, rows.value>(out + first, 0, totals, static_cast<acc>(-2 * problem_.scale));
+    });
+  }
+
+  // `all`: the gradients of keys and of v besides the query's.
+  template <bool factored, bool all>
+  void add(const acc* grad_scores, const Tile& tile, acc* grad_query) {
+    constexpr int64_t lanes = Vec<acc>::size();
+    const RowGroup<acc>& keys = rows();
+    for_blocks<kAtOnce>(keys.count(), [&](auto rows, int64_t first) {
+      const bool to_keys = all && grad_keys_->wanted();
+      acc* grad_keys[rows.value];
+      for (int r = 0; to_keys && r < rows.value; ++r) {
+        grad_keys[r] = grad_keys_->row(tile.steps[first + r], r);
+      }
+      for (int64_t a = 0; a < size_; a += lanes) {
+        const int64_t count = std::min(lanes, size_ - a);
+        const auto factor = Vec<acc>::loadu(v_ + a);
+        auto grad_q = Vec<acc>::loadu(grad_query + a, count);
+        auto grad_v = all ? Vec<acc>::loadu(grad_v_ + a, count) : Vec<acc>(0);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows.value; ++r) {
+          if (keys.fetches()) {
+            keys.fetch_next(first + r, a);
+          }
+          const Vec<acc> grad_score(grad_scores[first + r]);
+          const auto h = negative_tanh<acc>(denominator<factored, 1>(keys.row(first + r), a, count) * Vec<acc>(0.5));
+          const auto u = grad_score * h;
+          const auto grad = at::vec::fnmadd(u, h, grad_score);
+          grad_q = grad_q + grad;
+          if constexpr (all) {
+            grad_v = grad_v + u;
+            if (to_keys) {
+              (grad * factor).store(grad_keys[r] + a, static_cast<int>(count));
+            }
+          }
+        }
+        grad_q.store(grad_query + a, static_cast<int>(count));
+        if constexpr (all) {
+          grad_v.store(grad_v_ + a, static_cast<int>(count));
+        }
+      }
+      for (int r = 0; to_keys && r < rows.value; ++r) {
+        grad_keys_->write(tile.steps[first + r], grad_keys[r]);
+      }
+    });
+  }
+
+  const Problem& problem_;
+  const Backward* f_;
+  int64_t size_;
+  int64_t shared_size_;
+  bool is_prepared_;
+  Rows<acc> query_rows_;
+  acc* query_exponentials_;
+  RowGroup<acc> keys_;
+  RowGroup<acc> prepared_keys_;
+  acc* v_;       // ends in zeros, as the exponentials in ones
+  acc* grad_v_;  // not yet times -1
+  std::optional<GradientRows<acc>> grad_keys_;
+  const acc* query_ = nullptr;
+  bool v_is_moderate_ = true;
+  acc query_range_ = 0;
+  acc range_ = 0;  // the largest |2q| + |2k|, infinite where nothing is prepared
+};
+
 }  // namespace
 
-const Kernels& additive_kernels(Dtype dtype, int64_t) {
-  return kernels_of<AdditiveScore, AdditiveGradient>(dtype);
+const Kernels& additive_kernels(Dtype dtype, int64_t queries, int64_t) {
+  return kernels_of<AdditiveScore, AdditiveGradient, OneQueryAdditive>(dtype, queries);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

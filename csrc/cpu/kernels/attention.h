@@ -11,13 +11,9 @@
 #include "problem.h"
 #include "products.h"
 #include "rows.h"
-
-#include <limits>
+#include "softmax.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
-
-template <class acc>
-constexpr acc kNothing = -std::numeric_limits<acc>::infinity();
 
 // The scores of a chunk of queries against a tile, rows `stride` apart: masked pairs become -inf, and rows are filled up with it to
 // whole vectors.
@@ -33,33 +29,6 @@ void mask_scores(
     }
     std::fill(row + tile.count, row + whole_vectors<acc>(tile.count), kNothing<acc>);
   }
-}
-
-// Below this exp() is subnormal, and every product with a subnormal costs the processor a microcode assist.
-template <class acc>
-constexpr acc kSmallestExponent = std::is_same_v<acc, double> ? -708 : -87;
-
-// row[j] = exp(row[j] - subtract), 0 where that is subnormal, for whole vectors; returns the sum.
-template <class acc>
-acc exponentials(acc* row, int64_t count, acc subtract) {
-  Vec<acc> total(0);
-  const Vec<acc> shift(subtract);
-  for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
-    const Vec<acc> x = Vec<acc>::loadu(row + j) - shift;
-    const Vec<acc> p = Vec<acc>::blendv(exponential(x), Vec<acc>(0), x < Vec<acc>(kSmallestExponent<acc>));
-    p.store(row + j);
-    total = total + p;
-  }
-  return sum(total);
-}
-
-template <class acc>
-acc maximum(const acc* row, int64_t count, acc start) {
-  Vec<acc> all(start);
-  for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
-    all = at::vec::maximum(all, Vec<acc>::loadu(row + j));
-  }
-  return largest(all);
 }
 
 // A tensor's row of all steps, from element `first` on: what is written to it may be rounded.
@@ -332,19 +301,6 @@ struct AttentionForward {
     }
   }
 };
-
-// A row of a gradient, the sum of its shares in their order: each is `distance` bytes behind the one before.
-template <class acc>
-void merge_row(Dtype dtype, void* out, int64_t index, acc* row, int64_t shares, size_t distance, int64_t size) {
-  constexpr acc one = 1;
-  const char* other = reinterpret_cast<const char*>(row);
-  for (int64_t k = 1; k < shares; ++k) {
-    other += distance;
-    const acc* from = reinterpret_cast<const acc*>(other);
-    multiply<acc>({row, 0, true}, 1, {&one, 0, 0}, &from, 1, size);
-  }
-  store_row(dtype, out, index * size, row, size);
-}
 
 // A [B, S, size] gradient, tile by tile: added up in the output itself, or in scratch where a mask leaves gaps between rows, the
 // output is of another type or its rows are not whole vectors, and where rows are to be padded(): for who walks down columns.

@@ -3,6 +3,7 @@
 // Backward: dq_t = sum_s de_ts m_s;  dm_s += sum_t de_ts q_t.
 #include "attention.h"
 #include "kernels.h"
+#include "one_query.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 namespace {
@@ -103,16 +104,61 @@ class DotGradient : public DotScore<element> {
   bool adds_ = false;  // the query's gradient has a tile's part
 };
 
+// Of one query, both ways.
+template <class acc_>
+class OneQueryDot {
+ public:
+  using acc = acc_;
+
+  static constexpr bool kReadsMemory = true;
+
+  OneQueryDot(const Problem& problem, const Plan&, Arena& arena, const Backward* f = nullptr)
+      : scale_(static_cast<acc>(problem.scale)),
+        query_rows_(arena, problem.dtype, problem.query, 1, problem.key_size),
+        wants_query_(f != nullptr && f->grad_query != nullptr) {}
+
+  void begin(int64_t b) {
+    query_ = query_rows_.load_only(b);
+  }
+
+  void load_keys(int64_t, const Tile&, const Tile&) {}
+
+  void scores(acc* out, const RowGroup<acc>& memory) const {
+    memory.dot_products(out, query_, scale_);
+  }
+
+  void begin_gradients(const Item&) {}
+
+  // What the gradients of the scores carry into the memory's gradient.
+  const acc* query_of_memory() const {
+    return query_;
+  }
+
+  void add_gradients(const acc* grad_scores, const Tile&, const RowGroup<acc>& memory, acc* grad_query) const {
+    if (wants_query_) {
+      memory.add_to(grad_query, grad_scores, false);
+    }
+  }
+
+  void end_gradients(const Item&, int64_t, acc*) {}
+
+ private:
+  acc scale_;
+  Rows<acc> query_rows_;
+  bool wants_query_;
+  const acc* query_ = nullptr;
+};
+
 }  // namespace
 
-const Kernels& dot_kernels(Dtype dtype, [[maybe_unused]] int64_t queries) {
+const Kernels& dot_kernels(Dtype dtype, int64_t queries, [[maybe_unused]] int64_t chunk) {
 #if defined(__AVX512BF16__)
   // Fewer are bound by memory.
-  if (dtype == Dtype::BFloat16 && queries >= kPanelRows) {
-    return kKernels<DotScore<Pair>, DotGradient<Pair>>;
+  if (dtype == Dtype::BFloat16 && chunk >= kPanelRows) {
+    return kKernels<AttentionForward<DotScore<Pair>>, AttentionBackward<DotGradient<Pair>>, DotScore<Pair>::prepare>;
   }
 #endif
-  return kernels_of<DotScore, DotGradient>(dtype);
+  return kernels_of<DotScore, DotGradient, OneQueryDot>(dtype, queries);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

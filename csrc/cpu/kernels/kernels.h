@@ -2,23 +2,25 @@
 #pragma once
 
 #include "attention.h"
+#include "one_query.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-template <class Score, class Gradient>
+template <class Forwards, class Backwards, auto prepare>
 constexpr Kernels kKernels = {
-    AttentionForward<Score>::slot_size,
-    AttentionForward<Score>::run,
-    AttentionForward<Score>::merge,
-    AttentionBackward<Gradient>::slot_size,
-    AttentionBackward<Gradient>::run,
-    AttentionBackward<Gradient>::merge,
-    Score::prepare};
+    Forwards::slot_size, Forwards::run, Forwards::merge, Backwards::slot_size, Backwards::run, Backwards::merge, prepare};
 
-// The halves share float's kernels, which convert as they load and store.
-template <template <class> class Score, template <class> class Gradient>
-const Kernels& kernels_of(Dtype dtype) {
-  return dtype == Dtype::Double ? kKernels<Score<double>, Gradient<double>> : kKernels<Score<float>, Gradient<float>>;
+// One query goes its own way. The halves share float's kernels, which convert as they load and store.
+template <template <class> class Score, template <class> class Gradient, template <class> class OneQuery>
+const Kernels& kernels_of(Dtype dtype, int64_t queries) {
+  const auto of = [&](auto example) -> const Kernels& {
+    using acc = decltype(example);
+    if (queries == 1) {
+      return kKernels<OneQueryForward<OneQuery<acc>>, OneQueryBackward<OneQuery<acc>>, Score<acc>::prepare>;
+    }
+    return kKernels<AttentionForward<Score<acc>>, AttentionBackward<Gradient<acc>>, Score<acc>::prepare>;
+  };
+  return dtype == Dtype::Double ? of(double()) : of(float());
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -44,6 +44,7 @@ struct Plan {
   int64_t split_size;   // source steps per item, a multiple of tile
   int64_t splits;       // items along S
   int64_t split_tiles;  // tiles per item
+  bool is_large;        // what one query reads is not in the caches, nor stays there
 
   int64_t groups(const Problem& problem) const {
     return problem.batch * chunks;
@@ -74,7 +75,7 @@ struct Forward {
   void* weights;        // [B, T, S], or null
   void* logsumexp;      // [B, T] acc
   void* exact_context;  // of halves, the same as they were accumulated; acc, or null: not wanted
-  void* exact_weights;  // needed where halves have weights of more than one tile
+  void* exact_weights;  // needed where halves have weights of more than one tile and more than one query
 };
 
 struct Backward {

@@ -378,4 +378,17 @@ void dot_products(
   }
 }
 
+// A row of a gradient, the sum of its shares in their order: each is `distance` bytes behind the one before.
+template <class acc>
+void merge_row(Dtype dtype, void* out, int64_t index, acc* row, int64_t shares, size_t distance, int64_t size) {
+  constexpr acc one = 1;
+  const char* other = reinterpret_cast<const char*>(row);
+  for (int64_t k = 1; k < shares; ++k) {
+    other += distance;
+    const acc* from = reinterpret_cast<const acc*>(other);
+    multiply<acc>({row, 0, true}, 1, {&one, 0, 0}, &from, 1, size);
+  }
+  store_row(dtype, out, index * size, row, size);
+}
+
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

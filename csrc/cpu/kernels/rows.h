@@ -5,6 +5,8 @@
 #include "problem.h"
 #include "vec.h"
 
+#include <numeric>
+
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // Scratch handed out piece by piece. Without a base it only counts: the same code that lays a slot out tells its size.
@@ -66,6 +68,12 @@ class SourceWalk {
 
   bool next(Tile& tile) {
     tile.count = 0;
+    if (problem_.mask.data == nullptr) {
+      tile.count = std::clamp<int64_t>(end_ - next_, 0, tile_);
+      std::iota(tile.steps, tile.steps + tile.count, next_);
+      next_ += tile.count;
+      return tile.count > 0;
+    }
     for (; next_ < end_ && tile.count < tile_; ++next_) {
       if (attended(next_)) {
         tile.steps[tile.count++] = next_;
@@ -76,9 +84,6 @@ class SourceWalk {
 
  private:
   bool attended(int64_t step) const {
-    if (problem_.mask.data == nullptr) {
-      return true;
-    }
     const int64_t queries = problem_.mask_per_query ? item_.queries : 1;
     for (int64_t t = 0; t < queries; ++t) {
       if (may_attend(problem_, item_.batch, item_.first_query + t, step)) {
@@ -142,6 +147,15 @@ class Rows {
     }
   }
 
+  // The row of one query; null if there is none.
+  const element* load_only(int64_t b) {
+    if (view_.data == nullptr) {
+      return nullptr;
+    }
+    load_one(0, b, 0);
+    return address_[0];
+  }
+
   const element* const* addresses() const {
     return address_;
   }
@@ -151,7 +165,7 @@ class Rows {
     if constexpr (std::is_same_v<element, Pair>) {
       return view_.element == 1 && size_ % 2 == 0 && view_.row % 2 == 0;
     }
-    return (dtype_ == Dtype::Float || dtype_ == Dtype::Double) && (view_.element == 1 || size_ <= 1);
+    return view_.data == nullptr || (dtype_ == kAccumulated<element> && (view_.element == 1 || size_ <= 1));
   }
 
   void load_one(int64_t i, int64_t b, int64_t row) {

@@ -213,8 +213,7 @@ void store_row(Dtype dtype, void* data, int64_t first, const acc* from, int64_t 
 
 // out[first .. first + size] = 0. All the dtypes have an all-zero-bits 0.
 inline void zero_row(Dtype dtype, void* data, int64_t first, int64_t size) {
-  const int64_t bytes = dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2;
-  std::memset(static_cast<char*>(data) + first * bytes, 0, std::max<int64_t>(size, 0) * bytes);
+  std::memset(static_cast<char*>(data) + first * width_of(dtype), 0, std::max<int64_t>(size, 0) * width_of(dtype));
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

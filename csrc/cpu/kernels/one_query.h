@@ -1,0 +1,699 @@
+// Attention of one query, a decoder's step: a few rows of memory at a time, a group, serve all that is wanted of them while they
+// are near.
+//
+//   forward    e_s the scores;  p_s = exp(e_s - row_max), the running maximum;  c = sum_s p_s m_s / sum_s p_s
+//   backward   da_s = g . m_s + gw_s;  delta = g . c + sum_s a_s gw_s;  de_s = scale a_s (da_s - delta);  dm_s = a_s g, and the
+//              score's own share of the gradients from de, which may also be given
+//
+// It is bound by the memory's bandwidth. While a group is worked on, the next one's rows are fetched, line by line: the prefetchers
+// in hardware stop at each page's end and start at each row's anew. A gradient that no cache holds is written past all of them,
+// which spares its lines' being read.
+#pragma once
+
+#include "products.h"
+#include "softmax.h"
+
+#include <bit>
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+
+// Rows that stay near while they serve. What a group's softmax takes by itself, a chain of sums and exponentials, is small beside
+// them.
+constexpr int64_t kGroupBytes = 1 << 16;
+constexpr int64_t kMostRows = 128;
+
+inline int64_t rows_of_group(const Problem& problem) {
+  const int64_t row = std::max<int64_t>({problem.key_size, problem.memory_size, 1}) * width_of(problem.dtype);
+  return std::clamp<int64_t>(kGroupBytes / row / 4 * 4, 4, kMostRows);
+}
+
+// f(first, count) over two vectors of features after the other. All counts but the last, of what is left, are constants.
+template <class acc, class F>
+inline void for_twos(int64_t size, const F& f) {
+  constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
+  int64_t d = 0;
+  for (; d + both <= size; d += both) {
+    f(d, both);
+  }
+  if (d < size) {
+    f(d, size - d);
+  }
+}
+
+// The first `count` elements, of at most two vectors, and zeros.
+template <class acc, class scalar>
+[[gnu::always_inline]] inline void load_two(Vec<acc> (&to)[2], const scalar* from, int64_t count) {
+  constexpr int64_t lanes = Vec<acc>::size();
+  if constexpr (std::is_same_v<scalar, acc>) {
+    to[0] = Vec<acc>::loadu(from, std::min(count, lanes));
+    to[1] = count > lanes ? Vec<acc>::loadu(from + lanes, count - lanes) : Vec<acc>(0);
+  } else {
+    std::tie(to[0], to[1]) = at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count));
+  }
+}
+
+// Past every cache; `to` is aligned to a vector.
+template <class V>
+inline void stream(void* to, const V& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_stream_si512(static_cast<__m512i*>(to), std::bit_cast<__m512i>(x));
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm256_stream_si256(static_cast<__m256i*>(to), std::bit_cast<__m256i>(x));
+#else
+  x.store(to);
+#endif
+}
+
+// Until others may read what was streamed.
+inline void finish_streaming() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
+template <bool streams, class acc, class scalar>
+[[gnu::always_inline]] inline void store_two(scalar* to, const Vec<acc> (&x)[2], int64_t count) {
+  constexpr int64_t lanes = Vec<acc>::size();
+  const auto store = [](scalar* at, const auto& vector, int64_t filled) {
+    if constexpr (streams) {
+      stream(at, vector);
+    } else if (filled > 0) {
+      vector.store(at, static_cast<int>(filled));
+    }
+  };
+  if constexpr (std::is_same_v<scalar, acc>) {
+    store(to, x[0], std::min(count, lanes));
+    store(to + lanes, x[1], count - lanes);
+  } else {
+    store(to, at::vec::convert_from_float<scalar>(x[0], x[1]), count);
+  }
+}
+
+// f of a value of the dtype's, for f to see its type.
+template <class acc, class F>
+inline void with_type(Dtype dtype, const F& f) {
+  if constexpr (std::is_same_v<acc, float>) {
+    if (dtype == Dtype::BFloat16) {
+      return f(c10::BFloat16());
+    }
+    if (dtype == Dtype::Half) {
+      return f(c10::Half());
+    }
+  }
+  f(acc());
+}
+
+// f of a constant that is the condition.
+template <class F>
+inline void with_bool(bool condition, const F& f) {
+  condition ? f(std::true_type()) : f(std::false_type());
+}
+
+// A line of what comes next, into the second-level cache: the first has its hands full. Calls of what does nothing but fetch would
+// be dropped as without effect, were they not inlined at once.
+[[gnu::always_inline]] inline void fetch(const char* line) {
+  __builtin_prefetch(line, 0, 2);
+}
+
+// A group's rows of a tensor: where they stand and as they are, or copied where their elements stand apart. If `converted`, halves
+// are copied too.
+template <class acc>
+class RowGroup {
+ public:
+  RowGroup(
+      Arena& arena, Dtype dtype, const View& view, const Problem& problem, const Plan& plan, int64_t size, bool converted = false)
+      : source_(dtype),
+        fetches_(plan.is_large),
+        view_(view),
+        size_(size),
+        in_place_((view.element == 1 || size <= 1) && !(converted && source_ != kAccumulated<acc>)),
+        dtype_(in_place_ ? source_ : kAccumulated<acc>),
+        stride_(padded<acc>(size)),
+        copies_(in_place_ ? nullptr : arena.take<acc>(rows_of_group(problem) * stride_)) {}
+
+  // Those of a tile; the next one's are asked for when these are first read.
+  void load(int64_t b, const Tile& tile, const Tile& next) {
+    count_ = tile.count;
+    const char* first = static_cast<const char*>(view_.data) + b * view_.batch * width_of(source_);
+    const int64_t stride = view_.row * width_of(source_), with_next = std::min(next.count, count_);
+    for (int64_t r = 0; r < with_next; ++r) {
+      next_[r] = first + next.steps[r] * stride;
+    }
+    for (int64_t r = 0; r < count_; ++r) {
+      rows_[r] = first + tile.steps[r] * stride;
+    }
+    std::copy(rows_ + with_next, rows_ + count_, next_ + with_next);
+    for (int64_t r = 0; !in_place_ && r < count_; ++r) {
+      rows_[r] = copies_ + r * stride_;
+      load_row(copies_ + r * stride_, source_, view_, b, tile.steps[r], size_);
+    }
+  }
+
+  int64_t count() const {
+    return count_;
+  }
+
+  // Where rows are as they are accumulated.
+  const acc* row(int64_t r) const {
+    return static_cast<const acc*>(rows_[r]);
+  }
+
+  // Whoever reads rows by row() has the next ones fetched: the line of feature d of the one in row r's place.
+  bool fetches() const {
+    return fetches_;
+  }
+
+  [[gnu::always_inline]] void fetch_next(int64_t r, int64_t d) const {
+    fetch(static_cast<const char*>(next_[r]) + d * width_of(source_));
+  }
+
+  // out[r] = factor x . row_r; the next ones are fetched.
+  void dot_products(acc* out, const acc* x, acc factor) const {
+    with_type<acc>(dtype_, [&](auto example) {
+      using scalar = decltype(example);
+      with_bool(fetches_, [&](auto fetching) {
+        for_blocks<4>(count_, [&](auto rows, int64_t first) {
+          const void *row[rows.value], *next[rows.value];
+          std::copy_n(rows_ + first, rows.value, row);
+          std::copy_n(next_ + first, rows.value, next);
+          Vec<acc> sums[rows.value][2];
+#pragma GCC unroll 4
+          for (int r = 0; r < rows.value; ++r) {
+            sums[r][0] = sums[r][1] = Vec<acc>(0);
+          }
+          for_twos<acc>(size_, [&](int64_t d, auto count) {
+            Vec<acc> left[2], right[2];
+            load_two(left, x + d, count);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows.value; ++r) {
+              load<fetching.value, scalar>(right, row[r], next[r], d, count);
+              sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
+              sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
+            }
+          });
+          Vec<acc> totals[1][rows.value];
+#pragma GCC unroll 4
+          for (int r = 0; r < rows.value; ++r) {
+            totals[0][r] = sums[r][0] + sums[r][1];
+          }
+          store_sums<1, rows.value>(out + first, 0, totals, factor);
+        });
+      });
+    });
+  }
+
+  // to += sum_r factors[r] row_r; `fetches`: the next ones here. A few vectors of the sums stay in registers while the rows pass.
+  void add_to(acc* to, const acc* factors, bool fetches) const {
+    constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
+    with_type<acc>(dtype_, [&](auto example) {
+      using scalar = decltype(example);
+      with_bool(fetches && fetches_, [&](auto fetching) {
+        const auto add = [&](int64_t d, auto width, auto count) {
+          Vec<acc> sums[width.value][2], right[2];
+#pragma GCC unroll 4
+          for (int w = 0; w < width.value; ++w) {
+            load_two(sums[w], to + d + w * both, count);
+          }
+          for (int64_t r = 0; r < count_; ++r) {
+            const Vec<acc> factor(factors[r]);
+#pragma GCC unroll 4
+            for (int w = 0; w < width.value; ++w) {
+              load<fetching.value, scalar>(right, rows_[r], next_[r], d + w * both, count);
+              sums[w][0] = at::vec::fmadd(factor, right[0], sums[w][0]);
+              sums[w][1] = at::vec::fmadd(factor, right[1], sums[w][1]);
+            }
+          }
+#pragma GCC unroll 4
+          for (int w = 0; w < width.value; ++w) {
+            store_two<false>(to + d + w * both, sums[w], count);
+          }
+        };
+        const int64_t whole = size_ / both;
+        for_blocks<4>(whole, [&](auto width, int64_t first) { add(first * both, width, both); });
+        if (whole * both < size_) {
+          add(whole * both, std::integral_constant<int, 1>(), size_ - whole * both);
+        }
+      });
+    });
+  }
+
+ private:
+  // Two vectors of a row; the same of the next one are fetched.
+  template <bool fetches, class scalar>
+  [[gnu::always_inline]] static void load(Vec<acc> (&to)[2], const void* row, const void* next, int64_t d, int64_t count) {
+    constexpr size_t bytes = 2 * Vec<acc>::size() * sizeof(scalar);
+#pragma GCC unroll 4
+    for (size_t at = 0; fetches && at < bytes; at += 64) {
+      fetch(static_cast<const char*>(next) + d * sizeof(scalar) + at);
+    }
+    load_two(to, static_cast<const scalar*>(row) + d, count);
+  }
+
+  Dtype source_;
+  bool fetches_;
+  View view_;
+  int64_t size_;
+  bool in_place_;
+  Dtype dtype_;  // of the rows as they are read
+  int64_t stride_;
+  acc* copies_;
+  int64_t count_ = 0;
+  const void* rows_[kMostRows];
+  const void* next_[kMostRows];
+};
+
+// The rows of a [B, S, size] gradient, each written once and in their order, with zeros for the steps that nobody attends: where
+// they belong, or by way of scratch if they are of another type or streamed.
+template <class acc>
+class GradientRows {
+ public:
+  // `at_once` rows may be under way.
+  GradientRows(Arena& arena, void* out, const Problem& problem, const Plan& plan, int64_t size, int64_t at_once)
+      : out_(static_cast<char*>(out)),
+        dtype_(problem.dtype),
+        steps_(problem.steps),
+        size_(size),
+        streams_(plan.is_large && reinterpret_cast<uintptr_t>(out) % 64 == 0 && size % (2 * Vec<acc>::size()) == 0),
+        in_place_(dtype_ == kAccumulated<acc> && !streams_),
+        stride_(padded<acc>(size)),
+        scratch_(out == nullptr || in_place_ ? nullptr : arena.take<acc>(at_once * stride_)) {}
+
+  bool wanted() const {
+    return out_ != nullptr;
+  }
+
+  void begin(const Item& item) {
+    first_row_ = item.batch * steps_;
+    written_ = item.first_step;
+  }
+
+  // The tile's rows: sum_k coefficients[k * kMostRows + r] rows[k], of one or two rows.
+  template <int terms>
+  void combine(const Tile& tile, const acc* const* rows, const acc* coefficients) {
+    with_type<acc>(dtype_, [&](auto example) {
+      const auto take = [&](auto streams) {
+        for_blocks<4>(tile.count, [&](auto count, int64_t first) {
+          combine_block<terms, count.value, streams.value, decltype(example)>(tile.steps + first, rows, coefficients + first);
+        });
+      };
+      with_bool(streams_, take);
+    });
+  }
+
+  // Room for a step's row, which write() then brings where it belongs; `i` numbers those that are under way.
+  acc* row(int64_t step, int64_t i = 0) {
+    zero(step);
+    written_ = step + 1;
+    return in_place_ ? static_cast<acc*>(at(step)) : scratch_ + i * stride_;
+  }
+
+  void write(int64_t step, const acc* row) const {
+    if (in_place_) {
+      return;
+    }
+    with_type<acc>(dtype_, [&](auto example) {
+      auto* to = static_cast<decltype(example)*>(at(step));
+      const auto copy = [&](auto streams) {
+        for_twos<acc>(size_, [&](int64_t d, auto count) {
+          Vec<acc> x[2];
+          load_two(x, row + d, count);
+          store_two<streams.value>(to + d, x, count);
+        });
+      };
+      with_bool(streams_, copy);
+    });
+  }
+
+  void end(const Item& item) {
+    zero(item.end_step);
+    if (streams_) {
+      finish_streaming();
+    }
+  }
+
+ private:
+  template <int terms, int count, bool streams, class scalar>
+  void combine_block(const int64_t* steps, const acc* const* rows, const acc* coefficients) {
+    scalar* to[count];
+    Vec<acc> factors[terms][count];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r) {
+      zero(steps[r]);
+      written_ = steps[r] + 1;
+      to[r] = static_cast<scalar*>(at(steps[r]));
+#pragma GCC unroll 2
+      for (int k = 0; k < terms; ++k) {
+        factors[k][r] = Vec<acc>(coefficients[k * kMostRows + r]);
+      }
+    }
+    for_twos<acc>(size_, [&](int64_t d, auto filled) {
+      Vec<acc> x[terms][2];
+#pragma GCC unroll 2
+      for (int k = 0; k < terms; ++k) {
+        load_two(x[k], rows[k] + d, filled);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < count; ++r) {
+        Vec<acc> sums[2] = {factors[0][r] * x[0][0], factors[0][r] * x[0][1]};
+        if constexpr (terms == 2) {
+          sums[0] = at::vec::fmadd(factors[1][r], x[1][0], sums[0]);
+          sums[1] = at::vec::fmadd(factors[1][r], x[1][1], sums[1]);
+        }
+        store_two<streams>(to[r] + d, sums, filled);
+      }
+    });
+  }
+
+  void* at(int64_t step) const {
+    return out_ + (first_row_ + step) * size_ * width_of(dtype_);
+  }
+
+  void zero(int64_t end) const {
+    if (wanted() && written_ < end) {
+      zero_row(dtype_, out_, (first_row_ + written_) * size_, (end - written_) * size_);
+    }
+  }
+
+  char* out_;
+  Dtype dtype_;
+  int64_t steps_;
+  int64_t size_;
+  bool streams_;
+  bool in_place_;
+  int64_t stride_;
+  acc* scratch_;
+  int64_t first_row_ = 0;
+  int64_t written_ = 0;  // up to here
+};
+
+// f(tile, next) over an item's groups, each with the one after it, which is empty behind the last.
+template <class F>
+void for_groups(const Problem& problem, const Item& item, const F& f) {
+  SourceWalk walk(problem, item, rows_of_group(problem));
+  Tile two[2];
+  bool more = walk.next(two[0]);
+  for (int i = 0; more; i = 1 - i) {
+    more = walk.next(two[1 - i]);
+    f(two[i], two[1 - i]);
+  }
+}
+
+// A group's values to and from where their steps are in a row.
+template <class acc>
+void scatter(acc* row, const acc* values, const Tile& tile) {
+  for (int64_t j = 0; j < tile.count; ++j) {
+    row[tile.steps[j]] = values[j];
+  }
+}
+
+template <class acc>
+void gather(acc* values, const acc* row, const Tile& tile) {
+  for (int64_t j = 0; j < tile.count; ++j) {
+    values[j] = row[tile.steps[j]];
+  }
+}
+
+// Score is OneQueryDot or OneQueryAdditive.
+template <class Score>
+struct OneQueryForward {
+  using acc = typename Score::acc;
+
+  // One item's scratch. Until merge() it holds the result of one of several splits.
+  struct Slot {
+    Slot(const Forward& f, char* base)
+        : arena(base),
+          row_max(arena.take<acc>(1)),
+          row_sum(arena.take<acc>(1)),
+          context(arena.take<acc>(f.problem.memory_size)),
+          weights(f.weights == nullptr ? nullptr : arena.take<acc>(f.plan.split_size)),
+          memory(arena, f.problem.dtype, f.problem.memory, f.problem, f.plan, f.problem.memory_size),
+          score(f.problem, f.plan, arena) {}
+
+    Arena arena;
+    acc* row_max;
+    acc* row_sum;
+    acc* context;  // not yet divided by row_sum
+    acc* weights;  // of the split's steps, where they are wanted: as the context
+    RowGroup<acc> memory;
+    Score score;
+  };
+
+  static size_t slot_size(const Forward& f) {
+    return Slot(f, nullptr).arena.used();
+  }
+
+  static void run(const Forward& f, int64_t index, char* base) {
+    const Problem& problem = f.problem;
+    const Item item = f.plan.item(problem, index);
+    Slot slot(f, base);
+    acc row_max = kNothing<acc>, row_sum = 0;
+    std::fill_n(slot.context, problem.memory_size, acc(0));
+    if (f.weights != nullptr) {
+      std::fill_n(slot.weights, item.end_step - item.first_step, acc(0));
+    }
+    slot.score.begin(item.batch);
+    for_groups(problem, item, [&](const Tile& tile, const Tile& next) {
+      alignas(64) acc row[kMostRows];
+      slot.memory.load(item.batch, tile, next);
+      slot.score.load_keys(item.batch, tile, next);
+      slot.score.scores(row, slot.memory);
+      const int64_t whole = whole_vectors<acc>(tile.count);
+      std::fill(row + tile.count, row + whole, kNothing<acc>);
+      const acc before = row_max;
+      row_max = maximum(row, whole, before);
+      if (row_max == kNothing<acc>) {
+        return;
+      }
+      if (row_max != before && row_sum != 0) {
+        const acc correction = std::exp(before - row_max);
+        row_sum *= correction;
+        scale_row(slot.context, slot.context, problem.memory_size, correction);
+        if (f.weights != nullptr) {
+          scale_row(slot.weights, slot.weights, tile.steps[0] - item.first_step, correction);
+        }
+      }
+      row_sum += exponentials(row, whole, row_max);
+      if (f.weights != nullptr) {
+        scatter(slot.weights - item.first_step, row, tile);
+      }
+      slot.memory.add_to(slot.context, row, !Score::kReadsMemory);
+    });
+    *slot.row_max = row_max;
+    *slot.row_sum = row_sum;
+    if (f.plan.splits == 1) {
+      store_context(f, item, slot);
+      store_weights(f, item, slot, row_max, row_max, row_sum);
+    }
+  }
+
+  // The splits' partial results, in their order, into the outputs.
+  static void merge(const Forward& f, int64_t group, char* slots, size_t slot_size) {
+    slots += group * f.plan.splits * slot_size;
+    const int64_t first = group * f.plan.splits;
+    Slot slot(f, slots);
+    const acc first_max = *slot.row_max;
+    for (int64_t z = 1; z < f.plan.splits; ++z) {
+      absorb(slot, Slot(f, slots + z * slot_size), f.problem.memory_size);
+    }
+    store_context(f, f.plan.item(f.problem, first), slot);
+    const acc row_max = *slot.row_max, row_sum = *slot.row_sum;
+    for (int64_t z = 0; z < f.plan.splits; ++z) {
+      const Slot part(f, slots + z * slot_size);
+      store_weights(f, f.plan.item(f.problem, first + z), part, z == 0 ? first_max : *part.row_max, row_max, row_sum);
+    }
+  }
+
+ private:
+  static void absorb(Slot& slot, const Slot& other, int64_t size) {
+    const acc row_max = std::max(*slot.row_max, *other.row_max);
+    if (row_max == kNothing<acc>) {
+      return;
+    }
+    const acc kept = std::exp(*slot.row_max - row_max);
+    const acc entering = std::exp(*other.row_max - row_max);
+    scale_row(slot.context, slot.context, size, kept);
+    multiply<acc>({slot.context, 0, true}, 1, {&entering, 0, 0}, &other.context, 1, size);
+    *slot.row_sum = *slot.row_sum * kept + *other.row_sum * entering;
+    *slot.row_max = row_max;
+  }
+
+  static acc inverse(acc row_sum) {
+    return row_sum == 0 ? acc(0) : 1 / row_sum;
+  }
+
+  static void store_context(const Forward& f, const Item& item, const Slot& slot) {
+    const int64_t size = f.problem.memory_size;
+    static_cast<acc*>(f.logsumexp)[item.batch] = *slot.row_max + std::log(*slot.row_sum);
+    store(f.problem.dtype, f.context, f.exact_context, item.batch * size, slot.context, size, inverse(*slot.row_sum));
+  }
+
+  // Whose weights are relative to part_max.
+  static void store_weights(const Forward& f, const Item& item, const Slot& slot, acc part_max, acc row_max, acc row_sum) {
+    if (f.weights == nullptr) {
+      return;
+    }
+    const acc factor = part_max == row_max ? inverse(row_sum) : std::exp(part_max - row_max) * inverse(row_sum);
+    const int64_t first = item.batch * f.problem.steps + item.first_step;
+    store(f.problem.dtype, f.weights, f.exact_weights, first, slot.weights, item.end_step - item.first_step, factor);
+  }
+
+  // Rounded, and as it was accumulated where that is wanted.
+  static void store(Dtype dtype, void* out, void* exact, int64_t first, const acc* from, int64_t size, acc factor) {
+    store_row(dtype, out, first, from, size, factor);
+    if (exact != nullptr && exact != out) {
+      store_row(kAccumulated<acc>, exact, first, from, size, factor);
+    }
+  }
+};
+
+template <class Score>
+struct OneQueryBackward {
+  using acc = typename Score::acc;
+
+  struct Slot {
+    Slot(const Backward& f, char* base)
+        : arena(base),
+          grad_query(arena.take<acc>(f.problem.key_size)),
+          grad_context(arena, f.problem.dtype, f.grad_context, 1, f.problem.memory_size),
+          context(arena, kAccumulated<acc>, f.context, 1, f.problem.memory_size),
+          weights(arena, kAccumulated<acc>, f.weights, 1, f.problem.steps),
+          grad_weights(arena, f.problem.dtype, f.grad_weights, 1, f.problem.steps),
+          score_gradients(arena, kAccumulated<acc>, f.score_gradients, 1, f.problem.steps),
+          memory(arena, f.problem.dtype, f.problem.memory, f.problem, f.plan, f.problem.memory_size),
+          grad_memory(arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size, 0),
+          score(f.problem, f.plan, arena, &f) {}
+
+    Arena arena;
+    acc* grad_query;  // the split's share
+    Rows<acc> grad_context;
+    Rows<acc> context;
+    Rows<acc> weights;
+    Rows<acc> grad_weights;
+    Rows<acc> score_gradients;
+    RowGroup<acc> memory;
+    GradientRows<acc> grad_memory;
+    Score score;
+  };
+
+  static size_t slot_size(const Backward& f) {
+    return Slot(f, nullptr).arena.used();
+  }
+
+  static void run(const Backward& f, int64_t index, char* base) {
+    const Problem& problem = f.problem;
+    const Item item = f.plan.item(problem, index);
+    Slot slot(f, base);
+    const Incoming incoming(f, item.batch, slot);
+    acc* grad_scores = f.grad_scores == nullptr ? nullptr : static_cast<acc*>(f.grad_scores) + item.batch * problem.steps;
+    if (grad_scores != nullptr) {
+      std::fill(grad_scores + item.first_step, grad_scores + item.end_step, acc(0));
+    }
+    std::fill_n(slot.grad_query, problem.key_size, acc(0));
+    slot.score.begin(item.batch);
+    slot.score.begin_gradients(item);
+    slot.grad_memory.begin(item);
+    for_groups(problem, item, [&](const Tile& tile, const Tile& next) {
+      // Of the group: the weights, and behind them the gradients of the scores.
+      acc coefficients[2 * kMostRows], *weights = coefficients, *score_gradients = coefficients + kMostRows;
+      slot.memory.load(item.batch, tile, next);
+      slot.score.load_keys(item.batch, tile, next);
+      incoming.find_coefficients(f, tile, slot, weights, score_gradients);
+      if (grad_scores != nullptr) {
+        scatter(grad_scores, score_gradients, tile);
+      }
+      if (slot.grad_memory.wanted()) {
+        add_to_memory(incoming.grad_context, tile, slot, coefficients);
+      }
+      slot.score.add_gradients(score_gradients, tile, slot.memory, slot.grad_query);
+    });
+    slot.grad_memory.end(item);
+    slot.score.end_gradients(item, index, slot.grad_query);
+    if (f.plan.splits == 1) {
+      merge_query(f, item, slot, 0);
+    }
+  }
+
+  // The splits' shares of the query's gradient, in their order.
+  static void merge(const Backward& f, int64_t index, char* slots, size_t slot_size) {
+    if (index % f.plan.splits == 0) {
+      merge_query(f, f.plan.item(f.problem, index), Slot(f, slots + index * slot_size), slot_size);
+    }
+  }
+
+ private:
+  static void merge_query(const Backward& f, const Item& item, const Slot& first, size_t slot_size) {
+    if (f.grad_query != nullptr) {
+      merge_row(f.problem.dtype, f.grad_query, item.batch, first.grad_query, f.plan.splits, slot_size, f.problem.key_size);
+    }
+  }
+
+  // A batch element's rows of what came in and what the forward left, null where there are none.
+  struct Incoming {
+    const acc* grad_context;
+    const acc* weights;
+    const acc* grad_weights;
+    const acc* score_gradients;
+    acc logsumexp = 0;
+    acc delta = 0;
+
+    Incoming(const Backward& f, int64_t b, Slot& slot)
+        : grad_context(slot.grad_context.load_only(b)),
+          weights(slot.weights.load_only(b)),
+          grad_weights(slot.grad_weights.load_only(b)),
+          score_gradients(slot.score_gradients.load_only(b)) {
+      if (score_gradients != nullptr) {
+        return;
+      }
+      logsumexp = static_cast<const acc*>(f.logsumexp)[b];
+      if (grad_context != nullptr) {
+        delta = dot_product(slot.context.load_only(b), grad_context, f.problem.memory_size);
+      }
+      if (grad_weights != nullptr) {
+        delta += dot_product(weights, grad_weights, f.problem.steps);
+      }
+    }
+
+    void find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de) const {
+      if (score_gradients != nullptr) {
+        return gather(de, score_gradients, tile);
+      }
+      if (weights != nullptr) {
+        gather(a, weights, tile);
+      } else {
+        const int64_t whole = whole_vectors<acc>(tile.count);
+        slot.score.scores(a, slot.memory);
+        std::fill(a + tile.count, a + whole, kNothing<acc>);
+        if (logsumexp == kNothing<acc>) {
+          std::fill_n(a, tile.count, acc(0));
+        } else {
+          exponentials(a, whole, logsumexp);
+        }
+      }
+      std::fill_n(de, tile.count, acc(0));
+      if (grad_context != nullptr) {
+        slot.memory.dot_products(de, grad_context, 1);
+      }
+      const acc scale = static_cast<acc>(f.problem.scale);
+      for (int64_t j = 0; j < tile.count; ++j) {
+        const acc da = grad_weights == nullptr ? de[j] : de[j] + grad_weights[tile.steps[j]];
+        // A weight of 0 passes nothing on, whatever came in: 0 * inf is no gradient.
+        de[j] = a[j] == 0 ? acc(0) : scale * a[j] * (da - delta);
+      }
+    }
+  };
+
+  // dm_s = a_s g and, where the memory is its own keys, + de_s q. Neither may be there.
+  static void add_to_memory(const acc* grad_context, const Tile& tile, Slot& slot, const acc* coefficients) {
+    const acc* query = slot.score.query_of_memory();
+    const acc* rows[] = {grad_context, query};
+    if (grad_context != nullptr && query != nullptr) {
+      slot.grad_memory.template combine<2>(tile, rows, coefficients);
+    } else if (grad_context != nullptr) {
+      slot.grad_memory.template combine<1>(tile, rows, coefficients);
+    } else if (query != nullptr) {
+      slot.grad_memory.template combine<1>(tile, rows + 1, coefficients + kMostRows);
+    }
+  }
+};
+
+}  // namespace attn_ext::cpu::CPU_CAPABILITY
