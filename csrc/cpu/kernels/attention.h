@@ -5,7 +5,7 @@
 //              dm_s = sum_t a_ts g_t, and the score's own share of the gradients from de, which may also be given
 //
 // Each tile of memory is read once and serves the scores and the context (forward), or all of its gradients (backward), while it
-// is in cache. One query is bound by that read; many are bound by the products in products.h.
+// is in cache. It is bound by the products in products.h. One query, which is bound by the read, goes its own way: one_query.h.
 #pragma once
 
 #include "problem.h"

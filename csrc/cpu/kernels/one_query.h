@@ -19,7 +19,7 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // Rows that stay near while they serve. What a group's softmax takes by itself, a chain of sums and exponentials, is small beside
 // them.
-constexpr int64_t kGroupBytes = 1 << 16;
+constexpr int64_t kGroupBytes = 1 << 17;
 constexpr int64_t kMostRows = 128;
 
 inline int64_t rows_of_group(const Problem& problem) {
