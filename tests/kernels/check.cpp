@@ -542,6 +542,22 @@ bool check(uint64_t seed) {
     }
     checker.compare("grad v", total, truth.grad_v, c.exact_type, slack, truth.grad_size * std::sqrt(1.0 + c.B * c.T));
   }
+
+  // The gradients of keys and of v alone, from those of the scores, where no values take part.
+  if (c.additive && b.grad_scores != nullptr && of_keys) {
+    Array keys_again(c.dtype, c.B, c.S, c.D), v_again(c.exact_type, 1, items, c.D);
+    Backward s{};
+    s.problem = b.problem;
+    s.problem.memory_size = 0;
+    s.problem.scale = 1;
+    s.plan = b.plan;
+    s.score_gradients = grad_scores.view();
+    s.grad_keys = keys_again.data();
+    s.grad_v = v_again.data();
+    const int64_t again = s.plan.splits * s.plan.chunks > 1 ? items : 0;
+    run_items(s, random, backward.backward_slot, backward.backward, backward.merge_backward, again);
+    checker.compare("grad keys of scores", keys_again.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
+  }
   return checker.ok;
 }
 

@@ -23,7 +23,8 @@ constexpr int64_t kGroupBytes = 1 << 17;
 constexpr int64_t kMostRows = 128;
 
 inline int64_t rows_of_group(const Problem& problem) {
-  const int64_t row = std::max<int64_t>({problem.key_size, problem.memory_size, 1}) * width_of(problem.dtype);
+  const int64_t keys = problem.keys.data == nullptr ? 0 : problem.key_size;
+  const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
   return std::clamp<int64_t>(kGroupBytes / row / 4 * 4, 4, kMostRows);
 }
 
@@ -633,18 +634,18 @@ struct OneQueryBackward {
     const acc* weights;
     const acc* grad_weights;
     const acc* score_gradients;
-    acc logsumexp = 0;
+    int64_t batch;
     acc delta = 0;
 
     Incoming(const Backward& f, int64_t b, Slot& slot)
         : grad_context(slot.grad_context.load_only(b)),
           weights(slot.weights.load_only(b)),
           grad_weights(slot.grad_weights.load_only(b)),
-          score_gradients(slot.score_gradients.load_only(b)) {
-      if (score_gradients != nullptr) {
+          score_gradients(slot.score_gradients.load_only(b)),
+          batch(b) {
+      if (score_gradients != nullptr || one_group(f)) {
         return;
       }
-      logsumexp = static_cast<const acc*>(f.logsumexp)[b];
       if (grad_context != nullptr) {
         delta = dot_product(slot.context.load_only(b), grad_context, f.problem.memory_size);
       }
@@ -661,6 +662,7 @@ struct OneQueryBackward {
         gather(a, weights, tile);
       } else {
         const int64_t whole = whole_vectors<acc>(tile.count);
+        const acc logsumexp = static_cast<const acc*>(f.logsumexp)[batch];
         slot.score.scores(a, slot.memory);
         std::fill(a + tile.count, a + whole, kNothing<acc>);
         if (logsumexp == kNothing<acc>) {
@@ -673,12 +675,20 @@ struct OneQueryBackward {
       if (grad_context != nullptr) {
         slot.memory.dot_products(de, grad_context, 1);
       }
-      const acc scale = static_cast<acc>(f.problem.scale);
-      for (int64_t j = 0; j < tile.count; ++j) {
-        const acc da = grad_weights == nullptr ? de[j] : de[j] + grad_weights[tile.steps[j]];
-        // A weight of 0 passes nothing on, whatever came in: 0 * inf is no gradient.
-        de[j] = a[j] == 0 ? acc(0) : scale * a[j] * (da - delta);
+      for (int64_t j = 0; grad_weights != nullptr && j < tile.count; ++j) {
+        de[j] += grad_weights[tile.steps[j]];
       }
+      const acc scale = static_cast<acc>(f.problem.scale);
+      const acc subtract = one_group(f) ? dot_product(a, de, tile.count) : delta;
+      for (int64_t j = 0; j < tile.count; ++j) {
+        // A weight of 0 passes nothing on, whatever came in: 0 * inf is no gradient.
+        de[j] = a[j] == 0 ? acc(0) : scale * a[j] * (de[j] - subtract);
+      }
+    }
+
+    // Then delta is sum_s a_s da_s, of what is there, and the context is not read.
+    static bool one_group(const Backward& f) {
+      return f.plan.splits == 1 && f.problem.steps <= rows_of_group(f.problem);
     }
   };
 
