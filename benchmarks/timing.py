@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SECONDS_PER_ROW = 1.0
 ROUNDS = range(7, 301)
 RESERVE = 1 << 30  # bytes that kept_pages() has touched before the first call: several of the largest gradients
+GLIBC_LARGEST_THRESHOLD = 32 << 20  # bytes; its mmap threshold's, on 64-bit machines
 SHORTEST_SAMPLE = 2e-4  # seconds: a call that takes less is repeated within a sample
 
 # Of a tensor's largest value. Halves: a few units of their last place, which hand-written eager code loses on the way.
@@ -154,7 +155,7 @@ def kept_pages() -> Iterator[None]:
     By default glibc maps every large tensor anew, and a fresh page costs several times its traffic. Elsewhere than on
     glibc this changes nothing.
     """
-    m_trim_threshold, m_mmap_max = -1, -4
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
     libc = ctypes.CDLL(None)
     if sys.platform != "linux" or not hasattr(libc, "mallopt"):
         yield
@@ -172,6 +173,9 @@ def kept_pages() -> Iterator[None]:
     try:
         yield
     finally:
+        # Once told, glibc no longer raises its thresholds by itself. They go where a program that has freed one large
+        # tensor has them.
         libc.mallopt(m_mmap_max, 65536)
-        libc.mallopt(m_trim_threshold, 128 * 1024)
+        libc.mallopt(m_mmap_threshold, GLIBC_LARGEST_THRESHOLD)
+        libc.mallopt(m_trim_threshold, 2 * GLIBC_LARGEST_THRESHOLD)
         libc.malloc_trim(0)
