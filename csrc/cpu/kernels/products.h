@@ -179,9 +179,9 @@ template <class element, class acc>
 void multiply_blocks(
     Result<acc> out, int64_t height, Coefficients<element> c, const element* const* b, int64_t depth, int64_t size) {
   constexpr int lanes = Vec<acc>::size();
-  // A few rows of b stay in the first-level cache whole: then the result is written row by row.
+  // A few rows of b stay in the first-level cache whole: then the result is written row by row. Narrow ones are anyhow.
   constexpr int64_t few = 8, block = tallest(kWidest);
-  if (depth <= few && height > block) {
+  if (depth <= few && height > block && size > kWidest * lanes) {
     for (int64_t i = 0; i < height; i += block) {
       multiply_blocks<element>(out.at(i, 0), std::min(block, height - i), {c.data + i * c.row, c.row, c.column}, b, depth, size);
     }
