@@ -104,6 +104,32 @@ inline void share_denominator(Vec<acc> (&numerators)[shared], Vec<acc> (&denomin
   }
 }
 
+// sum_a v_a / denominator(a), by lanes: denominator(a, filled) is of a vector of features, of which so many are there, and v ends
+// in zeros.
+template <int shared, class acc, class Denominator>
+[[gnu::always_inline]] inline Vec<acc> sum_of_quotients(const acc* v, int64_t size, const Denominator& denominator) {
+  constexpr int64_t lanes = Vec<acc>::size();
+  Vec<acc> total(0);
+  const auto add = [&](int64_t a, auto block, int64_t last) {
+    Vec<acc> numerators[block.value], denominators[block.value];
+#pragma GCC unroll 4
+    for (int n = 0; n < block.value; ++n) {
+      numerators[n] = Vec<acc>::loadu(v + a + n * lanes);
+      denominators[n] = denominator(a + n * lanes, n + 1 < block.value ? lanes : last);
+    }
+    share_denominator<block.value, acc>(numerators, denominators);
+    total = add_quotient<acc>(total, numerators[0], denominators[0]);
+  };
+  int64_t a = 0;
+  for (; a + shared * lanes <= size; a += shared * lanes) {
+    add(a, std::integral_constant<int, shared>(), lanes);
+  }
+  for (; a < size; a += lanes) {
+    add(a, std::integral_constant<int, 1>(), std::min(lanes, size - a));
+  }
+  return total;
+}
+
 // numerator / x[0] = the sum of all 1 / x.
 template <int shared, class acc>
 inline Vec<acc> share_denominator(Vec<acc> (&x)[shared]) {
@@ -373,32 +399,13 @@ class AdditiveScore {
 
   template <int shared>
   void direct_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
-    constexpr int64_t lanes = Vec<acc>::size();
     for (int64_t t = 0; t < count; ++t) {
       const acc* q = query_.addresses()[first + t];
       for (int64_t j = 0; j < steps; ++j) {
         const acc* k = keys_.addresses()[j];
-        Vec<acc> total(0);
-        const auto add = [&](int64_t a, auto block, int64_t last) {
-          Vec<acc> numerators[block.value], denominators[block.value];
-#pragma GCC unroll 4
-          for (int n = 0; n < block.value; ++n) {
-            const int64_t at = a + n * lanes;
-            const int64_t filled = n + 1 < block.value ? lanes : last;
-            numerators[n] = Vec<acc>::loadu(v_ + at);
-            denominators[n] =
-                direct_denominator<acc>(Vec<acc>::loadu(q + at, filled), Vec<acc>::loadu(k + at, filled), range_of<acc>(shared));
-          }
-          share_denominator<block.value, acc>(numerators, denominators);
-          total = add_quotient<acc>(total, numerators[0], denominators[0]);
-        };
-        int64_t a = 0;
-        for (; a + shared * lanes <= size_; a += shared * lanes) {
-          add(a, std::integral_constant<int, shared>(), lanes);
-        }
-        for (; a < size_; a += lanes) {
-          add(a, std::integral_constant<int, 1>(), std::min(lanes, size_ - a));
-        }
+        const auto total = sum_of_quotients<shared>(v_, size_, [&](int64_t a, int64_t filled) {
+          return direct_denominator<acc>(Vec<acc>::loadu(q + a, filled), Vec<acc>::loadu(k + a, filled), range_of<acc>(shared));
+        });
         out[t * out_stride + j] = -2 * scale_ * sum(total);
       }
     }
@@ -767,7 +774,6 @@ class OneQueryAdditive {
 
   template <int shared, bool factored>
   void find_scores(acc* out) const {
-    constexpr int64_t lanes = Vec<acc>::size();
     const RowGroup<acc>& keys = rows();
     const bool fetches = keys.fetches();
     const int64_t end = factored ? shared_size_ : size_;
@@ -775,29 +781,12 @@ class OneQueryAdditive {
       Vec<acc> totals[1][rows.value];
       for (int r = 0; r < rows.value; ++r) {
         const acc* key = keys.row(first + r);
-        Vec<acc> total(0);
-        const auto add = [&](int64_t a, auto block, int64_t last) {
-          Vec<acc> numerators[block.value], denominators[block.value];
-#pragma GCC unroll 4
-          for (int n = 0; n < block.value; ++n) {
-            const int64_t at = a + n * lanes;
-            if (fetches) {
-              keys.fetch_next(first + r, at);
-            }
-            numerators[n] = Vec<acc>::loadu(v_ + at);
-            denominators[n] = denominator<factored, shared>(key, at, n + 1 < block.value ? lanes : last);
+        totals[0][r] = sum_of_quotients<shared>(v_, end, [&](int64_t a, int64_t filled) {
+          if (fetches) {
+            keys.fetch_next(first + r, a);
           }
-          share_denominator<block.value, acc>(numerators, denominators);
-          total = add_quotient<acc>(total, numerators[0], denominators[0]);
-        };
-        int64_t a = 0;
-        for (; a + shared * lanes <= end; a += shared * lanes) {
-          add(a, std::integral_constant<int, shared>(), lanes);
-        }
-        for (; a < end; a += lanes) {
-          add(a, std::integral_constant<int, 1>(), std::min(lanes, end - a));
-        }
-        totals[0][r] = total;
+          return denominator<factored, shared>(key, a, filled);
+        });
       }
       store_sums<1, rows.value>(out + first, 0, totals, static_cast<acc>(-2 * problem_.scale));
     });
