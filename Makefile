@@ -38,7 +38,7 @@ gpu-check:
 
 build: $(VENV)/ready
 	@mkdir -p build
-	@echo "Building the extension (a minute or two the first time; the log is build/log)"
+	@echo "Building the extension (two or three minutes the first time; the log is build/log)"
 	@$(PY) setup.py build_ext --inplace > build/log 2>&1 || { tail -n 40 build/log; exit 1; }
 	@grep '^attn_ext:' build/log
 
@@ -53,7 +53,7 @@ $(VENV)/ready: setup.py pyproject.toml
 	fi
 	@$(PY) -c '$(HAS_TORCH)' 2> /dev/null || $(PIP) install '$(TORCH)'
 	$(PIP) install 'setuptools>=70' wheel ninja
-	@echo "Installing attn_ext and what its tests and examples need (builds the extension: a minute or two)"
+	@echo "Installing attn_ext and what its tests and examples need (builds the extension: two or three minutes)"
 	$(PIP) install --no-build-isolation --editable '.[test,benchmarks,examples]'
 	@touch $@
 
