@@ -116,6 +116,11 @@ class Run:
         """For the fused op beside probes: it has no peers there, however long it takes."""
         return replace(self.schedule, too_slow=math.inf)
 
+    @property
+    def warm(self) -> Run:
+        """For what multiplies all the time: its limits know no memory, and what it reads is often just written."""
+        return replace(self, schedule=replace(self.schedule, warm=True))
+
     def of(self, shapes: Sequence[Shape]) -> Sequence[Shape]:
         return shapes[:1] if self.quick else shapes
 
@@ -127,7 +132,7 @@ def additive(run: Run) -> Iterator[Finding]:
         grid.check_results(problem.method, shape, (FUSED, EAGER))
         passes = [Call(FUSED, problem, direction, name=direction) for direction in ("forward", "backward")]
         probes = [limits.probe(f"additive {each.name}") for each in passes]
-        seconds = _beside_limits(run, [*passes, *probes])
+        seconds = _beside_limits(run.warm, [*passes, *probes])
         for each, probe, wanted in zip(passes, probes, (0.85, 0.80), strict=True):
             work = {f"share of the {probe.name} loop": (probe, shape.elements, wanted)}
             yield from _shares(1, "additive", each.direction, shape, each.name, work, seconds)
@@ -177,7 +182,7 @@ def many_queries(run: Run) -> Iterator[Finding]:
                 key: Call(FUSED, problem, *key, name=f"{key[0]}, {'weights' if key[1] else 'no weights'}")
                 for key in products
             }
-            seconds = _beside_limits(run, [*calls.values(), peak, gemm])
+            seconds = _beside_limits(run.warm, [*calls.values(), peak, gemm])
             for (direction, need_weights), count in products.items():
                 flops = count * shape.elements + projection * (2 if direction == "backward" else 1)
                 text = f"share of the multiply-add peak, {'weights' if need_weights else 'no weights'}"
@@ -311,7 +316,7 @@ def halves(run: Run) -> Iterator[Finding]:
                         Call(FUSED, Problem(method, shape), direction, name="fused float32"),
                         Call(EAGER, problem, direction),
                     ]
-                    seconds = interleave(calls, run.schedule)
+                    seconds = interleave(calls, run.warm.schedule)
                     name = str(dtype).removeprefix("torch.")
                     for peer in ("fused float32", "eager"):
                         ratio = Ratio.of(seconds[peer], seconds[FUSED.name])

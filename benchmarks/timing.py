@@ -68,9 +68,11 @@ def _results(call: Timed) -> list[Tensor]:
         return [result for result in call() if result is not None]
 
 
-def sample(call: Timed, repeats: int = 1) -> float:
-    """Seconds a call, once."""
+def sample(call: Timed, repeats: int = 1, warm: bool = False) -> float:
+    """Seconds a call, once. `warm`: after an untimed one, which leaves in the caches what they can hold."""
     with call.active():
+        if warm:
+            call()
         start = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -79,11 +81,15 @@ def sample(call: Timed, repeats: int = 1) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to measure: `seconds` a row, within `rounds`; a peer over `too_slow` seconds is not called again."""
+    """How long to measure: `seconds` a row, within `rounds`; a peer over `too_slow` seconds is not called again.
+
+    `warm`: every sample is. Otherwise it finds the caches, and the threads, as the round's call before it left them.
+    """
 
     seconds: float = SECONDS_PER_ROW
     rounds: range = ROUNDS
     too_slow: float = math.inf
+    warm: bool = False
 
 
 def interleave(calls: Sequence[Timed], schedule: Schedule) -> dict[str, list[float]]:
@@ -98,10 +104,10 @@ def interleave(calls: Sequence[Timed], schedule: Schedule) -> dict[str, list[flo
     if not repeated:
         return seconds
     seconds |= {name: [] for name in repeated}
-    a_round = sum(again * repeats for _, again, repeats in repeated.values())
+    a_round = sum(again * (repeats + schedule.warm) for _, again, repeats in repeated.values())
     for _ in range(min(max(int(schedule.seconds / a_round), schedule.rounds[0]), schedule.rounds[-1])):
         for name, (call, _, repeats) in repeated.items():
-            seconds[name].append(sample(call, repeats))
+            seconds[name].append(sample(call, repeats, schedule.warm))
     return seconds
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from benchmarks import compare, grid, limits, report, targets
 from benchmarks.implementations import EAGER, FUSED, OPS, REFERENCE, Call, Problem
 from benchmarks.shapes import GRID, GRID_COMPILED, GRID_SAMPLE, Shape, unnamed
-from benchmarks.timing import Ratio, Schedule, WrongResultError, check, interleave, sample
+from benchmarks.timing import SHORTEST_SAMPLE, Ratio, Schedule, WrongResultError, check, interleave, sample
 from tests.processes import python
 
 ROOT = Path(grid.__file__).parents[1]
@@ -170,6 +173,25 @@ def test_a_slow_peer_is_timed_once() -> None:
     assert [len(times) for times in interleave(calls, INSTANT).values()] == [2, 2]
     assert [len(times) for times in interleave(calls, replace(INSTANT, too_slow=0.0)).values()] == [2, 1]
     assert [len(times) for times in interleave(calls[:1], replace(INSTANT, too_slow=0.0)).values()] == [1]
+
+
+def test_a_warm_sample_follows_an_untimed_call() -> None:
+    made = []
+
+    @dataclass(frozen=True)
+    class Counted:
+        name: str
+        active: Callable[[], AbstractContextManager[object]] = nullcontext
+
+        def __call__(self) -> None:
+            made.append(self.name)
+            time.sleep(SHORTEST_SAMPLE)
+
+    sample(Counted("a"), warm=True)
+    assert made == ["a", "a"]
+    made.clear()
+    interleave([Counted("a"), Counted("b")], replace(INSTANT, warm=True, rounds=range(2, 3)))
+    assert made[2:] == ["a", "a", "b", "b"] * 2  # behind a first call of each
 
 
 def run_of(commit: str, **ratios: Ratio) -> dict[str, Any]:
