@@ -1,4 +1,4 @@
-"""What one pytest run is about: the tests, or with --benchmark the speed reports of benchmarks/."""
+"""What one pytest run is about: the tests, or with --benchmark or --benchmark-full the speed reports of benchmarks/."""
 
 from __future__ import annotations
 
@@ -17,10 +17,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="speed_reports",
         help="run the speed reports in benchmarks/ instead of the tests",
     )
+    parser.addoption(
+        "--benchmark-full",
+        action="store_true",
+        help="the same with every shape of the grid, and torch.compile at every named shape: hours",
+    )
+    parser.addoption(
+        "--benchmark-unguarded",
+        action="store_true",
+        help="do not run the tests of what is timed first, and do not mind a busy machine",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.speed_reports |= config.option.benchmark_full
     if config.getoption("speed_reports"):
         # The report's own table says what pytest-benchmark's would, with the peers beside it.
         config.option.benchmark_quiet = True

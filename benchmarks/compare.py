@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grid import Cell
+from benchmarks.report import rows_of, settings_of
 from benchmarks.timing import Ratio
 
 TOLERANCE = 0.1
@@ -58,20 +59,13 @@ class Change:
         return f"  {self.row:<100}{texts[0]:<24}{texts[1]:<24}{self.gain:>6.2f}x  {self.verdict(tolerance)}"
 
 
-def settings(document: dict[str, Any]) -> dict[str, str]:
-    """What a run's numbers depend on, as benchmarks/report.py wrote it."""
-    if "settings" in document:
-        return document["settings"]
-    return document.get("machine_info", {}).get("attn_ext", {})
-
-
 def rows(document: dict[str, Any]) -> Iterator[tuple[str, Ratio, bool]]:
     """What is measured, its ratio, and whether the smaller is the better.
 
     Raises:
         NotComparableError: the document is none of this project's reports.
     """
-    if not settings(document):
+    if not settings_of(document):
         raise NotComparableError("it has none of the settings that benchmarks/report.py writes")
     for finding in document.get("findings", ()):
         # An error has no spread, and a lost cell of the grid stands there once more.
@@ -82,11 +76,11 @@ def rows(document: dict[str, Any]) -> Iterator[tuple[str, Ratio, bool]]:
     for cell in map(Cell.from_json, document.get("grid", ())):
         for peer, ratio in cell.ratios.items():
             yield f"5 {cell} against {peer}", ratio, False
-    for benchmark in document.get("benchmarks", ()):
-        info = benchmark["extra_info"]
-        for peer, ratio in info["ratio"].items():
-            name = f"{info['method']} {tuple(info['B,T,S,H'])} {info['use']}, {info['direction']} against {peer}"
-            yield name, Ratio(**ratio), False
+    for row in rows_of(document):
+        for peer, ratio in row.ratios.items():
+            yield f"{row.name} against {peer}", ratio, False
+        if row.share:
+            yield f"{row.name}, share of its limit", row.share, False
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
@@ -104,8 +98,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 def lines(old: dict[str, Any], new: dict[str, Any], tolerance: float, everything: bool = False) -> Iterator[str]:
     """What differs in the settings, the rows that changed (or all), the count of verdicts and the mean gain."""
-    for name in settings(old) | settings(new):
-        texts = [settings(document).get(name, "unknown") for document in (old, new)]
+    for name in settings_of(old) | settings_of(new):
+        texts = [settings_of(document).get(name, "unknown") for document in (old, new)]
         if texts[0] != texts[1]:
             yield f"{name:<10}{texts[0]}  ->  {texts[1]}"
     found = changes(old, new)

@@ -16,6 +16,7 @@ from benchmarks.implementations import (
     DIRECTIONS,
     EAGER,
     FUSED,
+    NO_WEIGHTS,
     OPS,
     REFERENCE,
     SDPA,
@@ -28,7 +29,6 @@ from benchmarks.shapes import GRID_COMPILED, Shape
 from benchmarks.timing import Ratio, Schedule, check, interleave
 
 CHECKED_ELEMENTS = 1 << 24  # B T S D of the largest problem given to the reference
-NO_WEIGHTS = "fused, no weights"
 
 
 @dataclass(frozen=True)

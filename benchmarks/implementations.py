@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attn_ext
 from benchmarks.shapes import Shape
@@ -17,6 +19,8 @@ from benchmarks.shapes import Shape
 METHODS = ("dot", "general", "concat")
 OPS = ("dot", "general", "additive")  # additive is concat with its projections done: additive_attention
 DIRECTIONS = ("forward", "forward+backward")
+
+NO_WEIGHTS = "fused, no weights"  # the fused op's name where it is timed for peers that return no weights
 
 Results = tuple[Tensor, Tensor | None]
 
@@ -34,6 +38,7 @@ class Implementation:
     active: Callable[[], AbstractContextManager[object]] = nullcontext
     returns_weights: bool = True
     is_compiled: bool = False
+    compile_mode: str = "default"
     tanh_copies: tuple[int, int] = (0, 0)
 
     def accepts(self, method: str, need_weights: bool) -> bool:
@@ -94,8 +99,12 @@ FUSED = Implementation("fused", _public, partial(attn_ext.use_backend, "fused"))
 REFERENCE = Implementation("reference", _public, partial(attn_ext.use_backend, "reference"), tanh_copies=(2, 3))
 EAGER = Implementation("eager", _eager, tanh_copies=(2, 3))
 SDPA = Implementation("SDPA", _sdpa, returns_weights=False)
+SDPA_BACKENDS = tuple(
+    replace(SDPA, name=f"SDPA {name}", active=partial(sdpa_kernel, backend))
+    for name, backend in {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}.items()
+)
 COMPILED = Implementation("compiled", partial(_eager, sum_of_products=True), is_compiled=True, tanh_copies=(0, 2))
-PEERS = (REFERENCE,)  # of the report; the targets' are the others
+AUTOTUNED = replace(COMPILED, name="autotuned", compile_mode="max-autotune")
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,8 @@ class Problem:
 class Call:
     """One implementation on one problem in one direction: calling it does the work once and returns all it computed.
 
-    "backward" is the pass through a graph that is kept from call to call.
+    "backward" is the pass through a graph that is kept from call to call. With `copies` of the inputs, the calls take
+    turns with them, so that none finds its own in a cache.
     """
 
     def __init__(
@@ -145,6 +155,7 @@ class Call:
         direction: str,
         need_weights: bool = True,
         name: str | None = None,
+        copies: int = 1,
     ) -> None:
         self.name = name or implementation.name
         self.active = implementation.active
@@ -152,25 +163,33 @@ class Call:
         attend = implementation.attend
         if implementation.is_compiled:
             torch._dynamo.reset()  # the guards of other shapes would be tried before this one's
-            attend = torch.compile(attend, dynamic=False)
+            attend = torch.compile(attend, dynamic=False, mode=implementation.compile_mode)
         self._attend = partial(attend, method=problem.method, need_weights=need_weights)
         requires_grad = direction != "forward"
         # Views, so that a problem's tensors serve calls with and without gradients.
-        self._inputs = {name: x.detach().requires_grad_(requires_grad) for name, x in problem.inputs.items()}
+        views = {name: x.detach().requires_grad_(requires_grad) for name, x in problem.inputs.items()}
+        clones = [
+            {name: x.detach().clone().requires_grad_(requires_grad) for name, x in views.items()}
+            for _ in range(copies - 1)
+        ]
+        self._inputs = cycle([views, *clones])
         self._grad_context = problem.grad_context if requires_grad else None
-        self._kept: Results | None = None
+        self._kept: tuple[dict[str, Tensor], Results] | None = None
         if implementation.is_compiled:
             self()  # compiles
 
     def __call__(self) -> tuple[Tensor | None, ...]:
         if self.direction == "backward":
             if self._kept is None:
-                self._kept = self._attend(**self._inputs)
-            return self._gradients(self._kept[0], retain_graph=True)
-        context, weights = self._attend(**self._inputs)
+                inputs = next(self._inputs)
+                self._kept = inputs, self._attend(**inputs)
+            inputs, (context, _) = self._kept
+            return self._gradients(inputs, context, retain_graph=True)
+        inputs = next(self._inputs)
+        context, weights = self._attend(**inputs)
         if self.direction == "forward":
             return context, weights
-        return context, weights, *self._gradients(context)
+        return context, weights, *self._gradients(inputs, context)
 
-    def _gradients(self, context: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(context, tuple(self._inputs.values()), self._grad_context, retain_graph=retain_graph)
+    def _gradients(self, inputs: dict[str, Tensor], context: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(context, tuple(inputs.values()), self._grad_context, retain_graph=retain_graph)

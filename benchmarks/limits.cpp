@@ -252,36 +252,42 @@ void limits_additive_backward(int64_t rounds, int threads) {
 }
 
 // Reads `count` floats once, up to a few pages.
-void limits_read(const float* x, int64_t count, int streams, int64_t ahead, int threads) {
+void limits_read(const float* x, int64_t count, int64_t repeats, int streams, int64_t ahead, int threads) {
   const int64_t share = count / threads / (4 * kPage) * (4 * kPage);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; ++thread) {
     const float* mine = x + thread * share;
-    Vec sum = streams == 4   ? sum_of<4>(mine, share, ahead)
-              : streams == 2 ? sum_of<2>(mine, share, ahead)
-                             : sum_of<1>(mine, share, ahead);
-    opaque(sum);
+    for (int64_t i = 0; i < repeats; ++i) {
+      asm volatile("" : "+r"(mine) : : "memory");  // each time from memory, for all that the compiler knows
+      Vec sum = streams == 4   ? sum_of<4>(mine, share, ahead)
+                : streams == 2 ? sum_of<2>(mine, share, ahead)
+                               : sum_of<1>(mine, share, ahead);
+      opaque(sum);
+    }
   }
 }
 
 // Reads and writes `count` floats once, up to a few pages; `to` is aligned to 64 bytes.
-void limits_copy(float* to, const float* from, int64_t count, int streaming, int64_t ahead, int threads) {
+void limits_copy(
+    float* to, const float* from, int64_t count, int64_t repeats, int streaming, int64_t ahead, int threads) {
   const int64_t share = count / threads / (4 * kPage) * (4 * kPage);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; ++thread) {
     const float* source = from + thread * share;
     float* destination = to + thread * share;
-    for (int64_t i = 0; i < share; i += 16) {
-      if (ahead > 0) {
-        __builtin_prefetch(source + i + ahead);
-      }
+    for (int64_t repeat = 0; repeat < repeats; ++repeat) {
+      for (int64_t i = 0; i < share; i += 16) {
+        if (ahead > 0) {
+          __builtin_prefetch(source + i + ahead);
+        }
 #pragma GCC unroll 4
-      for (int64_t j = i; j < i + 16; j += kLanes) {
-        const Vec x = load(source + j);
-        if (streaming) {
-          stream(destination + j, x);
-        } else {
-          store(destination + j, x);
+        for (int64_t j = i; j < i + 16; j += kLanes) {
+          const Vec x = load(source + j);
+          if (streaming) {
+            stream(destination + j, x);
+          } else {
+            store(destination + j, x);
+          }
         }
       }
     }

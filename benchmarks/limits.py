@@ -35,6 +35,7 @@ FLAGS_OF_CAPABILITY = {
 FLAGS_OF_CAPABILITY["avx512_bf16"] = (*FLAGS_OF_CAPABILITY["avx512"], "-DCPU_CAPABILITY_AVX512", "-mavx512bf16")
 
 BUFFER = 1 << 29  # bytes: many last-level caches
+SHARE = 1 << 14  # bytes that a thread reads or copies are a multiple of this many
 WINDOW = 1 << 26  # bytes a probe goes through in one call: the next ones of the buffer, so that none is in a cache
 STREAMS = ((1, 0), (2, 0), (4, 0), (1, 1024), (4, 1024))  # ways to read: pages at a time, floats prefetched ahead
 STORES = ((0, 0), (0, 512), (1, 0), (1, 512))  # ways to copy: whether past the caches, floats prefetched ahead
@@ -42,7 +43,7 @@ STORES = ((0, 0), (0, 512), (1, 0), (1, 512))  # ways to copy: whether past the 
 
 @dataclass(frozen=True)
 class Probe:
-    """Calling it does `amount` of `unit` ("FLOP", "B" or "elements") once, in a few milliseconds."""
+    """Calling it does `amount` of `unit` ("FLOP", "B", "elements" or "calls") once, in a few milliseconds."""
 
     name: str
     amount: float
@@ -66,6 +67,28 @@ def probe(name: str, capability: str | None = None) -> Probe:
         NoCompilerError: limits.cpp is needed and does not compile.
     """
     return Probe(name, *_MAKERS[name](capability or running_capability(), torch.get_num_threads()))
+
+
+@cache
+def probe_of_size(name: str, size: int) -> Probe:
+    """ "read" or "copy" of the same `size` bytes again and again, from the nearest cache that holds them.
+
+    Raises:
+        NoCompilerError: limits.cpp is needed and does not compile.
+    """
+    library, threads = _library(running_capability()), torch.get_num_threads()
+    # A thread is not worth waking for less than two of the loops' smallest shares.
+    threads = max(1, min(threads, size // (2 * SHARE)))
+    size = max(size // (threads * SHARE), 1) * threads * SHARE
+    source, destination = torch.ones(size // 4), torch.ones(size // 4)
+    pointers = (destination.data_ptr(), source.data_ptr()) if name == "copy" else (source.data_ptr(),)
+    loop, repeats = getattr(library, f"limits_{name}"), -(-WINDOW // size)
+
+    def run(_kept: tuple[torch.Tensor, ...] = (source, destination)) -> None:
+        loop(*pointers, size // 4, repeats, 1 if name == "read" else 0, 0, threads)
+
+    traffic = {"read": 1, "copy": 2}[name] * size * repeats
+    return Probe(f"{name}, {size / 1e6:.2g} MB", traffic, "B", run)
 
 
 def running_capability() -> str:
@@ -109,8 +132,8 @@ def _library(capability: str) -> ctypes.CDLL:
         "multiply_add": (count, integer),
         "additive_forward": (count, integer),
         "additive_backward": (count, integer),
-        "read": (pointer, count, integer, count, integer),
-        "copy": (pointer, pointer, count, integer, count, integer),
+        "read": (pointer, count, count, integer, count, integer),
+        "copy": (pointer, pointer, count, count, integer, count, integer),
     }.items():
         function = getattr(library, f"limits_{name}")
         function.argtypes, function.restype = arguments, None
@@ -163,7 +186,7 @@ def _read(capability: str, threads: int) -> _Made:
     library, windows = _library(capability), _windows("source")
 
     def way(streams: int, ahead: int) -> Probe:
-        run = lambda: library.limits_read(next(windows), WINDOW // 4, streams, ahead, threads)  # noqa: E731
+        run = lambda: library.limits_read(next(windows), WINDOW // 4, 1, streams, ahead, threads)  # noqa: E731
         return Probe("read", WINDOW, "B", run)
 
     return WINDOW, "B", _fastest({each: way(*each) for each in STREAMS})
@@ -174,7 +197,7 @@ def _copy(capability: str, threads: int) -> _Made:
 
     def way(streaming: int, ahead: int) -> Probe:
         run = lambda: library.limits_copy(  # noqa: E731
-            next(destinations), next(sources), WINDOW // 4, streaming, ahead, threads
+            next(destinations), next(sources), WINDOW // 4, 1, streaming, ahead, threads
         )
         return Probe("copy", 2 * WINDOW, "B", run)
 
@@ -203,6 +226,26 @@ def _tanh(_capability: str, threads: int) -> _Made:
     return repeats * size, "elements", run
 
 
+def _call(_capability: str, _threads: int) -> _Made:
+    x, out, repeats = torch.zeros(1), torch.zeros(1), 100
+
+    def run() -> None:
+        for _ in range(repeats):
+            torch.neg(x, out=out)
+
+    return repeats, "calls", run
+
+
+def _call_with_gradient(_capability: str, _threads: int) -> _Made:
+    x, grad, repeats = torch.zeros(1, requires_grad=True), torch.ones(1), 20
+
+    def run() -> None:
+        for _ in range(repeats):
+            torch.autograd.grad(torch.neg(x), x, grad)
+
+    return repeats, "calls", run
+
+
 _MAKERS = {
     "multiply-add": _multiply_add,  # float32, in registers
     "gemm": _gemm,  # torch.mm, float32
@@ -212,5 +255,7 @@ _MAKERS = {
     "tanh": _tanh,  # torch.tanh, in cache
     "additive forward": _additive_loop("forward", 40_000_000),  # the prototype's inner loops, in cache
     "additive backward": _additive_loop("backward", 25_000_000),
+    "call": _call,  # the cheapest of PyTorch's, from Python
+    "call with gradient": _call_with_gradient,
 }
 NAMES = tuple(_MAKERS)

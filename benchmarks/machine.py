@@ -21,6 +21,13 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def last_level_cache() -> int:
+    """Bytes of the largest cache that a core sees; 32 MiB where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=1 << 25)
+
+
 def available_memory() -> int:
     """Bytes that can be had without swapping; half of all memory where the system does not say."""
     meminfo = Path("/proc/meminfo")

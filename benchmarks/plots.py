@@ -1,9 +1,14 @@
-"""Pictures of a run of the targets: `python -m benchmarks.plots results.json --out docs/`, each as PNG and SVG.
+"""Pictures of a run: `python -m benchmarks.plots results.json --out docs/`, each as PNG and SVG.
 
+Of the targets (`python -m benchmarks.targets --json results.json`):
 limits    the share of its limit that each kernel reaches, by shape
 grid      the fused op's speed-up over its closest peer, by shape
 memory    peak memory of additive attention against T = S
 resident  resident size over a decoder's training steps
+
+Of the speed report (`python -m pytest --benchmark --benchmark-json results.json`):
+speedups  the fused op's speed-up over every peer, by shape
+roofline  what it computes in a second, by what it computes for a byte, under the machine's limits
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from itertools import pairwise, product
 from pathlib import Path
@@ -27,8 +33,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from benchmarks import bounds
 from benchmarks.grid import Cell
-from benchmarks.implementations import DIRECTIONS, OPS
+from benchmarks.implementations import DIRECTIONS, FUSED, OPS
+from benchmarks.report import Row, rows_of, settings_of
 from benchmarks.resident_size import STEPS
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
@@ -39,12 +47,12 @@ plt.rcParams.update({"svg.hashsalt": "attn_ext", "svg.fonttype": "none"})  # the
 
 def limits(data: dict[str, Any]) -> Figure | None:
     """A bar for each share of a limit that something is asked of: rows by target, kernel and shape, columns by pass."""
-    shares = [each for each in data["findings"] if each["unit"] == "%" and each["wanted"] is not None]
+    shares = [each for each in data.get("findings", ()) if each["unit"] == "%" and each["wanted"] is not None]
     if not shares:
         return None
     rows: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for share in shares:
-        key = share["target"], share["kernel"], _sizes(share["shape"].values())
+        key = share["target"], share["kernel"], _sizes(share["shape"][name] for name in "BTSH")
         rows.setdefault(key, {}).setdefault(share["direction"], []).append(share)
     figure, panels = plt.subplots(
         1, 2, figsize=(9, 1.6 + 0.3 * len(rows)), sharex=True, sharey=True, layout="constrained"
@@ -81,7 +89,7 @@ def _bar(axes: Axes, y: float, height: float, share: dict[str, Any]) -> None:
 
 def grid(data: dict[str, Any]) -> Figure | None:
     """A square for each shape: rows by T and S, columns by B and D."""
-    cells = {cell.key: cell for cell in map(Cell.from_json, data["grid"])}
+    cells = {cell.key: cell for cell in map(Cell.from_json, data.get("grid", ()))}
     if not cells:
         return None
     B, T, S, D = (sorted({cell.key[i] for cell in cells.values()}) for i in range(1, 5))
@@ -129,7 +137,7 @@ def grid(data: dict[str, Any]) -> Figure | None:
 
 def memory(data: dict[str, Any]) -> Figure | None:
     """Filled: measured; hollow and dashed: computed."""
-    points = data["memory"]
+    points = data.get("memory", [])
     if not points:
         return None
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
@@ -175,7 +183,99 @@ def resident(data: dict[str, Any]) -> Figure | None:
     return figure
 
 
-PLOTS = {"limits": limits, "grid": grid, "memory": memory, "resident": resident}
+def speedups(data: dict[str, Any]) -> Figure | None:
+    """A panel for each method, a line for each shape and direction, a mark for each peer."""
+    rows = rows_of(data)
+    if not rows:
+        return None
+    methods = list(dict.fromkeys(row.method for row in rows))
+    peers = sorted({peer for row in rows for peer in row.ratios})
+    colours = dict(zip(peers, plt.get_cmap("tab20").colors, strict=False))
+    lines = max(sum(row.method == method for row in rows) for method in methods)
+    figure, panels = plt.subplots(
+        1, len(methods), figsize=(4 + 3 * len(methods), 1.8 + 0.19 * lines), squeeze=False, layout="constrained"
+    )
+    for axes, method in zip(panels.flat, methods, strict=True):
+        of_method = [row for row in rows if row.method == method]
+        for y, row in enumerate(of_method):
+            axes.axhline(y, color="#e2e8f0", linewidth=0.6, zorder=0)
+            for peer, ratio in row.ratios.items():
+                axes.plot([ratio.low, ratio.high], [y, y], color=colours[peer], linewidth=1)
+                axes.plot(ratio.value, y, "o", color=colours[peer], markersize=4)
+        labels = [f"{row.shape.use}{' +' if row.direction != 'forward' else ''}" for row in of_method]
+        axes.set_yticks(range(len(of_method)), labels, fontsize=6)
+        axes.set_ylim(len(of_method) - 0.5, -0.5)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda *_: "")
+        axes.set_title(method, fontsize=9)
+    figure.supxlabel("the peer's time over the fused op's, with quartiles; + with backward", fontsize=8)
+    marks = [Line2D([], [], color=colours[peer], marker="o", linewidth=0, label=peer) for peer in peers]
+    figure.legend(handles=marks, loc="outside lower center", ncols=min(len(marks), 8), frameon=False, fontsize=7)
+    figure.suptitle(f"Speed-up over every peer\n{_where(data)}", fontsize=9)
+    return figure
+
+
+def roofline(data: dict[str, Any]) -> Figure | None:
+    """Products under the multiply-add peak, tanh terms under the prototype's loop, both under memory's bandwidth."""
+    rows = [row for row in rows_of(data) if row.mode == "op"]
+    rates: dict[str, list[float]] = {}
+    for row in rows:
+        for name, rate in row.rates.items():
+            rates.setdefault(name, []).append(rate)
+    roof = {name: statistics.median(of_rows) for name, of_rows in rates.items()}
+    if not {"multiply-add", "additive forward", "read"} <= roof.keys():
+        return None
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    kinds = (("dot", "general"), "multiply-add", "FLOP"), (("concat",), "additive forward", "tanh terms")
+    for axes, (methods, limit, unit) in zip(panels, kinds, strict=True):
+        intensities = 0.05, roof[limit] / roof["read"], 2000
+        axes.plot(intensities, [min(roof["read"] * each, roof[limit]) / 1e9 for each in intensities], color=GREY)
+        for row in rows:
+            if row.method in methods:
+                work, traffic = _work(row)
+                marker = "o" if row.direction == "forward" else "s"
+                colour = {"dot": BLUE, "general": ORANGE}.get(row.method, BLUE)
+                filled = colour if row.shape.T > 1 else "white"
+                rate = work / row.seconds[FUSED.name] / 1e9
+                axes.plot(work / traffic, rate, marker, color=colour, markerfacecolor=filled, markersize=5)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(f"{unit} a byte of inputs, results and gradients")
+        axes.set_ylabel(f"G {unit} a second")
+        axes.set_title(", ".join(methods), fontsize=9)
+    legend = [Line2D([], [], color=GREY, label="memory's bandwidth, then the limit of the loop")]
+    legend += [
+        Line2D([], [], color=BLUE, marker=m, linewidth=0, label=d) for m, d in zip("os", DIRECTIONS, strict=True)
+    ]
+    legend += [Line2D([], [], color=BLUE, marker="o", markerfacecolor="white", linewidth=0, label="one query")]
+    legend += [Line2D([], [], color=ORANGE, marker="o", linewidth=0, label="general")]
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=7)
+    figure.suptitle(f"Roofline (above the slope: in cache)\n{_where(data)}", fontsize=9)
+    return figure
+
+
+def _work(row: Row) -> tuple[float, float]:
+    """FLOP of the products, or concat's tanh terms; and bytes of inputs, results and gradients."""
+    B, T, S, H = row.shape.sizes
+    with_backward = row.direction != "forward"
+    # The context and, with backward, its gradient; the gradient of every input.
+    traffic = 4.0 * (B * S * H + 2 * B * T * H + B * T * S) * (2 if with_backward else 1)
+    if row.method == "concat":
+        return (2.0 if with_backward else 1.0) * row.shape.elements, traffic
+    work = bounds.projections(row.method, row.shape) + bounds.attention(row.method, row.shape)
+    return (3 if with_backward else 1) * work, traffic
+
+
+PLOTS = {
+    "limits": limits,
+    "grid": grid,
+    "memory": memory,
+    "resident": resident,
+    "speedups": speedups,
+    "roofline": roofline,
+}
 
 
 def _closest(cells: dict[Any, Cell], *key: object) -> float:
@@ -184,17 +284,17 @@ def _closest(cells: dict[Any, Cell], *key: object) -> float:
 
 
 def _sizes(values: Iterable[object]) -> str:
-    return f"({','.join(str(value) for value in values if not isinstance(value, str))})"
+    return f"({','.join(map(str, values))})"
 
 
 def _where(data: dict[str, Any]) -> str:
-    settings = data["settings"]
+    settings = settings_of(data)
     return f"{settings['machine']}\n{settings['software'].split(',')[0]}, commit {settings['commit']}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what benchmarks.targets --json wrote")
+    parser.add_argument("results", type=Path, help="what one of them wrote")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER")
     arguments = parser.parse_args()
     data = json.loads(arguments.results.read_text())

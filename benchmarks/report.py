@@ -8,12 +8,15 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 
 import attn_ext
 from attn_ext import backend
+from benchmarks.bounds import Part, largest
 from benchmarks.implementations import FUSED
+from benchmarks.load import QUIET
 from benchmarks.machine import commit, processor
 from benchmarks.shapes import Shape
 from benchmarks.timing import Ratio
@@ -21,32 +24,107 @@ from benchmarks.timing import Ratio
 
 @dataclass(frozen=True)
 class Row:
-    """Median seconds by implementation, the fused op's first, and how many times as long each peer takes."""
+    """One line of the speed report.
 
+    `seconds` are medians by name, `ratios` how many times as long as the fused op each peer takes. `share` is the time
+    of the op's limit over its own, `bound` the limit's largest part, `extra_bytes` what the op holds at its peak beyond
+    inputs and results, `others` the cores that other processes kept busy meanwhile.
+    """
+
+    mode: str  # "op", or "decoder": T steps, each of which attends
     method: str
     shape: Shape
     direction: str
     seconds: dict[str, float]
     ratios: dict[str, Ratio]
+    bound: str
+    share: Ratio | None
+    rates: dict[str, float]  # of the limits, a second, in this row's rounds
+    extra_bytes: int
+    others: float
 
     @classmethod
-    def of(cls, method: str, shape: Shape, direction: str, rounds: dict[str, list[float]]) -> Row:
-        """Of seconds by implementation, round by round."""
+    def of(
+        cls,
+        mode: str,
+        method: str,
+        shape: Shape,
+        direction: str,
+        rounds: dict[str, list[float]],
+        rivals: dict[str, str],
+        parts: Sequence[Part],
+        extra_bytes: int,
+        others: float,
+    ) -> Row:
+        """Of seconds by name, round by round. `rivals`: each peer's fused call, the one with the same results."""
         medians = {name: statistics.median(times) for name, times in rounds.items()}
-        fused = rounds[FUSED.name]
-        ratios = {name: Ratio.of(times, fused) for name, times in rounds.items() if name != FUSED.name}
-        return cls(method, shape, direction, medians, ratios)
+        ratios = {peer: Ratio.of(rounds[peer], rounds[rival]) for peer, rival in rivals.items()}
+        share, bound = None, "no compiler for the probes"
+        if parts:
+            bound = largest(parts, medians)
+            of_parts = zip(*(map(part.seconds, rounds[part.probe.name]) for part in parts), strict=True)
+            share = Ratio.of([sum(seconds) for seconds in of_parts], rounds[FUSED.name])
+        rates = {part.probe.name: part.probe.amount / medians[part.probe.name] for part in parts}
+        return cls(mode, method, shape, direction, medians, ratios, bound, share, rates, extra_bytes, others)
+
+    @property
+    def closest(self) -> tuple[str, Ratio]:
+        """The peer that comes closest, or wins."""
+        return min(self.ratios.items(), key=lambda item: item[1].value)
+
+    @property
+    def is_disturbed(self) -> bool:
+        return self.others > QUIET
 
     def extra_info(self) -> dict[str, object]:
         """What pytest-benchmark's JSON keeps beside the fused op's own timing."""
         return {
+            "mode": self.mode,
             "method": self.method,
             "use": self.shape.use,
             "B,T,S,H": self.shape.sizes,
+            "cold": self.shape.is_cold,
             "direction": self.direction,
             "median_seconds": self.seconds,
             "ratio": {peer: asdict(ratio) for peer, ratio in self.ratios.items()},
+            "bound": self.bound,
+            "share": self.share and asdict(self.share),
+            "rates": self.rates,
+            "extra_bytes": self.extra_bytes,
+            "others": self.others,
         }
+
+    @classmethod
+    def from_info(cls, info: dict[str, Any]) -> Row:
+        """Back from :meth:`extra_info`."""
+        return cls(
+            info["mode"],
+            info["method"],
+            Shape(info["use"], *info["B,T,S,H"], is_cold=info["cold"]),
+            info["direction"],
+            info["median_seconds"],
+            {peer: Ratio(**ratio) for peer, ratio in info["ratio"].items()},
+            info["bound"],
+            info["share"] and Ratio(**info["share"]),
+            info["rates"],
+            info["extra_bytes"],
+            info["others"],
+        )
+
+    @property
+    def name(self) -> str:
+        """What is measured."""
+        return f"{self.mode} {self.method} {_sizes(self.shape)} {self.shape.use}, {self.direction}"
+
+    def line(self) -> str:
+        """What the table has of it."""
+        share = f"{self.share.value:>5.0%} of {self.bound}" if self.share else f"      {self.bound}"
+        ratios = sorted(self.ratios.items(), key=lambda item: item[1].value)
+        return (
+            f"{self.method:<9}{self.shape.use:<24}{_sizes(self.shape):<18}{self.direction:<18}"
+            f"{_time(self.seconds[FUSED.name])}{' !' if self.is_disturbed else '  '}{share:<40}"
+            f"{self.extra_bytes / 1e6:>7.1f} MB  " + ", ".join(f"{peer} {ratio.value:.2f}x" for peer, ratio in ratios)
+        )
 
 
 @dataclass(frozen=True)
@@ -105,41 +183,49 @@ def settings() -> dict[str, str]:
     }
 
 
+def settings_of(document: dict[str, Any]) -> dict[str, str]:
+    """What a run's numbers depend on: of the targets' JSON or pytest-benchmark's; empty if it is neither."""
+    return document.get("settings") or document.get("machine_info", {}).get("attn_ext", {})
+
+
 def header() -> Iterator[str]:
     for name, text in settings().items():
         yield f"{name:<10}{text}"
 
 
-def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """The settings, a table of all rows, and each method's ratios in one line."""
+def lines(rows: Sequence[Row], absent: dict[str, str]) -> Iterator[str]:
+    """The settings, a table of all rows, each method's ratios in one line, the weakest row; `absent` peers, and why."""
     yield from header()
-    yield "numbers   float32, with weights; medians of interleaved rounds; ratio: the peer's time over the fused op's"
-    peers = list(rows[0].ratios)
-    yield ""
-    yield f"{'method':<9}{'use':<24}{'(B,T,S,H)':<18}{'direction':<18}{FUSED.name:>12}" + "".join(
-        f"{peer:>12}{'ratio':>8}" for peer in peers
+    yield "numbers   float32, medians of interleaved rounds; caches warm, but cold for: " + ", ".join(
+        dict.fromkeys(row.shape.use for row in rows if row.shape.is_cold)
     )
-    for method, of_method in groupby(rows, key=lambda row: row.method):
+    yield "columns   the fused op's time; its limit's time over that, and what is most of the limit; memory at its peak"
+    yield "          beyond inputs and results; every peer's time over the fused op's, the closest first"
+    for name, why in absent.items():
+        yield f"absent    {name}: {why}"
+    if disturbed := sum(row.is_disturbed for row in rows):
+        yield f"disturbed {disturbed} rows, marked !: other processes kept more than {QUIET:g} cores busy"
+    for (mode, method), of_method in groupby(rows, key=lambda row: (row.mode, row.method)):
         yield ""
-        for row in of_method:
-            yield (
-                f"{method:<9}{row.shape.use:<24}{_sizes(row.shape):<18}{row.direction:<18}{_time(row.seconds[FUSED.name])}"
-                + "".join(f"{_time(row.seconds[peer])}{row.ratios[peer].value:>7.2f}x" for peer in peers)
-            )
+        if mode != "op":
+            yield f"{mode}: {method}"
+        yield from (row.line() for row in of_method)
     yield ""
-    for method, of_method in groupby(rows, key=lambda row: row.method):
-        by_direction = sorted(of_method, key=lambda row: row.direction)
-        for direction, of_direction in groupby(by_direction, key=lambda row: row.direction):
-            yield f"{method:<9}{direction:<18}{_summary(list(of_direction), peers)}"
+    for mode, method, direction in dict.fromkeys((row.mode, row.method, row.direction) for row in rows):
+        of_kind = [row for row in rows if (row.mode, row.method, row.direction) == (mode, method, direction)]
+        mean = statistics.geometric_mean(row.closest[1].value for row in of_kind)
+        yield f"{mode:<9}{method:<9}{direction:<18}{mean:.2f}x the speed of the closest peer (geometric mean)"
+    yield f"weakest   {weakest_first(rows)[0].line()}"
 
 
-def _summary(rows: list[Row], peers: Sequence[str]) -> str:
-    weakest = {peer: min(rows, key=lambda row, peer=peer: row.ratios[peer].value) for peer in peers}
-    return "; ".join(
-        f"{statistics.geometric_mean(row.ratios[peer].value for row in rows):.2f}x the speed of the {peer} (geometric "
-        f"mean), least {weakest[peer].ratios[peer].value:.2f}x: {weakest[peer].shape.use}"
-        for peer in peers
-    )
+def rows_of(document: dict[str, Any]) -> list[Row]:
+    """Of pytest-benchmark's JSON."""
+    return [Row.from_info(benchmark["extra_info"]) for benchmark in document.get("benchmarks", ())]
+
+
+def weakest_first(rows: Sequence[Row]) -> list[Row]:
+    """By the ratio to the closest peer."""
+    return sorted(rows, key=lambda row: row.closest[1].value)
 
 
 def _time(seconds: float) -> str:

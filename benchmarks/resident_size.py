@@ -8,9 +8,9 @@ import json
 import os
 from pathlib import Path
 
+from benchmarks.decoder import ATTENTIONS, DecoderLoop
 from benchmarks.machine import in_a_process
 from benchmarks.shapes import Shape
-from benchmarks.training_step import ATTENTIONS, TrainingStep
 
 STEPS = 1000
 EVERY = 20  # steps between two looks
@@ -23,7 +23,7 @@ def curve(attention: str, method: str, shape: Shape) -> list[int]:
 
 def measure(attention: str, method: str, shape: Shape) -> list[int]:
     """:func:`curve` of this process."""
-    step = TrainingStep(attention, method, shape)
+    step = DecoderLoop(attention, method, shape)
     sizes = []
     with step.active():
         for i in range(1, STEPS + 1):

@@ -8,17 +8,26 @@ from itertools import product
 
 @dataclass(frozen=True)
 class Shape:
-    """T = 1 is a decoder that runs step by step, T > 1 one that knows its targets (teacher forcing)."""
+    """T = 1 is a decoder that runs step by step, T > 1 one that knows its targets (teacher forcing).
+
+    `is_cold`: to be measured with a memory that no cache holds, as where much else passes through it between two steps.
+    """
 
     use: str
     B: int
     T: int
     S: int
     H: int
+    is_cold: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         return self.B, self.T, self.S, self.H
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the memory [B, S, H] in float32."""
+        return 4 * self.B * self.S * self.H
 
     @property
     def elements(self) -> int:
@@ -42,10 +51,13 @@ SHAPES = (
     Shape("OCR", 32, 25, 64, 256),
     Shape("text-to-speech, a step", 32, 1, 150, 256),
     Shape("text-to-speech", 16, 100, 60, 128),
-    Shape("speech, a step", 16, 1, 400, 512),
+    Shape("speech, a step", 16, 1, 400, 512, is_cold=True),
     Shape("speech", 4, 40, 400, 256),
     Shape("time series", 64, 24, 96, 64),
 )
+
+SHAPES_COMPILED = ("translation",)  # by their use: of the short report, where torch.compile would take most of its time
+DECODER = Shape("translation, a decoder", 64, 30, 30, 256)
 
 # The targets' shapes, as they number them.
 ADDITIVE = unnamed((32, 24, 24, 128), (32, 50, 50, 512), (8, 256, 256, 512))

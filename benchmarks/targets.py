@@ -30,6 +30,7 @@ from torch import Tensor
 import attn_ext
 from attn_ext import backend
 from benchmarks import grid, limits, peak_memory, report, resident_size
+from benchmarks.decoder import ATTENTIONS, GRU, DecoderLoop, Kind
 from benchmarks.implementations import (
     COMPILED,
     DIRECTIONS,
@@ -58,7 +59,6 @@ from benchmarks.shapes import (
     unnamed,
 )
 from benchmarks.timing import ROUNDS, SECONDS_PER_ROW, Ratio, Schedule, Timed, check, interleave, kept_pages
-from benchmarks.training_step import ATTENTIONS, GRU, Kind, TrainingStep
 
 TOO_SLOW = 1.0  # seconds: a peer's call that takes longer is timed once
 QUICK = Schedule(0.05, range(3, 11), TOO_SLOW)
@@ -152,7 +152,8 @@ def _peak_memory(run: Run) -> Iterator[Finding]:
             computed = implementation.peak_bytes("additive", shape, "forward+backward")
             measured = None
             if computed < available_memory() / 2:
-                measured = peak_memory.extra_bytes(implementation.name, "additive", shape)
+                call = Call(implementation, Problem("additive", shape), "forward+backward")
+                measured = peak_memory.extra_bytes(call)
             point = {
                 "implementation": implementation.name,
                 "sizes": shape.sizes,
@@ -234,7 +235,7 @@ def training_steps(run: Run) -> Iterator[Finding]:
     decoders.append((small[0] if run.quick else TRAINING_STEPS[1], feeding))
     for shape, kind in decoders:
         for method in ("dot", "general", "concat"):
-            steps = {name: TrainingStep(name, method, shape, kind) for name in ATTENTIONS}
+            steps = {name: DecoderLoop(name, method, shape, kind=kind) for name in ATTENTIONS}
             reference = steps.pop(REFERENCE.name)
             for name in (FUSED.name, EAGER.name):
                 check(steps[name], reference)
@@ -256,7 +257,9 @@ def training_steps(run: Run) -> Iterator[Finding]:
 
 
 def _gradient_difference(method: str, shape: Shape, kind: Kind) -> Finding:
-    fused, eager = (TrainingStep(name, method, shape, kind, torch.float64)() for name in (FUSED.name, EAGER.name))
+    fused, eager = (
+        DecoderLoop(name, method, shape, kind=kind, dtype=torch.float64)() for name in (FUSED.name, EAGER.name)
+    )
     # No gradient arrives at a part that the attention has and a method does not use.
     pairs = [(a, b) for a, b in zip(fused, eager, strict=True) if a is not None and b is not None]
     largest = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)

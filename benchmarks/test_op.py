@@ -2,29 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.implementations import DIRECTIONS, FUSED, METHODS, PEERS, REFERENCE, Call, Problem
-from benchmarks.report import Row
-from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import check, race
+from benchmarks import bounds, limits
+from benchmarks.grid import why_skipped
+from benchmarks.implementations import (
+    AUTOTUNED,
+    COMPILED,
+    DIRECTIONS,
+    EAGER,
+    FUSED,
+    METHODS,
+    NO_WEIGHTS,
+    REFERENCE,
+    SDPA_BACKENDS,
+    Call,
+    Implementation,
+    Problem,
+)
+from benchmarks.machine import last_level_cache
+from benchmarks.shapes import GRID, GRID_COMPILED, SHAPES, SHAPES_COMPILED, Shape
+from benchmarks.timing import check
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    shapes = (*SHAPES, *GRID) if metafunc.config.getoption("benchmark_full") else SHAPES
+    metafunc.parametrize("method", METHODS)
+    metafunc.parametrize("shape", shapes, ids=str)
+    metafunc.parametrize("direction", DIRECTIONS)
+
+
+def _peers(shape: Shape, full: bool) -> Iterator[Implementation]:
+    yield EAGER
+    yield from SDPA_BACKENDS
+    if shape.use in SHAPES_COMPILED or (full and (shape in SHAPES or shape in GRID_COMPILED)):
+        yield COMPILED
+        if full:
+            yield AUTOTUNED
+
+
 def test_op(
-    method: str, shape: Shape, direction: str, benchmark: BenchmarkFixture, record: Callable[[Row], None]
+    method: str,
+    shape: Shape,
+    direction: str,
+    measure: Callable[..., None],
+    absent: dict[str, str],
+    request: pytest.FixtureRequest,
 ) -> None:
     problem = Problem(method, shape)
-    calls = {i.name: Call(i, problem, direction) for i in (FUSED, *PEERS)}
-    for call in calls.values():
-        check(call, calls[REFERENCE.name])
-    rounds = race(benchmark, calls[FUSED.name], [calls[peer.name] for peer in PEERS])
-    if rounds:
-        row = Row.of(method, shape, direction, rounds)
-        benchmark.extra_info |= row.extra_info()
-        record(row)
+    copies = 1 + 2 * last_level_cache() // shape.memory_bytes if shape.is_cold else 1
+    fused = Call(FUSED, problem, direction, copies=copies)
+    unweighted = Call(FUSED, problem, direction, need_weights=False, name=NO_WEIGHTS, copies=copies)
+    rivals = {}
+    peers = []
+    for peer in _peers(shape, request.config.getoption("benchmark_full")):
+        needs_weights = peer.accepts(method, need_weights=True)
+        if not needs_weights and not peer.accepts(method, need_weights=False):
+            continue
+        if why := why_skipped(peer, method, shape, direction):
+            absent[f"{peer.name} at {method} {shape.sizes} {direction}"] = why
+            continue
+        call = Call(peer, problem, direction, needs_weights, copies=copies)
+        check(call, Call(REFERENCE, problem, direction, needs_weights))
+        peers.append(call)
+        rivals[peer.name] = FUSED.name if needs_weights else NO_WEIGHTS
+    check(fused, Call(REFERENCE, problem, direction))
+    if NO_WEIGHTS in rivals.values():
+        check(unweighted, Call(REFERENCE, problem, direction, need_weights=False))
+        peers.append(unweighted)
+    try:
+        parts = bounds.parts(method, shape, direction)
+    except limits.NoCompilerError as error:
+        parts = []
+        absent["limits"] = str(error).splitlines()[0]
+    measure("op", method, shape, direction, fused, peers, rivals, parts)

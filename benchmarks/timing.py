@@ -24,6 +24,8 @@ SECONDS_PER_ROW = 1.0
 ROUNDS = range(7, 301)
 RESERVE = 1 << 30  # bytes that kept_pages() has touched before the first call: several of the largest gradients
 GLIBC_LARGEST_THRESHOLD = 32 << 20  # bytes; its mmap threshold's, on 64-bit machines
+SLOW = 0.1  # seconds: of the speed report's peers, what takes longer takes part in SLOW_ROUNDS only
+SLOW_ROUNDS = 2
 SHORTEST_SAMPLE = 2e-4  # seconds: a call that takes less is repeated within a sample
 
 # Of a tensor's largest value. Halves: a few units of their last place, which hand-written eager code loses on the way.
@@ -124,34 +126,46 @@ class Ratio:
 
     @classmethod
     def of(cls, numerator: Sequence[float], denominator: Sequence[float], factor: float = 1.0) -> Ratio:
-        """factor * numerator / denominator, of samples from the same rounds; one that was taken once has no rounds."""
-        if len(numerator) != len(denominator) or len(numerator) < 2:
+        """factor * numerator / denominator, of samples from the same rounds, as far as both go; one has no spread."""
+        if min(len(numerator), len(denominator)) < 2:
             value = factor * statistics.median(numerator) / statistics.median(denominator)
             return cls(value, value, value)
         low, value, high = statistics.quantiles(
-            (factor * a / b for a, b in zip(numerator, denominator, strict=True)), method="inclusive"
+            (factor * a / b for a, b in zip(numerator, denominator, strict=False)), method="inclusive"
         )
         return cls(value, low, high)
 
 
-def race(benchmark: BenchmarkFixture, call: Timed, peers: Sequence[Timed]) -> dict[str, list[float]]:
-    """Seconds by name, round by round. Each recorded round of `call` follows one round of every peer."""
-    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+def race(benchmark: BenchmarkFixture, call: Timed, others: Sequence[Timed], warm: bool) -> dict[str, list[float]]:
+    """Seconds by name, round by round: of `call`, whose rounds pytest-benchmark records, and of `others` before each.
 
-    def peers_round() -> None:
-        for peer in peers:
-            seconds[peer.name].append(sample(peer))
+    Samples are warm, or find the caches as the round's call before left them.
+    """
+    seconds: dict[str, list[float]] = {other.name: [] for other in others}
+    left = dict.fromkeys(seconds, ROUNDS[-1])
+    are_recorded = False
+
+    def round_of_others() -> None:
+        for other in others:
+            if left[other.name] > 0:
+                seconds[other.name].append(sample(other, warm=warm and left[other.name] > SLOW_ROUNDS))
+                left[other.name] -= are_recorded
+        if warm:
+            call()
 
     with call.active():
         start = time.perf_counter()
-        peers_round()
+        round_of_others()
         call()
         affordable = int(SECONDS_PER_ROW / (time.perf_counter() - start))
+        left.update((name, SLOW_ROUNDS) for name, times in seconds.items() if times[-1] > SLOW)
         rounds = min(max(affordable, ROUNDS[0]), ROUNDS[-1])
-        benchmark.pedantic(call, setup=peers_round, rounds=rounds, warmup_rounds=1)
+        are_recorded = True
+        benchmark.pedantic(call, setup=round_of_others, rounds=rounds)
     if benchmark.stats is None:  # --benchmark-disable: one round, for whoever wants to see it run
         return {}
-    return {call.name: list(benchmark.stats.stats.data)} | {name: times[-rounds:] for name, times in seconds.items()}
+    recorded = {name: times[1:] for name, times in seconds.items()}
+    return {call.name: list(benchmark.stats.stats.data)} | recorded
 
 
 @contextmanager

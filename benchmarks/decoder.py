@@ -1,4 +1,4 @@
-"""One training step of a decoder that attends step by step: what attention adds to a decoder without it."""
+"""A decoder that attends step by step, trained or run: what attention adds to a decoder without it."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ class Decoder(nn.Module):
         self.Wc = nn.Linear(2 * size, size, bias=False)
         self.output = nn.Linear(size, VOCABULARY)
 
-    def forward(self, targets: Tensor, memory: Tensor, prepare: Callable[[nn.Module, Tensor], Attend]) -> Tensor:
-        """The mean loss of predicting `targets` [B, T] from `memory` [B, S, H]; `prepare` sees the memory once."""
+    def predict(
+        self, targets: Tensor, memory: Tensor, prepare: Callable[[nn.Module, Tensor], Attend]
+    ) -> Iterator[Tensor]:
+        """The logits [B, V] of each of `targets` [B, T], from `memory` [B, S, H]; `prepare` sees the memory once."""
         attend = prepare(self.attention, memory)
         hidden = attentional = memory[:, -1]
         state = (hidden, hidden) if self.kind.cell == "LSTM" else hidden
-        losses = []
         previous = torch.zeros_like(targets[:, 0])
         for target in targets.unbind(1):
             inputs = self.embedding(previous)
             state = self.cell(torch.cat([inputs, attentional], dim=-1) if self.kind.input_feeding else inputs, state)
             hidden = state[0] if self.kind.cell == "LSTM" else state
             attentional = torch.tanh(self.Wc(torch.cat([hidden, attend(hidden)], dim=-1)))
-            losses.append(F.cross_entropy(self.output(attentional), target))
+            yield self.output(attentional)
             previous = target
-        return torch.stack(losses).mean()
 
 
 def _none(_attention: nn.Module, memory: Tensor) -> Attend:
@@ -96,17 +96,28 @@ def _eager(attention: nn.Module, memory: Tensor) -> Attend:
     return attend
 
 
-class TrainingStep:
-    """Forward, loss and backward of one batch; returns the loss and the gradients of memory and all parameters."""
+class DecoderLoop:
+    """T steps over one memory, whose symbols are known.
+
+    "forward+backward" is a training step: it returns the loss and the gradients of memory and all parameters. "forward"
+    is inference and returns every step's logits [B, V].
+    """
 
     def __init__(
-        self, attention: str, method: str, shape: Shape, kind: Kind = GRU, dtype: torch.dtype = torch.float32
+        self,
+        attention: str,
+        method: str,
+        shape: Shape,
+        direction: str = "forward+backward",
+        kind: Kind = GRU,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         B, T, S, H = shape.sizes
         self.name = attention
         self.active: Callable[[], AbstractContextManager[object]] = nullcontext
         if attention in (FUSED.name, REFERENCE.name):
             self.active = partial(attn_ext.use_backend, attention)
+        self._trains = direction == "forward+backward"
         self._prepare = {"none": _none, "eager": _eager}.get(attention, _attn_ext)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -115,8 +126,13 @@ class TrainingStep:
             self._targets = torch.randint(VOCABULARY, (B, T))
 
     def __call__(self) -> tuple[Tensor, ...]:
-        loss = self._decoder(self._targets, self._memory, self._prepare)
-        return loss, *torch.autograd.grad(loss, list(self._leaves()), allow_unused=True)
+        with torch.set_grad_enabled(self._trains):
+            predictions = self._decoder.predict(self._targets, self._memory, self._prepare)
+            if not self._trains:
+                return tuple(predictions)
+            losses = [F.cross_entropy(each, target) for each, target in zip(predictions, self._targets.T, strict=True)]
+            loss = torch.stack(losses).mean()
+            return loss, *torch.autograd.grad(loss, list(self._leaves()), allow_unused=True)
 
     def _leaves(self) -> Iterator[Tensor]:
         yield self._memory
