@@ -1,6 +1,7 @@
 # make demo    set up, build, and train the date translator
 # make test    set up, build, and run the tests
 # make bench   set up, build, and print the speed report
+# make peers   install the packages whose attention layers the speed report compares with
 # make targets set up, build, and hold the performance targets against the machine's limits (ARGS="--grid --json FILE")
 # make build   set up and build: seconds after a change to a kernel
 # make lint    ruff and clang-format, as they stand in the environment
@@ -18,7 +19,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
-.PHONY: demo test bench targets gpu-check build lint clean
+.PHONY: demo test bench peers targets gpu-check build lint clean
 
 demo: build
 	$(PY) examples/translate_dates.py $(ARGS)
@@ -28,6 +29,9 @@ test: build
 
 bench: build
 	$(PY) -m pytest --benchmark $(ARGS)
+
+peers: $(VENV)/ready
+	$(PIP) install --no-deps -r benchmarks/packages.txt
 
 targets: build
 	$(PY) -m benchmarks.targets $(ARGS)

@@ -9,8 +9,9 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from attn_ext import backend
-from benchmarks import guards, load, peak_memory, report
+from benchmarks import guards, load, packages, peak_memory, report
 from benchmarks.bounds import Part
+from benchmarks.implementations import Implementation
 from benchmarks.shapes import Shape
 from benchmarks.timing import Timed, race
 
@@ -23,9 +24,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ABSENT] = {}
 
 
-def pytest_collection_modifyitems() -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if problem := backend.unavailable():
         raise pytest.UsageError(f"there is nothing to time: {problem}")
+    items.sort(key=lambda item: item.path.stem != "test_op")  # the op before what is made of it
+
+
+@pytest.fixture(scope="session")
+def package_peers(absent: dict[str, str]) -> tuple[Implementation, ...]:
+    """The attention layers of other packages; the missing ones are named in the report."""
+    peers, missing = packages.load()
+    absent |= missing
+    return peers
 
 
 @pytest.fixture(scope="session")

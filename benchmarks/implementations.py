@@ -29,13 +29,14 @@ Results = tuple[Tensor, Tensor | None]
 class Implementation:
     """`attend(query, memory, method, *, need_weights, **parameters)` -> context, weights.
 
-    `active` surrounds its calls, untimed. `tanh_copies`: tensors of size [B, T, S, A] that additive scores make it hold
-    at once, forward and with backward.
+    `active` surrounds its calls, untimed. `methods`: those it has scores for. `tanh_copies`: tensors of size
+    [B, T, S, A] that additive scores make it hold at once, forward and with backward.
     """
 
     name: str
     attend: Callable[..., Results]
     active: Callable[[], AbstractContextManager[object]] = nullcontext
+    methods: tuple[str, ...] = (*METHODS, "additive")
     returns_weights: bool = True
     is_compiled: bool = False
     compile_mode: str = "default"
@@ -43,7 +44,7 @@ class Implementation:
 
     def accepts(self, method: str, need_weights: bool) -> bool:
         """Whether it returns the same results as the fused op."""
-        return self.returns_weights or (method in ("dot", "general") and not need_weights)
+        return method in self.methods and (self.returns_weights or not need_weights)
 
     def peak_bytes(self, method: str, shape: Shape, direction: str, itemsize: int = 4) -> int:
         """What its intermediates need at once, about."""
@@ -95,10 +96,43 @@ def _sdpa(
     return F.scaled_dot_product_attention(query.unsqueeze(1), memory, memory, scale=1.0).squeeze(1), None
 
 
+def by_step(step: Callable[[Tensor], tuple[Tensor, Tensor]], query: Tensor, need_weights: bool) -> Results:
+    """One query after the other, as a decoder asks: `step(query [B, 1, H])` -> context [B, 1, H], weights [B, 1, S]."""
+    contexts, weights = zip(*(step(each) for each in query.split(1, dim=1)), strict=True)
+    return torch.cat(contexts, dim=1), torch.cat(weights, dim=1) if need_weights else None
+
+
+def _tutorial(
+    query: Tensor,
+    memory: Tensor,
+    method: str,
+    *,
+    need_weights: bool = True,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    v: Tensor | None = None,
+) -> Results:
+    """As tutorials on translators and chatbots write it: step by step, memory projected anew in each."""
+
+    def step(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if method == "dot":
+            energy = hidden * memory
+        elif method == "general":
+            energy = hidden * F.linear(memory, weight.t())
+        else:
+            both = torch.cat((hidden.expand_as(memory), memory), dim=-1)  # [B, S, 2H]
+            energy = v * torch.tanh(F.linear(both, weight, bias))
+        weights = torch.softmax(energy.sum(-1), dim=-1).unsqueeze(1)  # [B, 1, S]
+        return torch.bmm(weights, memory), weights
+
+    return by_step(step, query, need_weights)
+
+
 FUSED = Implementation("fused", _public, partial(attn_ext.use_backend, "fused"))
 REFERENCE = Implementation("reference", _public, partial(attn_ext.use_backend, "reference"), tanh_copies=(2, 3))
 EAGER = Implementation("eager", _eager, tanh_copies=(2, 3))
-SDPA = Implementation("SDPA", _sdpa, returns_weights=False)
+TUTORIAL = Implementation("tutorial", _tutorial, methods=METHODS, tanh_copies=(4, 5))
+SDPA = Implementation("SDPA", _sdpa, methods=("dot", "general"), returns_weights=False)
 SDPA_BACKENDS = tuple(
     replace(SDPA, name=f"SDPA {name}", active=partial(sdpa_kernel, backend))
     for name, backend in {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}.items()

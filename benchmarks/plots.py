@@ -210,10 +210,10 @@ def speedups(data: dict[str, Any]) -> Figure | None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda *_: "")
         axes.set_title(method, fontsize=9)
-    figure.supxlabel("the peer's time over the fused op's, with quartiles; + with backward", fontsize=8)
+        axes.set_xlabel("the peer's time over the fused op's", fontsize=8)
     marks = [Line2D([], [], color=colours[peer], marker="o", linewidth=0, label=peer) for peer in peers]
     figure.legend(handles=marks, loc="outside lower center", ncols=min(len(marks), 8), frameon=False, fontsize=7)
-    figure.suptitle(f"Speed-up over every peer\n{_where(data)}", fontsize=9)
+    figure.suptitle(f"Speed-up over every peer, with quartiles; +: with backward\n{_where(data)}", fontsize=9)
     return figure
 
 

@@ -18,6 +18,7 @@ from benchmarks.implementations import (
     NO_WEIGHTS,
     REFERENCE,
     SDPA_BACKENDS,
+    TUTORIAL,
     Call,
     Implementation,
     Problem,
@@ -36,6 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _peers(shape: Shape, full: bool) -> Iterator[Implementation]:
     yield EAGER
+    yield TUTORIAL
     yield from SDPA_BACKENDS
     if shape.use in SHAPES_COMPILED or (full and (shape in SHAPES or shape in GRID_COMPILED)):
         yield COMPILED
@@ -48,6 +50,7 @@ def test_op(
     shape: Shape,
     direction: str,
     measure: Callable[..., None],
+    package_peers: tuple[Implementation, ...],
     absent: dict[str, str],
     request: pytest.FixtureRequest,
 ) -> None:
@@ -57,7 +60,7 @@ def test_op(
     unweighted = Call(FUSED, problem, direction, need_weights=False, name=NO_WEIGHTS, copies=copies)
     rivals = {}
     peers = []
-    for peer in _peers(shape, request.config.getoption("benchmark_full")):
+    for peer in (*_peers(shape, request.config.getoption("benchmark_full")), *package_peers):
         needs_weights = peer.accepts(method, need_weights=True)
         if not needs_weights and not peer.accepts(method, need_weights=False):
             continue
