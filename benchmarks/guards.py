@@ -19,9 +19,9 @@ def red_tests() -> str | None:
     return None if process.returncode == 0 else (process.stdout + process.stderr)[-2000:]
 
 
-def busy_machine() -> str | None:
-    """None as soon as the machine is quiet; otherwise who keeps it busy."""
-    others = load.wait_for_quiet()
+def busy_machine(patience: float = 15.0) -> str | None:
+    """None as soon as the machine is quiet; after so many seconds, who keeps it busy."""
+    others = load.wait_for_quiet(patience)
     if others is None:
         return None
     return f"other processes keep {others:.1f} of the cores busy ({', '.join(load.busiest()) or 'none of this system'})"

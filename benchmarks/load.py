@@ -12,7 +12,6 @@ from pathlib import Path
 
 QUIET = 0.15  # of one core
 LOOK = 0.25  # seconds
-PATIENCE = 15.0  # seconds
 
 _STAT = Path("/proc/stat")
 
@@ -39,7 +38,7 @@ def others_since(then: Moment) -> float:
     return max(0.0, (now.busy - then.busy - (now.own - then.own)) / seconds)
 
 
-def wait_for_quiet(patience: float = PATIENCE) -> float | None:
+def wait_for_quiet(patience: float) -> float | None:
     """None as soon as the machine is quiet; after `patience` seconds, the cores that others have kept busy."""
     deadline = time.perf_counter() + patience
     while True:

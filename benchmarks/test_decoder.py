@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -23,4 +24,5 @@ def test_decoder(method: str, direction: str, measure: Callable[..., None]) -> N
     for loop in (fused, eager):
         check(loop, reference)
     bound = Part(Probe("the decoder without attention", 1, "steps", without), 1)
-    measure("decoder", method, DECODER, direction, fused, [eager], {EAGER.name: FUSED.name}, [bound])
+    rivals = {EAGER.name: FUSED.name}
+    measure("decoder", method, DECODER, direction, fused, [eager], rivals, [bound], slow=math.inf)

@@ -24,7 +24,6 @@ SECONDS_PER_ROW = 1.0
 ROUNDS = range(7, 301)
 RESERVE = 1 << 30  # bytes that kept_pages() has touched before the first call: several of the largest gradients
 GLIBC_LARGEST_THRESHOLD = 32 << 20  # bytes; its mmap threshold's, on 64-bit machines
-SLOW = 0.1  # seconds: of the speed report's peers, what takes longer takes part in SLOW_ROUNDS only
 SLOW_ROUNDS = 2
 SHORTEST_SAMPLE = 2e-4  # seconds: a call that takes less is repeated within a sample
 
@@ -136,10 +135,13 @@ class Ratio:
         return cls(value, low, high)
 
 
-def race(benchmark: BenchmarkFixture, call: Timed, others: Sequence[Timed], warm: bool) -> dict[str, list[float]]:
+def race(
+    benchmark: BenchmarkFixture, call: Timed, others: Sequence[Timed], warm: bool, slow: float
+) -> dict[str, list[float]]:
     """Seconds by name, round by round: of `call`, whose rounds pytest-benchmark records, and of `others` before each.
 
-    Samples are warm, or find the caches as the round's call before left them.
+    Samples are warm, or find the caches as the round's call before left them. Of the others, what takes longer than
+    `slow` seconds takes part in the first `SLOW_ROUNDS` only.
     """
     seconds: dict[str, list[float]] = {other.name: [] for other in others}
     left = dict.fromkeys(seconds, ROUNDS[-1])
@@ -158,7 +160,7 @@ def race(benchmark: BenchmarkFixture, call: Timed, others: Sequence[Timed], warm
         round_of_others()
         call()
         affordable = int(SECONDS_PER_ROW / (time.perf_counter() - start))
-        left.update((name, SLOW_ROUNDS) for name, times in seconds.items() if times[-1] > SLOW)
+        left.update((name, SLOW_ROUNDS) for name, times in seconds.items() if times[-1] > slow)
         rounds = min(max(affordable, ROUNDS[0]), ROUNDS[-1])
         are_recorded = True
         benchmark.pedantic(call, setup=round_of_others, rounds=rounds)

@@ -6,14 +6,15 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import compare, grid, limits, report, targets
-from benchmarks.implementations import EAGER, FUSED, OPS, REFERENCE, Call, Problem
+from benchmarks import bounds, compare, grid, guards, limits, load, report, table, targets
+from benchmarks.decoder import DecoderLoop
+from benchmarks.implementations import DIRECTIONS, EAGER, FUSED, METHODS, OPS, REFERENCE, Call, Problem
 from benchmarks.shapes import GRID, GRID_COMPILED, GRID_SAMPLE, Shape, unnamed
 from benchmarks.timing import SHORTEST_SAMPLE, Ratio, Schedule, WrongResultError, check, interleave, sample
 from tests.processes import python
@@ -167,6 +168,14 @@ def test_an_implementation_with_other_results_is_refused(method: str) -> None:
         check(Call(replace(EAGER, name="scaled", attend=scaled), problem, "forward+backward"), reference)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decoder_is_the_same_whoever_attends(method: str, direction: str) -> None:
+    loops = [DecoderLoop(name, method, Shape("", 2, 3, 5, 16), direction) for name in (FUSED.name, EAGER.name)]
+    for loop in loops:
+        check(loop, DecoderLoop(REFERENCE.name, method, Shape("", 2, 3, 5, 16), direction))
+
+
 def test_a_slow_peer_is_timed_once() -> None:
     problem = Problem("dot", Shape("", 1, 1, 3, 4))
     calls = [Call(FUSED, problem, "forward"), Call(EAGER, problem, "forward")]
@@ -194,12 +203,127 @@ def test_a_warm_sample_follows_an_untimed_call() -> None:
     assert made[2:] == ["a", "a", "b", "b"] * 2  # behind a first call of each
 
 
+SPEECH = Shape("speech", 4, 40, 400, 256)
+
+
+def row_of(direction: str = "forward", share: Ratio | None = None, **ratios: Ratio) -> report.Row:
+    rates = {"multiply-add": 2e11}
+    return report.Row("op", "dot", SPEECH, direction, {"fused": 1e-3}, ratios, "multiply-add", share, rates, 1000, 0.0)
+
+
 def run_of(commit: str, **ratios: Ratio) -> dict[str, Any]:
     """A report of speed-ups over peers, as pytest-benchmark writes it."""
-    info = {"method": "dot", "use": "speech", "B,T,S,H": [4, 40, 400, 256], "direction": "forward"}
-    ratio = {peer: asdict(value) for peer, value in ratios.items()}
-    machine = {"attn_ext": {"machine": "one", "commit": commit}}
-    return {"machine_info": machine, "benchmarks": [{"extra_info": info | {"ratio": ratio}}]}
+    info = json.loads(json.dumps(row_of(**ratios).extra_info()))
+    machine = {"attn_ext": {"machine": "one", "software": "PyTorch", "commit": commit}}
+    return {"machine_info": machine, "benchmarks": [{"extra_info": info}]}
+
+
+def test_a_row_of_the_report_comes_back_from_its_json() -> None:
+    row = row_of(share=Ratio(0.5, 0.4, 0.6), eager=Ratio(2.0, 1.9, 2.1))
+    assert report.rows_of({"benchmarks": [{"extra_info": json.loads(json.dumps(row.extra_info()))}]}) == [row]
+
+
+def test_the_report_names_the_weakest_row_the_absent_and_the_disturbed() -> None:
+    close = row_of(eager=Ratio(3.0, 2.9, 3.1), SDPA=Ratio(0.9, 0.8, 1.0))
+    far = replace(row_of("forward+backward", eager=Ratio(2.0, 1.9, 2.1)), others=0.5)
+    lines = list(report.lines([far, close], {"SpeechBrain": "is not installed"}))
+    assert "SDPA 0.90x, eager 3.00x" in lines[-1]  # the closest first
+    assert lines[-1].startswith("weakest")
+    assert "absent    SpeechBrain: is not installed" in lines
+    assert sum(line.startswith("disturbed 1 rows") for line in lines) == 1
+    assert [" ! " in line for line in lines if line.startswith("dot ")] == [True, False]
+    table_lines = list(table.lines([far, close, replace(close, method="general", ratios=far.ratios)]))
+    assert table_lines[2].startswith("| dot, speech | (4,40,400,256) | 0.90x SDPA |")
+    assert table_lines[3].startswith("| general, speech |")
+
+
+def test_a_share_is_of_the_parts_together() -> None:
+    probe = limits.Probe("probe", 10.0, "FLOP", lambda: None)
+    other = replace(probe, name="other", amount=1.0)
+    parts = [bounds.Part(probe, 5.0), bounds.Part(other, 4.0)]
+    rounds = {"fused": [10.0, 20.0], "eager": [20.0, 20.0], "probe": [2.0, 4.0], "other": [1.0, 2.0]}
+    row = report.Row.of("op", "dot", SPEECH, "forward", rounds, {"eager": "fused"}, parts, 0, 0.0)
+    assert row.share == Ratio(0.5, 0.5, 0.5)  # (5/10 * 2 + 4 * 1) / 10, in both rounds
+    assert row.bound == "other"
+    assert row.ratios == {"eager": Ratio(1.5, 1.25, 1.75)}
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_the_parts_of_a_bound() -> None:
+    def amounts(method: str, shape: Shape, direction: str) -> dict[str, float]:
+        return {part.probe.name: part.amount for part in bounds.parts(method, shape, direction)}
+
+    many, one = Shape("", 2, 3, 5, 16), Shape("", 2, 1, 4096, 16)
+    products = 4 * 2 * 3 * 5 * 16
+    assert amounts("dot", many, "forward") == {"call": 1, "multiply-add": products}
+    assert amounts("dot", many, "forward+backward") == {"call with gradient": 1, "multiply-add": 3 * products}
+    assert amounts("general", many, "forward")["multiply-add"] == products + 2 * 2 * 3 * 16 * 16
+    assert amounts("concat", many, "forward")["multiply-add"] == products / 2 + 2 * 2 * (3 + 5) * 16 * 16
+    assert amounts("concat", many, "forward+backward")["additive backward"] == 2 * 3 * 5 * 16
+    assert amounts("dot", one, "forward") == {"call": 1, "read, 0.52 MB": 4 * 2 * 4096 * 16}
+    assert amounts("dot", replace(one, is_cold=True), "forward") == {"call": 1, "read": 4 * 2 * 4096 * 16}
+    assert amounts("dot", one, "forward+backward")["copy, 0.52 MB"] == 2 * 4 * 2 * 4096 * 16
+
+
+def test_the_work_of_others_is_what_is_not_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([load.Moment(100.0, 10.0, 0.0), load.Moment(103.0, 12.0, 2.0)])
+    monkeypatch.setattr(load.Moment, "now", lambda: next(moments))
+    assert load.others_since(load.Moment.now()) == 0.5  # 3 seconds of work, 2 of them one's own, in 2 by the clock
+
+
+def test_a_busy_machine_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([0.9, 0.9, 0.0])
+    monkeypatch.setattr(load, "others_since", lambda then: next(looks))
+    monkeypatch.setattr(load, "LOOK", 0.01)
+    assert load.wait_for_quiet(10.0) is None
+    assert next(looks, None) is None  # it looked three times
+    monkeypatch.setattr(load, "others_since", lambda then: 0.9)
+    assert guards.busy_machine(patience=0.0).startswith("other processes keep 0.9 of the cores busy (")
+
+
+def test_nothing_is_timed_while_its_tests_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
+    red.write_text("def test_it():\n    assert 1 == 2\n")
+    green.write_text("def test_it():\n    pass\n")
+    monkeypatch.setattr(guards, "ROOT", tmp_path)
+    monkeypatch.setattr(guards, "TESTS", (str(green),))
+    assert guards.red_tests() is None
+    monkeypatch.setattr(guards, "TESTS", (str(red),))
+    assert "assert 1 == 2" in guards.red_tests()
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_the_speed_report_and_its_readers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    kept = tmp_path / "report.json"
+    arguments = ("--benchmark", "--benchmark-unguarded", "-q", "-k", "1x1x24x128 and dot", f"--benchmark-json={kept}")
+    process = python("-m", "pytest", "-p", "no:cacheprovider", *arguments, cwd=ROOT)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr
+    assert "weakest   " in process.stdout
+    rows = report.rows_of(json.loads(kept.read_text()))
+    assert len(rows) == 2
+    for row in rows:
+        assert row.ratios.keys() >= {"eager"}
+        assert 0 < row.share.value < 2
+    assert python("-m", "benchmarks.compare", kept, kept, cwd=ROOT).returncode == 0
+    printed = python("-m", "benchmarks.table", kept, cwd=ROOT)
+    assert printed.stdout.count("\n| ") == 1, printed.stderr
+    process = python("-m", "benchmarks.plots", kept, "--out", tmp_path / "docs", cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    drawn = {path.name for path in (tmp_path / "docs").iterdir()}
+    assert drawn == {"speedups.png", "speedups.svg"}
+
+
+def test_the_roofline_is_drawn_where_its_limits_were_measured() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    rates = {"multiply-add": 2e11, "read": 2e10, "additive forward": 2e10}
+    rows = [replace(row_of(eager=Ratio(2.0, 1.9, 2.1)), method=method, rates=rates) for method in METHODS]
+    data = run_of("a") | {"benchmarks": [{"extra_info": row.extra_info()} for row in rows]}
+    products, tanh_terms = plots.roofline(data).axes
+    assert [len(axes.lines) for axes in (products, tanh_terms)] == [1 + 2, 1 + 1]
+    assert plots.roofline(run_of("a", eager=Ratio(2.0, 1.9, 2.1))) is None
 
 
 @pytest.mark.parametrize(
@@ -227,7 +351,7 @@ def test_a_comparison_as_a_program(results: Path, tmp_path: Path) -> None:
     process = python("-m", "benchmarks.compare", tmp_path / "old", tmp_path / "new", cwd=ROOT)
     assert process.returncode == 1, process.stderr
     assert "commit    old  ->  new" in process.stdout
-    assert "dot (4, 40, 400, 256) speech, forward against eager" in process.stdout
+    assert "op dot (4,40,400,256) speech, forward against eager" in process.stdout
     assert "1 slower, 0 faster, 1 same, 0 timed once" in process.stdout
     assert python("-m", "benchmarks.compare", results, results, cwd=ROOT).returncode == 0
     mixed = python("-m", "benchmarks.compare", results, tmp_path / "new", cwd=ROOT)
