@@ -8,10 +8,22 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from torch.utils.cpp_extension import include_paths
+
+from benchmarks.limits import FLAGS_OF_CAPABILITY
 from tests.processes import PACKAGE
 
 ROOT = PACKAGE.parent
 BUILD = ROOT / "build" / "tests"
+
+# The CPU kernels by themselves.
+KERNELS = ("csrc/cpu/kernels/dot.cpp", "csrc/cpu/kernels/additive.cpp")
+KERNELS_FLAGS = ("-std=c++20", "-w", *(f"-isystem{path}" for path in include_paths("cpu")))
+
+
+def of_capability(name: str) -> tuple[str, ...]:
+    """The flags that compile the kernels for an instruction set."""
+    return (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}", *FLAGS_OF_CAPABILITY[name])
 
 
 def compile_program(
@@ -29,7 +41,7 @@ def compile_program(
     own_flags = own_flags or {}
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     # A kernel's headers are many: whatever changes in csrc/ may be one of them.
-    headers = [*ROOT.glob("csrc/**/*.[ch]*"), *ROOT.glob("tests/cuda/*.h")]
+    headers = [*ROOT.glob("csrc/**/*.[ch]*"), *ROOT.glob("tests/*/*.h")]
     contents = [path.read_text() for path in sorted(headers)]
     contents += [(ROOT / source).read_text() for source in sources]
     key = hashlib.sha256("\n".join((version, *flags, *link, repr(own_flags), *contents)).encode()).hexdigest()[:16]

@@ -9,18 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
 
-from benchmarks.limits import FLAGS_OF_CAPABILITY, running_capability
-from tests.compilers import compile_program
+from benchmarks.limits import running_capability
+from tests.compilers import KERNELS, KERNELS_FLAGS, compile_program, of_capability
 
-SOURCES = ("csrc/cpu/kernels/dot.cpp", "csrc/cpu/kernels/additive.cpp", "tests/kernels/check.cpp")
-FLAGS = ("-std=c++20", "-w", *(f"-isystem{path}" for path in include_paths("cpu")))
+SOURCES = (*KERNELS, "tests/kernels/check.cpp")
 LIBRARIES = Path(torch.__file__).with_name("lib")  # PyTorch's vectors call its exponential of float64
-
-
-def of_capability(name: str) -> tuple[str, ...]:
-    return (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}", *FLAGS_OF_CAPABILITY[name])
 
 
 def assert_passes(*command: str, **environment: str) -> None:
@@ -40,7 +34,7 @@ def test_under_sanitizers() -> None:
         "check-sanitized",
         compiler,
         SOURCES,
-        (*FLAGS, *of_capability(running_capability()), "-O1", "-g1", *sanitizers),
+        (*KERNELS_FLAGS, *of_capability(running_capability()), "-O1", "-g1", *sanitizers),
         (f"-L{LIBRARIES}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{LIBRARIES}"),
     )
     assert_passes(str(program), "1", "400", ASAN_OPTIONS="detect_leaks=0")
@@ -54,6 +48,6 @@ def test_on_aarch64() -> None:
             "there is no aarch64-linux-gnu-g++ or no qemu-aarch64 here (Debian: g++-aarch64-linux-gnu, qemu-user)"
         )
     program = compile_program(
-        "check-aarch64", compiler, SOURCES, (*FLAGS, *of_capability("default"), "-O2"), ("-static",)
+        "check-aarch64", compiler, SOURCES, (*KERNELS_FLAGS, *of_capability("default"), "-O2"), ("-static",)
     )
     assert_passes(emulator, str(program), "1", "60")

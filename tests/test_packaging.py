@@ -46,5 +46,6 @@ def test_the_sdist_carries_every_source(tmp_path: Path) -> None:
     wanted = {
         path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in endings
     }
+    wanted.add(Path("tests/instructions.json"))
     wanted |= {Path(name) for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "conftest.py")}
     assert wanted - carried == set()

@@ -3,6 +3,7 @@
 
 #include "../tensors.h"
 #include "capability.h"
+#include "plan.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -17,64 +18,6 @@
 
 namespace attn_ext::cpu {
 namespace {
-
-// Multiply-adds below which a thread is not worth waking, and what a tanh costs in them.
-constexpr int64_t kGrain = 1 << 15;
-constexpr int64_t kTanhCost = 8;
-
-// What dividing an item's queries once more takes for a part, whose tiles are read again and whose gradients are merged: queries,
-// and multiply-adds.
-constexpr int64_t kLeastQueries = 8;
-constexpr int64_t kQueriesGrain = 8 * kGrain;
-
-// Bytes of a memory, keys included, that no cache is trusted to keep from one call to the next.
-constexpr int64_t kLargeMemory = int64_t{1} << 24;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-int64_t work_of_step(const Problem& problem) {
-  const int64_t score = problem.keys.data == nullptr ? problem.key_size : kTanhCost * problem.key_size;
-  return problem.queries * (score + problem.memory_size);
-}
-
-// A tile of memory stays in the second-level cache from the scores to the context: 256 KiB of it, half as much where a few queries
-// pass by keys and their exponentials too. Many queries' dot products find in that cache the panels that they pack, however long
-// the tile is: it is as long as they are deep.
-int64_t tile_of(const Problem& problem, int64_t chunk) {
-  const bool many = chunk >= kMany, is_dot = problem.keys.data == nullptr;
-  if (many && is_dot) {
-    return kTile;
-  }
-  const int64_t size = (many || is_dot ? 1 << 18 : 1 << 17) / sizeof(float);
-  const int64_t row = std::max<int64_t>({problem.memory_size, problem.key_size, 1});
-  return std::clamp<int64_t>(size / row / 32 * 32, 32, kShortTile);
-}
-
-// Items of `chunk` queries. With fewer of them than threads, the source is split, and where that has too few tiles the queries are
-// divided further, as far as a part is worth a thread.
-Plan plan_of(const Problem& problem, int64_t chunk) {
-  Plan plan{};
-  plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
-  plan.tile = tile_of(problem, plan.chunk);
-  plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
-  const int64_t row = problem.memory_size + (problem.keys.data == nullptr ? 0 : problem.key_size);
-  plan.is_large = problem.batch * problem.steps * row * width_of(problem.dtype) >= kLargeMemory;
-  const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
-  const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
-  const int64_t wanted = ceil_div(at::get_num_threads(), groups);
-  const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, plan.tile), 1);
-  plan.split_tiles = ceil_div(tiles, std::clamp<int64_t>(work / kGrain, 1, wanted));
-  plan.split_size = plan.split_tiles * plan.tile;
-  plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
-  const int64_t parts = std::min({ceil_div(wanted, plan.splits), work / plan.splits / kQueriesGrain, plan.chunk / kLeastQueries});
-  if (parts > 1) {
-    plan.chunk = ceil_div(plan.chunk, parts);
-    plan.chunks = ceil_div(problem.queries, plan.chunk);
-  }
-  return plan;
-}
 
 // Asks for huge pages behind a large output. It is fresh memory: faults on its small pages would take several times as long as
 // writing it.
@@ -141,7 +84,7 @@ Tensor contiguous(const OptionalTensor& tensor) {
 void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   const Tensor lengths = contiguous(inputs.lengths);
   call.problem = problem_of(inputs, lengths);
-  call.plan = plan_of(call.problem, std::max<int64_t>(call.problem.queries, 1));
+  call.plan = plan_of(call.problem, std::max<int64_t>(call.problem.queries, 1), at::get_num_threads());
   call.grad_scores = data_of(gradients.scores);
   call.grad_query = data_of(gradients.query);
   call.grad_keys = data_of(gradients.keys);
@@ -171,7 +114,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   const Tensor lengths = contiguous(inputs.lengths);
   Forward call{};
   call.problem = problem_of(inputs, lengths);
-  call.plan = plan_of(call.problem, kChunk);
+  call.plan = plan_of(call.problem, kChunk, at::get_num_threads());
   call.context = outputs.context.mutable_data_ptr();
   call.weights = data_of(outputs.weights);
   call.logsumexp = outputs.logsumexp.mutable_data_ptr();

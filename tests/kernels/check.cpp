@@ -2,37 +2,22 @@
 // double. Built by tests/test_kernels.py for each instruction set, with sanitizers, and for other processors under an emulator.
 //
 //   check SEED COUNT    prints what failed and how; exit status 1 if anything did
-#include "../../csrc/cpu/kernels/problem.h"
-
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include "op.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
-#include <memory>
 #include <random>
-#include <string>
-#include <type_traits>
 #include <vector>
 
 namespace attn_ext::cpu {
-
-namespace CPU_CAPABILITY {
-const Kernels& dot_kernels(Dtype, int64_t, int64_t);
-const Kernels& additive_kernels(Dtype, int64_t, int64_t);
-}  // namespace CPU_CAPABILITY
-
 namespace {
 
 using Doubles = std::vector<double>;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-// What an output holds before it is written: none may keep it.
-constexpr unsigned char kUnwritten = 0xff;
 
 class Random {
  public:
@@ -46,8 +31,9 @@ class Random {
     return std::uniform_real_distribution<>()(engine_) < probability;
   }
 
-  double normal() {
-    return std::normal_distribution<>()(engine_);
+  // Numbers of a normal distribution.
+  auto normals(double size) {
+    return [this, size] { return size * std::normal_distribution<>()(engine_); };
   }
 
   template <class T>
@@ -59,230 +45,66 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-// A tensor [batches, rows, size] of any dtype, its bytes exactly as many as its strides reach: a sanitizer sees a step further.
-class Array {
- public:
-  Array(Dtype dtype, int64_t batches, int64_t rows, int64_t size, int64_t row_padding = 0, int64_t element = 1)
-      : dtype_(dtype), rows_(rows), size_(size), row_(size * element + row_padding), element_(element), batches_(batches) {
-    const int64_t count = batches * rows * size == 0 ? 0 : (batches * rows - 1) * row_ + (size - 1) * element_ + 1;
-    void* bytes = nullptr;  // aligned as PyTorch aligns
-    if (posix_memalign(&bytes, 64, std::max<size_t>(count * width(), 1)) != 0) {
-      std::abort();
-    }
-    bytes_.reset(static_cast<char*>(bytes));
-    std::fill_n(reinterpret_cast<unsigned char*>(bytes_.get()), count * width(), kUnwritten);
-  }
-
-  View view() const {
-    return {bytes_.get(), rows_ * row_, row_, element_};
-  }
-
-  void* data() const {
-    return bytes_.get();
-  }
-
-  double at(int64_t b, int64_t row, int64_t i) const {
-    const int64_t at = index(b, row, i);
-    return with_type([&](auto* data) { return static_cast<double>(data[at]); });
-  }
-
-  void set(int64_t b, int64_t row, int64_t i, double value) {
-    const int64_t at = index(b, row, i);
-    with_type([&](auto* data) {
-      using scalar = std::remove_pointer_t<decltype(data)>;
-      if constexpr (std::is_same_v<scalar, double>) {
-        data[at] = value;
-      } else {
-        data[at] = static_cast<scalar>(static_cast<float>(value));
-      }
-      return 0.0;
-    });
-  }
-
-  // Values of a distribution, as the dtype holds them.
-  void fill(Random& random, double size) {
-    for_each([&](int64_t b, int64_t row, int64_t i) { set(b, row, i, size * random.normal()); });
-  }
-
-  // What a result is compared with: consecutive, in double.
-  Doubles values() const {
-    Doubles all;
-    for_each([&](int64_t b, int64_t row, int64_t i) { all.push_back(at(b, row, i)); });
-    return all;
-  }
-
-  template <class F>
-  void for_each(const F& f) const {
-    for (int64_t b = 0; b < batches_; ++b) {
-      for (int64_t row = 0; row < rows_; ++row) {
-        for (int64_t i = 0; i < size_; ++i) {
-          f(b, row, i);
-        }
-      }
-    }
-  }
-
- private:
-  struct Free {
-    void operator()(char* bytes) const {
-      std::free(bytes);
-    }
+Op random_op(Random& random) {
+  const bool additive = random.chance(0.5);
+  const Dtype dtype = random.of({Dtype::Float, Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half});
+  const int64_t B = random.upto(1, 3);
+  const int64_t T = random.chance(0.5) ? 1 : random.chance(0.7) ? random.upto(2, 40) : random.upto(41, 300);
+  const int64_t S = random.chance(0.2) ? random.upto(0, 3) : random.chance(0.7) ? random.upto(4, 90) : random.upto(91, 600);
+  const int64_t D = random.chance(0.2) ? 32 * random.upto(1, 6) : random.chance(0.8) ? random.upto(1, 70) : random.upto(71, 300);
+  const int64_t Dm = !additive ? D : random.chance(0.3) ? 32 * random.upto(1, 6) : random.upto(1, 70);
+  const auto array = [&](int64_t rows, int64_t size) {
+    return Array(dtype, B, rows, size, random.upto(0, 3), random.of({1, 1, 2}));
   };
-
-  int64_t width() const {
-    return dtype_ == Dtype::Double ? 8 : dtype_ == Dtype::Float ? 4 : 2;
-  }
-
-  int64_t index(int64_t b, int64_t row, int64_t i) const {
-    return (b * rows_ + row) * row_ + i * element_;
-  }
-
-  template <class F>
-  double with_type(const F& f) const {
-    switch (dtype_) {
-      case Dtype::Double:
-        return f(reinterpret_cast<double*>(bytes_.get()));
-      case Dtype::Float:
-        return f(reinterpret_cast<float*>(bytes_.get()));
-      case Dtype::BFloat16:
-        return f(reinterpret_cast<c10::BFloat16*>(bytes_.get()));
-      default:
-        return f(reinterpret_cast<c10::Half*>(bytes_.get()));
-    }
-  }
-
-  Dtype dtype_;
-  int64_t rows_, size_, row_, element_, batches_;
-  std::unique_ptr<char, Free> bytes_;
-};
-
-// Sizes, masks and inputs of one op. A dot op is its own keys.
-struct Case {
-  Random random;
-  bool additive;
-  Dtype dtype, exact_type;
-  int64_t B, T, S, D, Dm;
-  double scale;
-  std::vector<int64_t> lengths;
-  std::vector<char> mask;  // [B, S] or [B, T, S]
-  bool mask_per_query;
-  Array query, keys, memory, v;
-
-  explicit Case(uint64_t seed) : Case(Random(seed)) {}
-
-  bool attended(int64_t b, int64_t t, int64_t s) const {
-    const bool within = lengths.empty() || s < lengths[b];
-    return within && (mask.empty() || mask[mask_per_query ? (b * T + t) * S + s : b * S + s]);
-  }
-
-  Problem problem() const {
-    Problem p{};
-    p.dtype = dtype;
-    p.batch = B, p.queries = T, p.steps = S, p.key_size = D, p.memory_size = Dm;
-    p.scale = scale;
-    p.query = query.view();
-    p.memory = memory.view();
-    if (additive) {
-      p.keys = keys.view();
-      p.v = v.view();
-    }
-    p.lengths = lengths.empty() ? nullptr : lengths.data();
-    if (!mask.empty()) {
-      p.mask = {mask.data(), mask_per_query ? T * S : S, mask_per_query ? S : 0, 1};
-      p.mask_per_query = mask_per_query;
-    }
-    return p;
-  }
-
-  const Kernels& kernels(const Plan& plan) const {
-    return (additive ? CPU_CAPABILITY::additive_kernels : CPU_CAPABILITY::dot_kernels)(dtype, T, plan.chunk);
-  }
-
-  // As exact as the products with the weights are: pairs of bfloat16 are multiplied with rounded ones.
-  Dtype products_type() const {
-    return dtype == Dtype::BFloat16 && !additive ? dtype : exact_type;
-  }
-
-  std::string text() const {
-    constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16"};
-    char line[200];
-    std::snprintf(
-        line,
-        sizeof(line),
-        "%s (B=%d, T=%d, S=%d, D=%d, Dm=%d) %s%s%s",
-        additive ? "additive" : "dot",
-        static_cast<int>(B),
-        static_cast<int>(T),
-        static_cast<int>(S),
-        static_cast<int>(D),
-        static_cast<int>(Dm),
-        names[static_cast<int>(dtype)],
-        lengths.empty() ? "" : ", lengths",
-        mask.empty()     ? ""
-        : mask_per_query ? ", mask by query"
-                         : ", mask by row");
-    return line;
-  }
-
- private:
-  explicit Case(Random r)
-      : random(r),
-        additive(random.chance(0.5)),
-        dtype(random.of({Dtype::Float, Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half})),
-        exact_type(dtype == Dtype::Double ? Dtype::Double : Dtype::Float),
-        B(random.upto(1, 3)),
-        T(random.chance(0.5)   ? 1
-          : random.chance(0.7) ? random.upto(2, 40)
-                               : random.upto(41, 300)),
-        S(random.chance(0.2)   ? random.upto(0, 3)
-          : random.chance(0.7) ? random.upto(4, 90)
-                               : random.upto(91, 600)),
-        D(random.chance(0.2)   ? 32 * random.upto(1, 6)
-          : random.chance(0.8) ? random.upto(1, 70)
-                               : random.upto(71, 300)),
-        Dm(!additive            ? D
-           : random.chance(0.3) ? 32 * random.upto(1, 6)
-                                : random.upto(1, 70)),
-        scale(random.of({1.0, 0.3})),
-        mask_per_query(random.chance(0.5)),
-        query(dtype, B, T, D, random.upto(0, 3), random.of({1, 1, 2})),
-        keys(dtype, B, S, D, random.upto(0, 3), random.of({1, 1, 2})),
-        memory(dtype, B, S, Dm, random.upto(0, 3), random.of({1, 1, 2})),
-        v(dtype, 1, 1, D) {
-    // With the largest, the guard leaves the factored exponentials.
-    const double size = random.of({0.02, 1.0, 1.0, 10.0, 60.0});
-    query.fill(random, additive ? size : 1 / std::sqrt(static_cast<double>(D)));
-    keys.fill(random, size);
-    memory.fill(random, 1);
-    v.fill(random, 1 / std::sqrt(static_cast<double>(D)));
-    if (random.chance(0.4)) {
-      for (int64_t b = 0; b < B; ++b) {
-        lengths.push_back(random.upto(0, S));
-      }
-    }
-    if (random.chance(0.4)) {
-      const double density = random.of({0.1, 0.7, 0.97});
-      for (int64_t i = 0; i < (mask_per_query ? B * T * S : B * S); ++i) {
-        mask.push_back(random.chance(density));
-      }
-    }
-    // What nobody attends is never looked at.
+  Op op{
+      .additive = additive,
+      .dtype = dtype,
+      .exact_type = dtype == Dtype::Double ? Dtype::Double : Dtype::Float,
+      .B = B,
+      .T = T,
+      .S = S,
+      .D = D,
+      .Dm = Dm,
+      .scale = random.of({1.0, 0.3}),
+      .mask_per_query = random.chance(0.5),
+      .query = array(T, D),
+      .keys = array(S, D),
+      .memory = array(S, Dm),
+      .v = Array(dtype, 1, 1, D)};
+  // With the largest, the guard leaves the factored exponentials.
+  const double size = random.of({0.02, 1.0, 1.0, 10.0, 60.0});
+  op.query.fill(random.normals(additive ? size : 1 / std::sqrt(static_cast<double>(D))));
+  op.keys.fill(random.normals(size));
+  op.memory.fill(random.normals(1));
+  op.v.fill(random.normals(1 / std::sqrt(static_cast<double>(D))));
+  if (random.chance(0.4)) {
     for (int64_t b = 0; b < B; ++b) {
-      for (int64_t s = 0; s < S; ++s) {
-        bool by_some = false;
-        for (int64_t t = 0; t < T; ++t) {
-          by_some |= attended(b, t, s);
-        }
-        for (int64_t i = 0; !by_some && i < Dm; ++i) {
-          memory.set(b, s, i, kNaN);
-        }
-        for (int64_t i = 0; !by_some && i < D; ++i) {
-          keys.set(b, s, i, kNaN);
-        }
+      op.lengths.push_back(random.upto(0, S));
+    }
+  }
+  if (random.chance(0.4)) {
+    const double density = random.of({0.1, 0.7, 0.97});
+    for (int64_t i = 0; i < (op.mask_per_query ? B * T * S : B * S); ++i) {
+      op.mask.push_back(random.chance(density));
+    }
+  }
+  // What nobody attends is never looked at.
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t s = 0; s < S; ++s) {
+      bool by_some = false;
+      for (int64_t t = 0; t < T; ++t) {
+        by_some |= op.attended(b, t, s);
+      }
+      for (int64_t i = 0; !by_some && i < Dm; ++i) {
+        op.memory.set(b, s, i, kNaN);
+      }
+      for (int64_t i = 0; !by_some && i < D; ++i) {
+        op.keys.set(b, s, i, kNaN);
       }
     }
   }
-};
+  return op;
+}
 
 // The op in double.
 struct Truth {
@@ -290,7 +112,7 @@ struct Truth {
   // Of the sums that make up the gradients through scores, the largest possible: where they cancel, its rounding remains.
   double grad_size = 0;
 
-  Truth(const Case& c, const Array& g, const Array& gw)
+  Truth(const Op& c, const Array& g, const Array& gw)
       : context(c.B * c.T * c.Dm),
         weights(c.B * c.T * c.S),
         logsumexp(c.B * c.T, -std::numeric_limits<double>::infinity()),
@@ -308,7 +130,7 @@ struct Truth {
   }
 
  private:
-  void row(const Case& c, const Array& g, const Array& gw, int64_t b, int64_t t) {
+  void row(const Op& c, const Array& g, const Array& gw, int64_t b, int64_t t) {
     const int64_t at = b * c.T + t;
     double* a = weights.data() + at * c.S;
     double* e = scores.data() + at * c.S;
@@ -365,19 +187,6 @@ struct Truth {
   }
 };
 
-// Scratch between pages of nothing is the sanitizers' to guard; each slot begins as garbage.
-struct Scratch {
-  explicit Scratch(size_t size) : bytes(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>((size + 63) / 64 * 64, 64)))) {
-    std::fill_n(bytes, size, static_cast<char>(kUnwritten));
-  }
-  ~Scratch() {
-    std::free(bytes);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* bytes;
-};
-
 Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   Plan plan{};
@@ -419,7 +228,7 @@ void run_items(
 
 class Checker {
  public:
-  explicit Checker(const Case& c) : case_(c) {}
+  explicit Checker(const Op& c) : case_(c) {}
 
   // Relative to the largest value there is, or to `size` where that is larger.
   void compare(const char* name, const Doubles& actual, const Doubles& expected, Dtype dtype, double slack = 1, double size = 0) {
@@ -442,16 +251,16 @@ class Checker {
   bool ok = true;
 
  private:
-  const Case& case_;
+  const Op& case_;
 };
 
 bool check(uint64_t seed) {
-  Case c(seed);
-  Random& random = c.random;
+  Random random(seed);
+  const Op c = random_op(random);
   const bool rounds = c.dtype != c.exact_type, need_weights = random.chance(0.7);
   Array g(c.dtype, c.B, c.T, c.Dm, random.upto(0, 2)), gw(c.dtype, c.B, c.T, c.S);
-  g.fill(random, 1);
-  gw.fill(random, need_weights && random.chance(0.5) ? 1 : 0);
+  g.fill(random.normals(1));
+  gw.fill(random.normals(need_weights && random.chance(0.5) ? 1 : 0));
   const Truth truth(c, g, gw);
   Checker checker(c);
 
