@@ -93,12 +93,9 @@ def luong_attention(
         if isinstance(memory, AttentionMemory):
             memory.refuse_second_opinion(method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale)
             return memory.attend(query, need_weights=need_weights)
-    # F.linear would take other weights too.
-    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.layout is torch.strided
-    if v is None and bias is None and (weight is None if method == "dot" else is_matrix and method == "general"):
-        attended = attend_unchecked(query, weight, None, None, memory, lengths, mask, scale, need_weights)
-        if attended is not None:
-            return attended
+    attended = attend_unchecked(query, None, v, memory, lengths, mask, scale, need_weights, method, weight, bias)
+    if attended is not None:
+        return attended
     query, memory, weight, v, bias = autocast(query, memory, weight, v, bias)
     arguments = checks.Arguments("luong_attention")
     check_query(arguments, query)
@@ -141,7 +138,7 @@ def dot_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    attended = attend_unchecked(query, None, None, None, memory, lengths, mask, scale, need_weights)
+    attended = attend_unchecked(query, None, None, memory, lengths, mask, scale, need_weights)
     if attended is not None:
         return attended
     query, memory = autocast(query, memory)
@@ -183,7 +180,7 @@ def additive_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    attended = attend_unchecked(query, None, keys, v, values, lengths, mask, scale, need_weights)
+    attended = attend_unchecked(query, keys, v, values, lengths, mask, scale, need_weights)
     if attended is not None:
         return attended
     query, keys, v, values = autocast(query, keys, v, values)
@@ -223,7 +220,6 @@ def attend(
 
 def attend_unchecked(
     query: Tensor,
-    query_weight: Tensor | None,
     keys: Tensor | None,
     v: Tensor | None,
     memory: Tensor,
@@ -231,13 +227,17 @@ def attend_unchecked(
     mask: Tensor | None,
     scale: float | None,
     need_weights: bool,
+    method: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Attended | None:
     """`attend` for arguments as the caller gave them; None if they need a conversion, or a check's words for a refusal.
 
-    The checks would be most of a small call's time. The ops refuse what they refuse, so they come after a refusal.
+    With a `method`, query and memory are projected first. The checks would be most of a small call's time. The ops
+    refuse what they refuse, so they come after a refusal.
     """
     try:
-        if not goes_unchecked(query, query_weight, keys, v, memory, lengths, mask):
+        if not goes_unchecked(query, weight, bias, keys, v, memory, lengths, mask):
             return None
         if scale is None:
             scale = 1.0
@@ -247,13 +247,28 @@ def attend_unchecked(
             return None
         if type(need_weights) is not bool:
             return None
-        if query_weight is not None:
-            query = linear(query, query_weight)
+        if method is not None:
+            if not _has_its_parameters(method, weight, v, bias):
+                return None
+            keys = project_keys(memory, method, weight, bias, lengths, mask)
+            query = project_query(query, query_weight(memory, method, weight))
         if keys is None:
             return backend.calls.dot_attention(query, memory, lengths, mask, scale, need_weights)
         return backend.calls.additive_attention(query, keys, v, memory, lengths, mask, scale, need_weights)
     except REFUSALS:
         return None
+
+
+def _has_its_parameters(method: str, weight: Tensor | None, v: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a refusal of the products or of the ops is all that these parameters can lead to."""
+    if method == "dot":
+        return weight is None and v is None and bias is None
+    # F.linear would take other weights, and broadcast a bias.
+    if weight is None or weight.dim() != 2 or weight.layout is not torch.strided:
+        return False
+    if method == "general":
+        return v is None and bias is None
+    return method == "concat" and v is not None and (bias is None or bias.shape == weight.shape[:1])
 
 
 def goes_unchecked(query: Tensor, *others: Tensor | None) -> bool:
