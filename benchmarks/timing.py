@@ -20,7 +20,7 @@ from benchmarks.machine import available_memory
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-SECONDS_PER_ROW = 1.0
+SECONDS_PER_ROW = 0.5
 ROUNDS = range(7, 301)
 RESERVE = 1 << 30  # bytes that kept_pages() has touched before the first call: several of the largest gradients
 GLIBC_LARGEST_THRESHOLD = 32 << 20  # bytes; its mmap threshold's, on 64-bit machines
@@ -144,30 +144,37 @@ def race(
     `slow` seconds takes part in the first `SLOW_ROUNDS` only.
     """
     seconds: dict[str, list[float]] = {other.name: [] for other in others}
+    repeats: dict[str, int] = {}
     left = dict.fromkeys(seconds, ROUNDS[-1])
-    are_recorded = False
 
     def round_of_others() -> None:
         for other in others:
             if left[other.name] > 0:
-                seconds[other.name].append(sample(other, warm=warm and left[other.name] > SLOW_ROUNDS))
-                left[other.name] -= are_recorded
+                seconds[other.name].append(sample(other, repeats[other.name], warm and left[other.name] > SLOW_ROUNDS))
+                left[other.name] -= 1
         if warm:
             call()
 
+    def calls() -> None:
+        for _ in range(repeats[call.name]):
+            call()
+
     with call.active():
-        start = time.perf_counter()
-        round_of_others()
-        call()
-        affordable = int(SECONDS_PER_ROW / (time.perf_counter() - start))
-        left.update((name, SLOW_ROUNDS) for name, times in seconds.items() if times[-1] > slow)
-        rounds = min(max(affordable, ROUNDS[0]), ROUNDS[-1])
-        are_recorded = True
-        benchmark.pedantic(call, setup=round_of_others, rounds=rounds)
+        a_round = 0.0
+        for each in (*others, call):
+            once = sample(each, warm=True)
+            repeats[each.name] = math.ceil(SHORTEST_SAMPLE / once)
+            a_round += (repeats[each.name] + warm) * once
+            if once > slow and each is not call:
+                left[each.name] = SLOW_ROUNDS
+        rounds = min(max(int(SECONDS_PER_ROW / a_round), ROUNDS[0]), ROUNDS[-1])
+        benchmark.pedantic(calls, setup=round_of_others, rounds=rounds)
     if benchmark.stats is None:  # --benchmark-disable: one round, for whoever wants to see it run
         return {}
-    recorded = {name: times[1:] for name, times in seconds.items()}
-    return {call.name: list(benchmark.stats.stats.data)} | recorded
+    # Of a call, like all others here: pytest-benchmark would repeat it itself, but not where each round has a setup.
+    of_a_call = benchmark.stats.stats.data
+    of_a_call[:] = [each / repeats[call.name] for each in of_a_call]
+    return {call.name: list(of_a_call)} | seconds
 
 
 @contextmanager
