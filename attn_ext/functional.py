@@ -104,9 +104,10 @@ def luong_attention(
     arguments.mask(mask)
     scale = arguments.scale(scale)
     arguments.flag("need_weights", need_weights)
+    query_weight, key_weight = split_weight(memory, method, weight)
     return attend(
-        project_query(query, query_weight(memory, method, weight)),
-        project_keys(memory, method, weight, bias, lengths, mask),
+        project_query(query, query_weight),
+        project_keys(memory, key_weight, bias, lengths, mask),
         v,
         memory,
         lengths=lengths,
@@ -250,8 +251,9 @@ def attend_unchecked(
         if method is not None:
             if not _has_its_parameters(method, weight, v, bias):
                 return None
-            keys = project_keys(memory, method, weight, bias, lengths, mask)
-            query = project_query(query, query_weight(memory, method, weight))
+            query_weight, key_weight = split_weight(memory, method, weight)
+            keys = project_keys(memory, key_weight, bias, lengths, mask)
+            query = project_query(query, query_weight)
         if keys is None:
             return backend.calls.dot_attention(query, memory, lengths, mask, scale, need_weights)
         return backend.calls.additive_attention(query, keys, v, memory, lengths, mask, scale, need_weights)
@@ -335,12 +337,16 @@ def check_memory(
             arguments.floating("bias", bias, "A")
 
 
-def query_weight(memory: Tensor, method: str, weight: Tensor | None) -> Tensor | None:
-    """The part of `weight` that projects the queries; dot has none."""
+def split_weight(memory: Tensor, method: str, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The parts of `weight` that project queries and memory; None where there is nothing to project.
+
+    As one split, whose gradient is written once: those of two slices would each be filled up with zeros, and added.
+    """
     if method != "concat":
-        return weight
+        return weight, None
     assert weight is not None
-    return weight[:, : weight.shape[1] - memory.shape[-1]]
+    size = memory.shape[-1]
+    return weight.split([weight.shape[1] - size, size], dim=1)
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -362,22 +368,16 @@ def project_query(query: Tensor, query_weight: Tensor | None) -> Tensor:
 
 
 def project_keys(
-    memory: Tensor,
-    method: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
+    memory: Tensor, key_weight: Tensor | None, bias: Tensor | None, lengths: Tensor | None, mask: Tensor | None
 ) -> Tensor | None:
     """The keys that concat's queries meet: Wm m + bias, [B, S, A]; None where the memory is its own keys."""
-    if method != "concat":
+    if key_weight is None:
         return None
-    assert weight is not None
     # The gradient of Wm is a sum over all rows: 0 * NaN would reach it from rows that nobody may attend.
     allowed = reference.allowed_positions(memory, lengths, mask)
     if allowed is not None:
         memory = memory.masked_fill(~allowed.any(dim=1).unsqueeze(-1), 0.0)
-    return linear(memory, weight[:, weight.shape[1] - memory.shape[-1] :], bias)
+    return linear(memory, key_weight, bias)
 
 
 def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") -> None:

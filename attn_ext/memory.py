@@ -64,12 +64,12 @@ class AttentionMemory:
         arguments.mask(mask)
         self.mask = mask
         self.scale = arguments.scale(scale)
-        self.keys = functional.project_keys(memory, method, weight, bias, self.lengths, mask)
-        self._prepare_steps()
+        query_weight, key_weight = functional.split_weight(memory, method, weight)
+        self.keys = functional.project_keys(memory, key_weight, bias, self.lengths, mask)
+        self._prepare_steps(query_weight)
 
-    def _prepare_steps(self) -> None:
+    def _prepare_steps(self, query_weight: Tensor | None) -> None:
         """What the ops for a loop's steps take besides: nothing that is not made of the attributes above."""
-        query_weight = functional.query_weight(self.memory, self.method, self.weight)
         shared = (self.memory, self.keys, self.v, query_weight)
         self._has_gradients = any(tensor is not None and tensor.requires_grad for tensor in shared)
         self._is_prepared = not is_compiling() and backend.fused_runs_on(self.memory.device.type)
@@ -108,7 +108,7 @@ class AttentionMemory:
         if not is_compiling() and backend.fused_runs_on(query.device.type) and self._is_step(query):
             context, weights = self._attend_step(_OPS.memory_attention.default, query, need_weights)
             return context, weights if need_weights else None
-        query_weight = functional.query_weight(self.memory, self.method, self.weight)
+        query_weight, _ = functional.split_weight(self.memory, self.method, self.weight)
         return functional.attend(
             functional.project_query(query, query_weight),
             self.keys,

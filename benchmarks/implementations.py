@@ -76,8 +76,8 @@ def _eager(
     if method == "general":
         query = F.linear(query, weight)
     elif method == "concat":
-        size = query.shape[-1]
-        query, keys = F.linear(query, weight[:, :size]), F.linear(memory, weight[:, size:], bias)
+        query_weight, key_weight = weight.split([query.shape[-1], memory.shape[-1]], dim=1)
+        query, keys = F.linear(query, query_weight), F.linear(memory, key_weight, bias)
     if keys is None:
         scores = torch.bmm(query, memory.transpose(1, 2))  # [B, T, S]
     else:
