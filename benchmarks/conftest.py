@@ -15,7 +15,7 @@ from benchmarks.implementations import Implementation
 from benchmarks.shapes import Shape
 from benchmarks.timing import Timed, race
 
-SLOW = 0.1  # seconds: of a peer's call, which then takes part in a few rounds only
+SLOW = 0.05  # seconds: of a peer's call, which then takes part in a few rounds only
 
 ROWS = pytest.StashKey[list[report.Row]]()
 ABSENT = pytest.StashKey[dict[str, str]]()
@@ -64,13 +64,14 @@ def measure(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, is_guar
         peers: Sequence[Timed],
         rivals: dict[str, str],
         parts: Sequence[Part],
+        warm: bool = True,
         slow: float = SLOW,
     ) -> None:
         if is_guarded and (busy := guards.busy_machine()):
             pytest.exit(f"{busy}: --benchmark-unguarded measures all the same", returncode=1)
         extra_bytes = peak_memory.extra_bytes(call)
         then = load.Moment.now()
-        rounds = race(benchmark, call, [*peers, *(part.probe for part in parts)], warm=not shape.is_cold, slow=slow)
+        rounds = race(benchmark, call, [*peers, *(part.probe for part in parts)], warm and not shape.is_cold, slow)
         others = load.others_since(then)
         if rounds:
             row = report.Row.of(mode, method, shape, direction, rounds, rivals, parts, extra_bytes, others)

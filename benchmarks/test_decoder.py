@@ -25,4 +25,4 @@ def test_decoder(method: str, direction: str, measure: Callable[..., None]) -> N
         check(loop, reference)
     bound = Part(Probe("the decoder without attention", 1, "steps", without), 1)
     rivals = {EAGER.name: FUSED.name}
-    measure("decoder", method, DECODER, direction, fused, [eager], rivals, [bound], slow=math.inf)
+    measure("decoder", method, DECODER, direction, fused, [eager], rivals, [bound], warm=False, slow=math.inf)
