@@ -2,8 +2,9 @@
 
 OLD and NEW are JSON files of `python -m benchmarks.targets --json` or `python -m pytest --benchmark --benchmark-json`.
 What is compared are the rows' ratios, to a limit or a peer that was timed in the same rounds: times drift with the
-machine. A row is faster or slower only where its ratio changed by more than both runs' quartiles are apart, together
-with a tolerance for what differs from one process to the next. The exit status is 1 where a row is slower.
+machine. A ratio is better or worse only where it changed by more than both runs' quartiles are apart, together with a
+tolerance for what differs from one process to the next; a row is faster or slower where most of its ratios are. The
+exit status is 1 where a row is slower.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from benchmarks.report import rows_of, settings_of
 from benchmarks.timing import Ratio
 
 TOLERANCE = 0.1
-VERDICTS = ("slower", "faster", "same", "timed once")
+FEWEST_ROUNDS = 5
+VERDICTS = ("slower", "faster", "same", "too few rounds")
 
 
 class NotComparableError(ValueError):
@@ -32,10 +34,9 @@ class NotComparableError(ValueError):
 
 
 @dataclass(frozen=True)
-class Change:
-    """One row of both runs. `gain` is the factor by which it got better."""
+class Pair:
+    """A ratio in both runs. `gain` is the factor by which it got better."""
 
-    row: str
     old: Ratio
     new: Ratio
     at_most: bool = False  # the smaller the better
@@ -45,22 +46,45 @@ class Change:
         return self.old.value / self.new.value if self.at_most else self.new.value / self.old.value
 
     def verdict(self, tolerance: float) -> str:
-        """One of `VERDICTS`."""
-        if any(ratio.low == ratio.value == ratio.high for ratio in (self.old, self.new)):
-            return "timed once"  # nothing is known of its spread
+        """One of `VERDICTS`: whether the change is more than the quartiles' and the tolerance's together."""
+        for ratio in (self.old, self.new):
+            if ratio.low == ratio.high or (ratio.rounds is not None and ratio.rounds < FEWEST_ROUNDS):
+                return VERDICTS[3]  # nothing is known of its spread
         spread = sum(math.log(ratio.high / ratio.low) for ratio in (self.old, self.new))
         change = math.log(self.gain)
         if abs(change) <= math.log1p(tolerance) + spread:
             return "same"
         return "faster" if change > 0 else "slower"
 
+
+@dataclass(frozen=True)
+class Change:
+    """One row of both runs, by what it was held against."""
+
+    row: str
+    pairs: dict[str, Pair]
+
+    @property
+    def gain(self) -> float:
+        return statistics.median(pair.gain for pair in self.pairs.values())
+
+    def verdict(self, tolerance: float) -> str:
+        """What more than half of the pairs say that know of their spread; a single peer may have changed itself."""
+        counts = Counter(pair.verdict(tolerance) for pair in self.pairs.values())
+        known = counts.total() - counts[VERDICTS[3]]
+        if not known:
+            return VERDICTS[3]
+        return next((verdict for verdict in ("slower", "faster") if 2 * counts[verdict] > known), "same")
+
     def line(self, tolerance: float) -> str:
-        texts = [f"{ratio.value:.3g} ({ratio.low:.3g} to {ratio.high:.3g})" for ratio in (self.old, self.new)]
-        return f"  {self.row:<100}{texts[0]:<24}{texts[1]:<24}{self.gain:>6.2f}x  {self.verdict(tolerance)}"
+        against, pair = min(self.pairs.items(), key=lambda item: abs(math.log(item[1].gain / self.gain)))
+        texts = [f"{ratio.value:.3g} ({ratio.low:.3g} to {ratio.high:.3g})" for ratio in (pair.old, pair.new)]
+        name = f"{self.row} {against}"
+        return f"  {name:<100}{texts[0]:<24}{texts[1]:<24}{self.gain:>6.2f}x  {self.verdict(tolerance)}"
 
 
-def rows(document: dict[str, Any]) -> Iterator[tuple[str, Ratio, bool]]:
-    """What is measured, its ratio, and whether the smaller is the better.
+def rows(document: dict[str, Any]) -> Iterator[tuple[str, str, Ratio, bool]]:
+    """What is measured, against what, the ratio, and whether the smaller is the better.
 
     Raises:
         NotComparableError: the document is none of this project's reports.
@@ -71,16 +95,16 @@ def rows(document: dict[str, Any]) -> Iterator[tuple[str, Ratio, bool]]:
         # An error has no spread, and a lost cell of the grid stands there once more.
         if finding["unit"] != "e" and finding["target"] != 5 and all(finding["ratio"].values()):
             sizes = tuple(finding["shape"][name] for name in "BTSH")
-            name = f"{finding['target']} {finding['kernel']} {sizes} {finding['direction']} {finding['measure']}"
-            yield name, Ratio(**finding["ratio"]), finding["at_most"]
+            name = f"{finding['target']} {finding['kernel']} {sizes} {finding['direction']}"
+            yield f"{name} {finding['measure']}", "", Ratio(**finding["ratio"]), finding["at_most"]
     for cell in map(Cell.from_json, document.get("grid", ())):
         for peer, ratio in cell.ratios.items():
-            yield f"5 {cell} against {peer}", ratio, False
+            yield f"5 {cell}", f"against {peer}", ratio, False
     for row in rows_of(document):
         for peer, ratio in row.ratios.items():
-            yield f"{row.name} against {peer}", ratio, False
+            yield row.name, f"against {peer}", ratio, False
         if row.share:
-            yield f"{row.name}, share of its limit", row.share, False
+            yield row.name, "against its limit", row.share, False
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
@@ -89,11 +113,14 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     Raises:
         NotComparableError: they have none in common.
     """
-    before = {name: ratio for name, ratio, _ in rows(old)}
-    found = [Change(name, before[name], ratio, at_most) for name, ratio, at_most in rows(new) if name in before]
-    if not found:
+    before = {(row, against): ratio for row, against, ratio, _ in rows(old)}
+    pairs: dict[str, dict[str, Pair]] = {}
+    for row, against, ratio, at_most in rows(new):
+        if (row, against) in before:
+            pairs.setdefault(row, {})[against] = Pair(before[row, against], ratio, at_most)
+    if not pairs:
         raise NotComparableError("they have no row in common")
-    return found
+    return [Change(row, of_row) for row, of_row in pairs.items()]
 
 
 def lines(old: dict[str, Any], new: dict[str, Any], tolerance: float, everything: bool = False) -> Iterator[str]:

@@ -71,7 +71,7 @@ def measure(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, is_guar
             pytest.exit(f"{busy}: --benchmark-unguarded measures all the same", returncode=1)
         extra_bytes = peak_memory.extra_bytes(call)
         then = load.Moment.now()
-        rounds = race(benchmark, call, [*peers, *(part.probe for part in parts)], warm and not shape.is_cold, slow)
+        rounds = race(benchmark, call, peers, [part.probe for part in parts], warm and not shape.is_cold, slow)
         others = load.others_since(then)
         if rounds:
             row = report.Row.of(mode, method, shape, direction, rounds, rivals, parts, extra_bytes, others)

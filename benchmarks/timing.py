@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -25,6 +25,7 @@ ROUNDS = range(7, 301)
 RESERVE = 1 << 30  # bytes that kept_pages() has touched before the first call: several of the largest gradients
 GLIBC_LARGEST_THRESHOLD = 32 << 20  # bytes; its mmap threshold's, on 64-bit machines
 SLOW_ROUNDS = 2
+SPINNING = 5e-3  # seconds that a thread of OpenMP's keeps its core busy when it has nothing to do
 SHORTEST_SAMPLE = 2e-4  # seconds: a call that takes less is repeated within a sample
 
 # Of a tensor's largest value. Halves: a few units of their last place, which hand-written eager code loses on the way.
@@ -122,36 +123,40 @@ class Ratio:
     value: float
     low: float
     high: float
+    rounds: int | None = field(default=None, compare=False)  # None: nobody has kept it
 
     @classmethod
     def of(cls, numerator: Sequence[float], denominator: Sequence[float], factor: float = 1.0) -> Ratio:
         """factor * numerator / denominator, of samples from the same rounds, as far as both go; one has no spread."""
         if min(len(numerator), len(denominator)) < 2:
             value = factor * statistics.median(numerator) / statistics.median(denominator)
-            return cls(value, value, value)
-        low, value, high = statistics.quantiles(
-            (factor * a / b for a, b in zip(numerator, denominator, strict=False)), method="inclusive"
-        )
-        return cls(value, low, high)
+            return cls(value, value, value, 1)
+        ratios = [factor * a / b for a, b in zip(numerator, denominator, strict=False)]
+        low, value, high = statistics.quantiles(ratios, method="inclusive")
+        return cls(value, low, high, len(ratios))
 
 
 def race(
-    benchmark: BenchmarkFixture, call: Timed, others: Sequence[Timed], warm: bool, slow: float
+    benchmark: BenchmarkFixture, call: Timed, peers: Sequence[Timed], probes: Sequence[Timed], warm: bool, slow: float
 ) -> dict[str, list[float]]:
-    """Seconds by name, round by round: of `call`, whose rounds pytest-benchmark records, and of `others` before each.
+    """Seconds by name, round by round: of `call`, whose rounds pytest-benchmark records, after its probes and peers.
 
-    Samples are warm, or find the caches as the round's call before left them. Of the others, what takes longer than
-    `slow` seconds takes part in the first `SLOW_ROUNDS` only.
+    Samples are warm, or find the caches as the round's call before left them. A peer that takes longer than `slow`
+    seconds takes part in the first `SLOW_ROUNDS` only.
     """
-    seconds: dict[str, list[float]] = {other.name: [] for other in others}
+    seconds: dict[str, list[float]] = {other.name: [] for other in (*probes, *peers)}
     repeats: dict[str, int] = {}
     left = dict.fromkeys(seconds, ROUNDS[-1])
 
     def round_of_others() -> None:
-        for other in others:
-            if left[other.name] > 0:
-                seconds[other.name].append(sample(other, repeats[other.name], warm and left[other.name] > SLOW_ROUNDS))
-                left[other.name] -= 1
+        for probe in probes:
+            seconds[probe.name].append(sample(probe, repeats[probe.name]))
+        # Their threads still wait for more of the same, at the cost of a call that has one: until they sleep.
+        time.sleep(SPINNING)
+        for peer in peers:
+            if left[peer.name] > 0:
+                seconds[peer.name].append(sample(peer, repeats[peer.name], warm and left[peer.name] > SLOW_ROUNDS))
+                left[peer.name] -= 1
         if warm:
             call()
 
@@ -160,14 +165,14 @@ def race(
             call()
 
     with call.active():
-        a_round = 0.0
-        for each in (*others, call):
+        a_round = SPINNING
+        for each in (*probes, *peers, call):
             once = sample(each)
             if once <= slow:  # the first call of all may have set something up
                 once = sample(each)
             repeats[each.name] = math.ceil(SHORTEST_SAMPLE / once)
             a_round += (repeats[each.name] + warm) * once
-            if once > slow and each is not call:
+            if each in peers and once > slow:
                 left[each.name] = SLOW_ROUNDS
         rounds = min(max(int(SECONDS_PER_ROW / a_round), ROUNDS[0]), ROUNDS[-1])
         benchmark.pedantic(calls, setup=round_of_others, rounds=rounds)

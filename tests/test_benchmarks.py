@@ -334,25 +334,40 @@ def test_the_roofline_is_drawn_where_its_limits_were_measured() -> None:
         (Ratio(2.8, 2.7, 2.9), "faster"),
         (Ratio(2.8, 1.9, 3.7), "same"),  # a wide spread
         (Ratio(1.4, 1.35, 1.45), "slower"),
-        (Ratio(1.4, 1.4, 1.4), "timed once"),
+        (Ratio(1.4, 1.4, 1.4), "too few rounds"),
+        (Ratio(1.4, 1.35, 1.45, 2), "too few rounds"),
     ],
     ids=str,
 )
 def test_a_comparison_respects_the_spread(new: Ratio, verdict: str) -> None:
     (change,) = compare.changes(run_of("a", eager=Ratio(2.0, 1.9, 2.1)), run_of("b", eager=new))
     assert change.verdict(compare.TOLERANCE) == verdict
-    mirrored = compare.Change("size", change.new, change.old, at_most=True)
-    assert mirrored.verdict(compare.TOLERANCE) == verdict
+    (pair,) = change.pairs.values()
+    assert compare.Pair(pair.new, pair.old, at_most=True).verdict(compare.TOLERANCE) == verdict
+
+
+def test_a_row_changed_where_most_of_its_ratios_did() -> None:
+    two, three = Ratio(2.0, 1.9, 2.1), Ratio(3.0, 2.9, 3.1)
+    old = run_of("a", eager=two, compiled=two, tutorial=two)
+    (one_peer,) = compare.changes(old, run_of("b", eager=two, compiled=two, tutorial=three))
+    assert one_peer.verdict(compare.TOLERANCE) == "same"
+    (itself,) = compare.changes(old, run_of("b", eager=three, compiled=three, tutorial=two))
+    assert itself.verdict(compare.TOLERANCE) == "faster"
+    assert itself.gain == 1.5
+    (unknown,) = compare.changes(
+        old, run_of("b", eager=three, compiled=Ratio(2.0, 2.0, 2.0), tutorial=replace(two, rounds=2))
+    )
+    assert unknown.verdict(compare.TOLERANCE) == "faster"  # the others do not know
 
 
 def test_a_comparison_as_a_program(results: Path, tmp_path: Path) -> None:
     for name, value in {"old": Ratio(2.0, 1.9, 2.1), "new": Ratio(1.4, 1.35, 1.45)}.items():
-        (tmp_path / name).write_text(json.dumps(run_of(name, eager=value, compiled=Ratio(3.0, 2.9, 3.1))))
+        (tmp_path / name).write_text(json.dumps(run_of(name, eager=value)))
     process = python("-m", "benchmarks.compare", tmp_path / "old", tmp_path / "new", cwd=ROOT)
     assert process.returncode == 1, process.stderr
     assert "commit    old  ->  new" in process.stdout
     assert "op dot (4,40,400,256) speech, forward against eager" in process.stdout
-    assert "1 slower, 0 faster, 1 same, 0 timed once" in process.stdout
+    assert "1 slower, 0 faster, 0 same, 0 too few rounds" in process.stdout
     assert python("-m", "benchmarks.compare", results, results, cwd=ROOT).returncode == 0
     mixed = python("-m", "benchmarks.compare", results, tmp_path / "new", cwd=ROOT)
     assert "cannot be compared: they have no row in common" in mixed.stderr
