@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-QUIET = 0.15  # of one core
-LOOK = 0.25  # seconds
+QUIET = 0.2  # of one core
+LOOK = 0.1  # seconds
 
 _STAT = Path("/proc/stat")
 

@@ -20,7 +20,7 @@ from benchmarks.machine import available_memory
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-SECONDS_PER_ROW = 0.5
+SECONDS_PER_ROW = 0.4
 ROUNDS = range(7, 301)
 RESERVE = 1 << 30  # bytes that kept_pages() has touched before the first call: several of the largest gradients
 GLIBC_LARGEST_THRESHOLD = 32 << 20  # bytes; its mmap threshold's, on 64-bit machines

@@ -331,9 +331,9 @@ def test_the_roofline_is_drawn_where_its_limits_were_measured() -> None:
     [
         (Ratio(2.0, 1.9, 2.1), "same"),
         (Ratio(2.2, 2.1, 2.3), "same"),  # beyond the quartiles, within the tolerance
-        (Ratio(2.8, 2.7, 2.9), "faster"),
-        (Ratio(2.8, 1.9, 3.7), "same"),  # a wide spread
-        (Ratio(1.4, 1.35, 1.45), "slower"),
+        (Ratio(3.6, 3.5, 3.7), "faster"),
+        (Ratio(3.6, 1.9, 5.3), "same"),  # a wide spread
+        (Ratio(1.1, 1.05, 1.15), "slower"),
         (Ratio(1.4, 1.4, 1.4), "too few rounds"),
         (Ratio(1.4, 1.35, 1.45, 2), "too few rounds"),
     ],
@@ -347,21 +347,21 @@ def test_a_comparison_respects_the_spread(new: Ratio, verdict: str) -> None:
 
 
 def test_a_row_changed_where_most_of_its_ratios_did() -> None:
-    two, three = Ratio(2.0, 1.9, 2.1), Ratio(3.0, 2.9, 3.1)
+    two, four = Ratio(2.0, 1.9, 2.1), Ratio(4.0, 3.9, 4.1)
     old = run_of("a", eager=two, compiled=two, tutorial=two)
-    (one_peer,) = compare.changes(old, run_of("b", eager=two, compiled=two, tutorial=three))
+    (one_peer,) = compare.changes(old, run_of("b", eager=two, compiled=two, tutorial=four))
     assert one_peer.verdict(compare.TOLERANCE) == "same"
-    (itself,) = compare.changes(old, run_of("b", eager=three, compiled=three, tutorial=two))
+    (itself,) = compare.changes(old, run_of("b", eager=four, compiled=four, tutorial=two))
     assert itself.verdict(compare.TOLERANCE) == "faster"
-    assert itself.gain == 1.5
+    assert itself.gain == 2.0
     (unknown,) = compare.changes(
-        old, run_of("b", eager=three, compiled=Ratio(2.0, 2.0, 2.0), tutorial=replace(two, rounds=2))
+        old, run_of("b", eager=four, compiled=Ratio(4.0, 4.0, 4.0), tutorial=replace(two, rounds=2))
     )
     assert unknown.verdict(compare.TOLERANCE) == "faster"  # the others do not know
 
 
 def test_a_comparison_as_a_program(results: Path, tmp_path: Path) -> None:
-    for name, value in {"old": Ratio(2.0, 1.9, 2.1), "new": Ratio(1.4, 1.35, 1.45)}.items():
+    for name, value in {"old": Ratio(2.0, 1.9, 2.1), "new": Ratio(1.1, 1.05, 1.15)}.items():
         (tmp_path / name).write_text(json.dumps(run_of(name, eager=value)))
     process = python("-m", "benchmarks.compare", tmp_path / "old", tmp_path / "new", cwd=ROOT)
     assert process.returncode == 1, process.stderr
