@@ -207,8 +207,6 @@ def lines(rows: Sequence[Row], absent: dict[str, str]) -> Iterator[str]:
         yield f"disturbed {disturbed} rows, marked !: other processes kept more than {QUIET:g} cores busy"
     for (mode, method), of_method in groupby(rows, key=lambda row: (row.mode, row.method)):
         yield ""
-        if mode != "op":
-            yield f"{mode}: {method}"
         yield from (row.line() for row in of_method)
     yield ""
     for mode, method, direction in dict.fromkeys((row.mode, row.method, row.direction) for row in rows):

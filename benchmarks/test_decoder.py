@@ -15,8 +15,8 @@ from benchmarks.shapes import DECODER
 from benchmarks.timing import check
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("method", METHODS)
 def test_decoder(method: str, direction: str, measure: Callable[..., None]) -> None:
     fused, eager, reference, without = (
         DecoderLoop(name, method, DECODER, direction) for name in (FUSED.name, EAGER.name, REFERENCE.name, "none")
