@@ -205,7 +205,7 @@ def lines(rows: Sequence[Row], absent: dict[str, str]) -> Iterator[str]:
         yield f"absent    {name}: {why}"
     if disturbed := sum(row.is_disturbed for row in rows):
         yield f"disturbed {disturbed} rows, marked !: other processes kept more than {QUIET:g} cores busy"
-    for (mode, method), of_method in groupby(rows, key=lambda row: (row.mode, row.method)):
+    for _, of_method in groupby(rows, key=lambda row: (row.mode, row.method)):
         yield ""
         yield from (row.line() for row in of_method)
     yield ""
