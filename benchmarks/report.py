@@ -69,7 +69,7 @@ class Row:
 
     @property
     def closest(self) -> tuple[str, Ratio]:
-        """The peer that comes closest, or wins."""
+        """The peer that comes closest, or wins; there must be one."""
         return min(self.ratios.items(), key=lambda item: item[1].value)
 
     @property
@@ -196,9 +196,8 @@ def header() -> Iterator[str]:
 def lines(rows: Sequence[Row], absent: dict[str, str]) -> Iterator[str]:
     """The settings, a table of all rows, each method's ratios in one line, the weakest row; `absent` peers, and why."""
     yield from header()
-    yield "numbers   float32, medians of interleaved rounds; caches warm, but cold for: " + ", ".join(
-        dict.fromkeys(row.shape.use for row in rows if row.shape.is_cold)
-    )
+    cold = ", ".join(dict.fromkeys(row.shape.use for row in rows if row.shape.is_cold))
+    yield f"numbers   float32, medians of interleaved rounds; caches warm, cold where named: {cold or 'nowhere'}"
     yield "columns   the fused op's time; its limit's time over that, and what is most of the limit; memory at its peak"
     yield "          beyond inputs and results; every peer's time over the fused op's, the closest first"
     for name, why in absent.items():
@@ -209,11 +208,13 @@ def lines(rows: Sequence[Row], absent: dict[str, str]) -> Iterator[str]:
         yield ""
         yield from (row.line() for row in of_method)
     yield ""
-    for mode, method, direction in dict.fromkeys((row.mode, row.method, row.direction) for row in rows):
-        of_kind = [row for row in rows if (row.mode, row.method, row.direction) == (mode, method, direction)]
+    raced = weakest_first(rows)
+    for mode, method, direction in dict.fromkeys((row.mode, row.method, row.direction) for row in rows if row.ratios):
+        of_kind = [row for row in raced if (row.mode, row.method, row.direction) == (mode, method, direction)]
         mean = statistics.geometric_mean(row.closest[1].value for row in of_kind)
         yield f"{mode:<9}{method:<9}{direction:<18}{mean:.2f}x the speed of the closest peer (geometric mean)"
-    yield f"weakest   {weakest_first(rows)[0].line()}"
+    if raced:
+        yield f"weakest   {raced[0].line()}"
 
 
 def rows_of(document: dict[str, Any]) -> list[Row]:
@@ -222,8 +223,8 @@ def rows_of(document: dict[str, Any]) -> list[Row]:
 
 
 def weakest_first(rows: Sequence[Row]) -> list[Row]:
-    """By the ratio to the closest peer."""
-    return sorted(rows, key=lambda row: row.closest[1].value)
+    """By the ratio to the closest peer; without the rows where no peer fits in memory."""
+    return sorted((row for row in rows if row.ratios), key=lambda row: row.closest[1].value)
 
 
 def _time(seconds: float) -> str:

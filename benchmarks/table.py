@@ -1,4 +1,4 @@
-"""The speed report as a Markdown table, the weakest row first: `python -m benchmarks.table report.json`.
+"""The speed report as a Markdown table, the weakest first: `python -m benchmarks.table report.json`.
 
 The file is what `python -m pytest --benchmark --benchmark-json report.json` wrote.
 """
@@ -12,30 +12,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.implementations import DIRECTIONS
-from benchmarks.report import Row, rows_of
-
-HEAD = ("", "(B,T,S,H)", *(f"{each}: {what}" for each in DIRECTIONS for what in ("closest peer", "of its limit")))
+from benchmarks.report import Row, rows_of, weakest_first
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """A row for each method and shape, both directions in it."""
-    pairs: dict[tuple[object, ...], dict[str, Row]] = {}
-    for row in rows:
-        pairs.setdefault((row.mode, row.method, row.shape), {})[row.direction] = row
-    yield f"| {' | '.join(HEAD)} |"
-    yield "|" + "---|" * len(HEAD)
-    for pair in sorted(pairs.values(), key=lambda pair: min(row.closest[1].value for row in pair.values())):
-        some = next(iter(pair.values()))
-        cells = [f"{some.method}, {some.shape.use}", f"({','.join(map(str, some.shape.sizes))})"]
-        for direction in DIRECTIONS:
-            cells += _cells(pair[direction]) if direction in pair else ["", ""]
+    """The weakest row in words; then a line for each shape, a column for each method, forward and with backward."""
+    peer, ratio = (weakest := weakest_first(rows)[0]).closest
+    yield (
+        f"Weakest: {weakest.method}, {weakest.shape.use}, {weakest.direction}: "
+        f"{ratio.value:.2f}x the speed of {peer} ({ratio.low:.2f} to {ratio.high:.2f})."
+    )
+    methods = list(dict.fromkeys(row.method for row in rows))
+    yield ""
+    yield f"| use | (B,T,S,H) | {' | '.join(f'{method}: forward, with backward' for method in methods)} |"
+    yield "|---|---|" + "---|" * len(methods)
+    for shape in dict.fromkeys(row.shape for row in weakest_first(rows)):
+        cells = [shape.use, f"({','.join(map(str, shape.sizes))})"]
+        for method in methods:
+            of_cell = {row.direction: row for row in rows if (row.shape, row.method) == (shape, method) and row.ratios}
+            cells.append(", ".join(_ratio(of_cell[each]) for each in DIRECTIONS if each in of_cell))
         yield f"| {' | '.join(cells)} |"
 
 
-def _cells(row: Row) -> list[str]:
+def _ratio(row: Row) -> str:
     peer, ratio = row.closest
-    share = f"{row.share.value:.0%} ({row.bound})" if row.share else ""
-    return [f"{ratio.value:.2f}x {peer}", share]
+    return f"{ratio.value:.2f}x {peer}"
 
 
 def main() -> None:
@@ -43,8 +44,8 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     arguments = parser.parse_args()
     rows = rows_of(json.loads(arguments.report.read_text()))
-    if not rows:
-        sys.exit(f"{arguments.report} has no row of the speed report")
+    if not weakest_first(rows):
+        sys.exit(f"{arguments.report} has no row of the speed report with a peer in it")
     for line in lines(rows):
         print(line)
 

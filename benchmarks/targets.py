@@ -497,7 +497,9 @@ def main() -> None:
         run.document.data["limits"] = measure_limits(run)
         run.document.save()
         for name, limit in run.document.data["limits"].items():
-            print(f"  {name:<22}{limit['rate'] / 1e9:>8.3g} G{limit['unit']}/s, at best {limit['best'] / 1e9:.3g}")
+            scale, prefix = (1e3, "k") if limit["unit"] == "calls" else (1e9, "G")
+            rate, best = limit["rate"] / scale, limit["best"] / scale
+            print(f"  {name:<22}{rate:>8.3g} {prefix}{limit['unit']}/s, at best {best:.3g}")
         verdicts = [finding.verdict for target in arguments.only for finding in _print_target(run, target)]
     except KeyboardInterrupt:
         kept = f"; what is done is in {arguments.json}, and the same command goes on" if arguments.json else ""

@@ -226,15 +226,20 @@ def test_a_row_of_the_report_comes_back_from_its_json() -> None:
 def test_the_report_names_the_weakest_row_the_absent_and_the_disturbed() -> None:
     close = row_of(eager=Ratio(3.0, 2.9, 3.1), SDPA=Ratio(0.9, 0.8, 1.0))
     far = replace(row_of("forward+backward", eager=Ratio(2.0, 1.9, 2.1)), others=0.5)
-    lines = list(report.lines([far, close], {"SpeechBrain": "is not installed"}))
+    alone = replace(far, direction="forward", ratios={}, method="concat")  # no peer fits in memory
+    lines = list(report.lines([far, close, alone], {"SpeechBrain": "is not installed"}))
     assert "SDPA 0.90x, eager 3.00x" in lines[-1]  # the closest first
     assert lines[-1].startswith("weakest")
     assert "absent    SpeechBrain: is not installed" in lines
     assert sum(line.startswith("disturbed 1 rows") for line in lines) == 1
     assert [" ! " in line for line in lines if line.startswith("dot ")] == [True, False]
-    table_lines = list(table.lines([far, close, replace(close, method="general", ratios=far.ratios)]))
-    assert table_lines[2].startswith("| dot, speech | (4,40,400,256) | 0.90x SDPA |")
-    assert table_lines[3].startswith("| general, speech |")
+    other = replace(far, shape=Shape("OCR", 1, 2, 3, 4))
+    weakest, _, _, _, first, second = table.lines(
+        [other, far, close, replace(close, method="general", ratios=far.ratios)]
+    )
+    assert weakest == "Weakest: dot, speech, forward: 0.90x the speed of SDPA (0.80 to 1.00)."
+    assert first == "| speech | (4,40,400,256) | 0.90x SDPA, 2.00x eager | 2.00x eager |"
+    assert second == "| OCR | (1,2,3,4) | 2.00x eager |  |"
 
 
 def test_a_share_is_of_the_parts_together() -> None:
@@ -307,7 +312,7 @@ def test_the_speed_report_and_its_readers(tmp_path: Path) -> None:
         assert 0 < row.share.value < 2
     assert python("-m", "benchmarks.compare", kept, kept, cwd=ROOT).returncode == 0
     printed = python("-m", "benchmarks.table", kept, cwd=ROOT)
-    assert printed.stdout.count("\n| ") == 1, printed.stderr
+    assert printed.stdout.count("\n| ") == 2, printed.stderr  # the head, and one shape
     process = python("-m", "benchmarks.plots", kept, "--out", tmp_path / "docs", cwd=ROOT)
     assert process.returncode == 0, process.stderr
     drawn = {path.name for path in (tmp_path / "docs").iterdir()}
