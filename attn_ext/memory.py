@@ -69,7 +69,7 @@ class AttentionMemory:
         self._prepare_steps(query_weight)
 
     def _prepare_steps(self, query_weight: Tensor | None) -> None:
-        """What the ops for a loop's steps take besides: nothing that is not made of the attributes above."""
+        """What the ops for a loop's steps take besides: all of it made of the attributes above and their projection."""
         shared = (self.memory, self.keys, self.v, query_weight)
         self._has_gradients = any(tensor is not None and tensor.requires_grad for tensor in shared)
         self._is_prepared = not is_compiling() and backend.fused_runs_on(self.memory.device.type)

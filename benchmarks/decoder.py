@@ -80,7 +80,7 @@ def _attn_ext(attention: nn.Module, memory: Tensor) -> Attend:
 def _eager(attention: nn.Module, memory: Tensor) -> Attend:
     """The best-written form: what does not depend on the step is taken once, before the loop."""
     if attention.method == "concat":
-        query_weight, key_weight = attention.Wa.weight.split(attention.hidden_size, dim=1)
+        query_weight, key_weight = attention.Wa.weight.chunk(2, dim=1)
         keys = F.linear(memory, key_weight)
 
     def attend(hidden: Tensor) -> Tensor:

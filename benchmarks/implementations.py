@@ -60,6 +60,23 @@ def _public(query: Tensor, memory: Tensor, method: str, **parameters: Tensor | b
     return attn_ext.luong_attention(query, memory, method, **parameters)
 
 
+def project(
+    query: Tensor,
+    memory: Tensor,
+    method: str,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What meets the memory or its keys, and the keys where they are not the memory itself."""
+    if method == "general":
+        return F.linear(query, weight), None
+    if method == "concat":
+        query_weight, key_weight = weight.chunk(2, dim=1)
+        return F.linear(query, query_weight), F.linear(memory, key_weight, bias)
+    return query, keys
+
+
 def _eager(
     query: Tensor,
     memory: Tensor,
@@ -73,11 +90,7 @@ def _eager(
     sum_of_products: bool = False,
 ) -> Results:
     """The best-written form; `sum_of_products` is what torch.compile can fuse into one loop."""
-    if method == "general":
-        query = F.linear(query, weight)
-    elif method == "concat":
-        query_weight, key_weight = weight.split([query.shape[-1], memory.shape[-1]], dim=1)
-        query, keys = F.linear(query, query_weight), F.linear(memory, key_weight, bias)
+    query, keys = project(query, memory, method, weight, bias, keys)
     if keys is None:
         scores = torch.bmm(query, memory.transpose(1, 2))  # [B, T, S]
     else:
@@ -90,8 +103,7 @@ def _eager(
 def _sdpa(
     query: Tensor, memory: Tensor, method: str, *, need_weights: bool = False, weight: Tensor | None = None
 ) -> Results:
-    if method == "general":
-        query = F.linear(query, weight)
+    query, _ = project(query, memory, method, weight)
     memory = memory.unsqueeze(1)  # one head
     return F.scaled_dot_product_attention(query.unsqueeze(1), memory, memory, scale=1.0).squeeze(1), None
 

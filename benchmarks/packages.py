@@ -20,10 +20,9 @@ from types import ModuleType
 from unittest.mock import MagicMock, patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.implementations import METHODS, Implementation, Results, by_step
+from benchmarks.implementations import METHODS, Implementation, Results, by_step, project
 
 
 def load() -> tuple[tuple[Implementation, ...], dict[str, str]]:
@@ -78,7 +77,7 @@ def _opennmt(name: str) -> Implementation:
         if method == "general":
             attention.linear_in.weight = weight
         elif method == "concat":
-            attention.linear_query.weight, attention.linear_context.weight = weight[:, :size], weight[:, size:]
+            attention.linear_query.weight, attention.linear_context.weight = weight.chunk(2, dim=1)
             attention.linear_query.bias = bias
             attention.v.weight = v.unsqueeze(0)
         _, weights = attention(query, memory)
@@ -114,7 +113,7 @@ def _joeynmt(name: str) -> Implementation:
         if method == "general":
             attention.key_layer.weight = weight.t()  # it projects the keys, not the query
         else:
-            attention.query_layer.weight, attention.key_layer.weight = weight[:, :size], weight[:, size:]
+            attention.query_layer.weight, attention.key_layer.weight = weight.chunk(2, dim=1)
             attention.key_layer.bias = bias
             attention.energy_layer.weight = v.unsqueeze(0)
         attention.compute_proj_keys(memory)
@@ -152,7 +151,7 @@ def _speechbrain(name: str) -> Implementation:
     ) -> Results:
         B, S, size = memory.shape
         attention = layer(size)
-        attention.mlp_dec.weight, attention.mlp_enc.weight = weight[:, :size], weight[:, size:]
+        attention.mlp_dec.weight, attention.mlp_enc.weight = weight.chunk(2, dim=1)
         attention.mlp_enc.bias = bias
         attention.mlp_attn.weight = v.unsqueeze(0)
         lengths = torch.full((B,), S, device=memory.device)
@@ -196,10 +195,7 @@ def _keras(name: str) -> Implementation:
         v: Tensor | None = None,
     ) -> Results:
         size = query.shape[-1]
-        if method == "general":
-            query = F.linear(query, weight)
-        elif method == "concat":
-            query, keys = F.linear(query, weight[:, :size]), F.linear(memory, weight[:, size:], bias)
+        query, keys = project(query, memory, method, weight, bias, keys)
         if keys is None:
             results = layer("Attention", size, query.dtype)([query, memory], return_attention_scores=need_weights)
         else:
