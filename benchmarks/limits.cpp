@@ -251,7 +251,7 @@ void limits_additive_backward(int64_t rounds, int threads) {
   }
 }
 
-// Reads `count` floats once, up to a few pages.
+// Reads `count` floats, up to a few pages, `repeats` times.
 void limits_read(const float* x, int64_t count, int64_t repeats, int streams, int64_t ahead, int threads) {
   const int64_t share = count / threads / (4 * kPage) * (4 * kPage);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -267,7 +267,7 @@ void limits_read(const float* x, int64_t count, int64_t repeats, int streams, in
   }
 }
 
-// Reads and writes `count` floats once, up to a few pages; `to` is aligned to 64 bytes.
+// Reads and writes `count` floats, up to a few pages, `repeats` times; `to` is aligned to 64 bytes.
 void limits_copy(float* to, const float* from, int64_t count, int64_t repeats, int streaming, int64_t ahead, int threads) {
   const int64_t share = count / threads / (4 * kPage) * (4 * kPage);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)

@@ -146,7 +146,7 @@ def race(
     """
     seconds: dict[str, list[float]] = {other.name: [] for other in (*probes, *peers)}
     repeats: dict[str, int] = {}
-    left = dict.fromkeys(seconds, ROUNDS[-1])
+    left: dict[str, int] = {}  # rounds, of the slow ones
 
     def round_of_others() -> None:
         for probe in probes:
@@ -154,8 +154,10 @@ def race(
         # Their threads still wait for more of the same, at the cost of a call that has one: until they sleep.
         time.sleep(SPINNING)
         for peer in peers:
-            if left[peer.name] > 0:
-                seconds[peer.name].append(sample(peer, repeats[peer.name], warm and left[peer.name] > SLOW_ROUNDS))
+            if left.get(peer.name) == 0:
+                continue
+            seconds[peer.name].append(sample(peer, repeats[peer.name], warm and peer.name not in left))
+            if peer.name in left:
                 left[peer.name] -= 1
         if warm:
             call()
