@@ -119,7 +119,7 @@ def test_a_missing_tool_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_tests_need_is_looked_for(monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
     commands: list[list[str]] = []
 
-    def run(command: list[str], limit: float, **_: str) -> tuple[int, str]:
+    def run(command: list[str], limit: float, log: str, **_: str) -> tuple[int, str]:
         commands.append(command)
         return 1, "...\nFAILED tests/test_ops.py::test_x\n1 failed, 2 passed in 3.4s\n"
 

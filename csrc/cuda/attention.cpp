@@ -261,7 +261,7 @@ void differentiate_once(Call& call, const Saved& saved, Gradients& gradients) {
   }
   (call.is_dot() ? one_step_dot_backward : one_step_additive_backward)(step, call.stream());
   if (grad_v.defined()) {
-    gradients.v.copy_(grad_v.sum({0, 1}));
+    gradients.v.copy_(grad_v.sum(at::IntArrayRef({0, 1})));
   }
 }
 

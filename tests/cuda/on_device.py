@@ -48,12 +48,31 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests import cases
 
     cases.KERNELS = torch.device(DEVICE).type
+    config.pluginmanager.register(Failures(config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    others = [item for item in items if getattr(item, "originalname", item.name) in OTHERS]
+    def is_other(item: pytest.Item) -> bool:
+        of_reference = "[reference" in item.nodeid or "-reference" in item.nodeid  # runs no kernel
+        return of_reference or getattr(item, "originalname", item.name) in OTHERS
+
+    others = [item for item in items if is_other(item)]
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    items[:] = [item for item in items if not is_other(item)]
+
+
+class Failures:
+    """Says each at once: the time may end the run before its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            lines = str(crash.message if crash else report.longrepr).strip().splitlines()
+            terminal.write_line(f"FAILED {report.nodeid} - {' | '.join(lines)[:600]}")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
