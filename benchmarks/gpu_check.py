@@ -99,7 +99,9 @@ def verdict_of(status: int | None, limit: float) -> str:
 
 
 def build(limit: float) -> Stage:
-    status, said = run([sys.executable, "setup.py", "build_ext", "--inplace"], limit, "build", MAX_JOBS=str(os.cpu_count()))
+    status, said = run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], limit, "build", MAX_JOBS=str(os.cpu_count())
+    )
     details = [line for line in said.splitlines() if line.startswith("attn_ext:")]
     if status != 0:
         return Stage("build", verdict_of(status, limit), details=details + last_lines(said, 40))
