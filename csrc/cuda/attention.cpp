@@ -6,7 +6,7 @@
 //   backward   da = g m^T;  de = softmax_backward(a, da + gw);  dq = de k;  dm = a^T g + de^T q
 //
 // where additive scores and their gradients have kernels in the place of the products with q and k. Products of halves are summed
-// in float32, and none of their factors is rounded before: a and de are two halves, the second what was rounded off the first.
+// in float32, scores are not rounded, and a and de are before they meet k, m, g and q: once, as the results are.
 #include "../attention.h"
 
 #include "../dispatch.h"
@@ -23,7 +23,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 namespace attn_ext::cuda {
 namespace {
@@ -205,28 +204,21 @@ void attend(const Call& call, Outputs& outputs) {
   Tensor scores = has_exact_weights ? exact_weights : call.empty_scores();
   call.scores(scores);
 
-  Tensor rounded, remainder;
+  Tensor rounded;
   if (rounds) {
     rounded = has_weights ? outputs.weights : call.empty(scores.sizes());
-    remainder = call.empty(scores.sizes());
   }
   softmax(
       {problem,
        scores.const_data_ptr(),
        rounds && !has_exact_weights ? nullptr : scores.mutable_data_ptr(),
        data_of(rounded),
-       data_of(remainder),
        outputs.logsumexp.mutable_data_ptr()},
       call.stream());
 
-  const Tensor memory = call.attended_memory();
-  if (rounds) {
-    Tensor context = outputs.exact_context.defined() ? outputs.exact_context : call.empty_exact(outputs.context.sizes());
-    multiply(context, rounded, memory);
-    multiply(context, remainder, memory, true);
-    outputs.context.copy_(context);
-  } else {
-    multiply(outputs.context, scores, memory);
+  multiply(outputs.context, rounds ? rounded : scores, call.attended_memory());
+  if (outputs.exact_context.defined()) {
+    outputs.exact_context.copy_(outputs.context);  // a backward of many queries has no use for more
   }
 }
 
@@ -280,10 +272,10 @@ void differentiate_scores(const Call& call, const Tensor& grad_scores, Gradients
   additive_backward(backward, call.stream());
 }
 
-// a and de, and of halves both as products take them: [B, 4, T, S], a and what was rounded off it, then de and that. Additive
-// scores have no products with de: [B, 2, T, S].
+// a and de, as products take them.
 struct Coefficients {
-  Tensor weights, grad_scores, halves;
+  Tensor weights, grad_scores;
+  Tensor both;  // of halves: [B, 2, T, S]
 };
 
 Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved& saved, const Gradients& gradients) {
@@ -310,45 +302,30 @@ Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved
   }
   backward.grad_scores = of.grad_scores.mutable_data_ptr();
   if (call.is_of_halves() && (call.is_dot() || gradients.memory.defined())) {
-    of.halves = call.empty({problem.batch, call.is_dot() ? 4 : 2, problem.queries, problem.steps});
-    backward.rounded = of.halves.mutable_data_ptr();
-    backward.halves = of.halves.size(1);
+    of.both = call.empty({problem.batch, 2, problem.queries, problem.steps});
+    backward.rounded = of.both.mutable_data_ptr();
   }
   softmax_backward(backward, call.stream());
   return of;
 }
 
-void differentiate_query(const Call& call, const Coefficients& of, Tensor& grad_query) {
-  const Tensor memory = call.attended_memory();
-  if (call.is_of_halves()) {
-    Tensor exact = call.empty_exact(grad_query.sizes());
-    multiply(exact, of.halves.select(1, 2), memory);
-    multiply(exact, of.halves.select(1, 3), memory, true);
-    grad_query.copy_(exact);
-  } else {
-    multiply(grad_query, of.grad_scores, memory);
-  }
-}
-
 void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& saved, const Coefficients& of, Tensor& grad_memory) {
-  const int64_t copies = call.is_of_halves() ? 2 : 1;
-  std::vector<Tensor> rows;
-  if (saved.grad_context) {
-    rows.insert(rows.end(), copies, *saved.grad_context);
-  }
-  if (call.is_dot()) {
-    rows.insert(rows.end(), copies, inputs.query);
-  }
-  if (rows.empty()) {
+  const bool has_grad = saved.grad_context.has_value();
+  if (!has_grad && !call.is_dot()) {
     grad_memory.zero_();
   } else if (call.is_of_halves()) {
     // One product, so that nothing is rounded on the way.
-    const Tensor coefficients = saved.grad_context ? of.halves : of.halves.slice(1, 2);
-    multiply(grad_memory, coefficients.flatten(1, 2).mT(), at::cat(rows, 1));
+    if (has_grad && call.is_dot()) {
+      multiply(grad_memory, of.both.flatten(1, 2).mT(), at::cat({*saved.grad_context, inputs.query}, 1));
+    } else {
+      multiply(grad_memory, of.both.select(1, has_grad ? 0 : 1).mT(), has_grad ? *saved.grad_context : inputs.query);
+    }
   } else {
-    multiply(grad_memory, (saved.grad_context ? of.weights : of.grad_scores).mT(), rows.front());
-    if (rows.size() > 1) {
-      multiply(grad_memory, of.grad_scores.mT(), rows.back(), true);
+    if (has_grad) {
+      multiply(grad_memory, of.weights.mT(), *saved.grad_context);
+    }
+    if (call.is_dot()) {
+      multiply(grad_memory, of.grad_scores.mT(), inputs.query, has_grad);
     }
   }
 }
@@ -358,7 +335,7 @@ void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, G
   if (!call.is_dot()) {
     differentiate_scores(call, of.grad_scores, gradients);
   } else if (gradients.query.defined()) {
-    differentiate_query(call, of, gradients.query);
+    multiply(gradients.query, call.is_of_halves() ? of.both.select(1, 1) : of.grad_scores, call.attended_memory());
   }
   if (gradients.memory.defined()) {
     differentiate_memory(call, inputs, saved, of, gradients.memory);

@@ -23,7 +23,6 @@ struct Softmax {
   const void* scores;  // [B, T, S] acc
   void* weights;       // [B, T, S] acc, may be scores; each output may be null: not wanted
   void* rounded;       // [B, T, S], of halves only
-  void* remainder;     // [B, T, S], of halves only: what was rounded off, rounded
   void* logsumexp;     // [B, T] acc
 };
 void softmax(const Softmax& call, Stream stream);
@@ -38,9 +37,7 @@ struct SoftmaxBackward {
   View grad_weights;              // [B, T, S]; data may be null
   void* recomputed;               // [B, T, S] acc, may be scores; each output may be null: not wanted
   void* grad_scores;              // [B, T, S] acc, may be grad_from_context
-  // Of halves only, [B, halves, T, S]: the weights and what was rounded off them; of 4, the scores' gradients and that.
-  void* rounded;
-  int64_t halves;
+  void* rounded;                  // of halves only, [B, 2, T, S]: the weights, and the scores' gradients
 };
 void softmax_backward(const SoftmaxBackward& call, Stream stream);
 

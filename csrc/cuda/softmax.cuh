@@ -102,12 +102,6 @@ class RowValues {
   Value value_[held > 0 ? held : 1];
 };
 
-// What rounding takes off.
-template <class scalar>
-__device__ __forceinline__ accumulated_t<scalar> remainder_of(accumulated_t<scalar> x) {
-  return x - to_acc(from_acc<scalar>(x));
-}
-
 // A row of an output that may not be wanted.
 template <class scalar>
 class OutputRow {
@@ -119,12 +113,6 @@ class OutputRow {
     if (row_ != nullptr) {
       row_[s] = from_acc<scalar>(x);
     }
-  }
-
-  // Rounded, and what that takes off `distance` behind.
-  __device__ __forceinline__ void store_halves(int64_t s, int64_t distance, accumulated_t<scalar> x) const {
-    store(s, x);
-    store(s + distance, remainder_of<scalar>(x));
   }
 
  private:
@@ -154,13 +142,12 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
   total = Team::sum(total);
   const acc factor = total == 0 ? 0 : 1 / total;
   const OutputRow<acc> weights(call.weights, first);
-  const OutputRow<scalar> rounded(call.rounded, first), remainder(call.remainder, first);
+  const OutputRow<scalar> rounded(call.rounded, first);
   values.for_each([&](int64_t s, acc x) {
     const acc weight = exponential(x - shift) * factor;
     weights.store(s, weight);
     if constexpr (!std::is_same_v<scalar, acc>) {
       rounded.store(s, weight);
-      remainder.store(s, remainder_of<scalar>(weight));
     }
   });
   if (Team::rank() == 0) {
@@ -204,17 +191,15 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
   values.for_each([&](int64_t, const Pair& x) { delta += x.weight * x.grad; });
   delta = Team::sum(delta);
   const OutputRow<acc> recomputed(call.recomputed, first), grad_scores(call.grad_scores, first);
-  const int64_t half = problem.queries * problem.steps;
-  const OutputRow<scalar> rounded(call.rounded, (b * call.halves * problem.queries + t) * problem.steps);
+  const int64_t halves = problem.queries * problem.steps;
+  const OutputRow<scalar> rounded(call.rounded, (2 * b * problem.queries + t) * problem.steps);
   values.for_each([&](int64_t s, const Pair& x) {
     const acc grad_score = may_attend(s) ? scale * (x.weight * (x.grad - delta)) : acc(0);
     recomputed.store(s, x.weight);
     grad_scores.store(s, grad_score);
     if constexpr (!std::is_same_v<scalar, acc>) {
-      rounded.store_halves(s, half, x.weight);
-      if (call.halves == 4) {
-        rounded.store_halves(s + 2 * half, half, grad_score);
-      }
+      rounded.store(s, x.weight);
+      rounded.store(s + halves, grad_score);
     }
   });
 }
