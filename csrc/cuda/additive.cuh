@@ -23,13 +23,16 @@ constexpr float kModerate = 1e6f;
 template <class acc>
 constexpr bool kFactors = std::is_same_v<acc, float>;
 
+// exp(2x) = 2^(this x).
+constexpr float kTwoOverLn2 = 2.88539008f;
+
 __device__ __forceinline__ bool is_beyond(float x, float limit) {
   return x > limit || x < -limit;
 }
 
 // r of any q and k: where exp is inf, it is 0.
 __device__ __forceinline__ float direct_reciprocal(float query, float key) {
-  return reciprocal_approx(1 + exp2_approx(2.88539008f * (query + key)));
+  return reciprocal_approx(1 + exp2_approx(kTwoOverLn2 * (query + key)));
 }
 
 // h of any q and k.
@@ -69,6 +72,22 @@ __device__ __forceinline__ void load_shared(acc (&to)[count], const acc* from) {
     for (int i = 0; i < count; ++i) {
       to[i] = from[i];
     }
+  }
+}
+
+// The way back, as many as lie on 16 bytes.
+template <class acc, int count>
+__device__ __forceinline__ void store_shared(acc* to, const acc (&from)[count]) {
+  constexpr int lanes = kLanes<acc>;
+  static_assert(count % lanes == 0);
+#pragma unroll
+  for (int i = 0; i < count; i += lanes) {
+    acc part[lanes];
+#pragma unroll
+    for (int n = 0; n < lanes; ++n) {
+      part[n] = from[i + n];
+    }
+    store16(to + i, pack<acc>(part));
   }
 }
 

@@ -16,14 +16,25 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// launch_of(n): the rows of a thread of the scores' tile, 64 or 16 queries. double has half the registers for them.
-template <class acc, class Launch>
-void for_rows_of_scores(int64_t queries, const Launch& launch_of) {
-  if (kFactors<acc> && queries > 16) {
-    launch_of(std::integral_constant<int, kFactors<acc> ? 8 : 2>());
-  } else {
-    launch_of(std::integral_constant<int, 2>());
+template <class Tile>
+int64_t blocks_of_scores(const Problem& problem) {
+  return problem.batch * ceil_div(problem.steps, Tile::kSteps) * ceil_div(problem.queries, Tile::kQueries);
+}
+
+// launch_of(rows, columns): a thread's. The larger a tile the fewer exponentials, but every multiprocessor is to have some; double
+// has half the registers for them.
+template <class scalar, class Launch>
+void for_tile_of_scores(const Problem& problem, const Launch& launch_of) {
+  using std::integral_constant;
+  if constexpr (kFactors<accumulated_t<scalar>>) {
+    if (problem.queries > 16) {
+      if (blocks_of_scores<ScoresTile<scalar, 8, 4>>(problem) >= kEnoughBlocks) {
+        return launch_of(integral_constant<int, 8>(), integral_constant<int, 4>());
+      }
+      return launch_of(integral_constant<int, 4>(), integral_constant<int, 2>());
+    }
   }
+  launch_of(integral_constant<int, 2>(), integral_constant<int, 4>());
 }
 
 // launch_of(n): the queries of a warp of the backward's, as many as its tile needs.
@@ -155,12 +166,20 @@ void for_backward(const AdditiveBackward& call, const Run& run_of) {
 void additive_scores(const AdditiveScores& call, Stream stream) {
   const Problem& problem = call.problem;
   for_dtype(problem.dtype, [&]<class scalar>(scalar) {
-    using acc = accumulated_t<scalar>;
-    for_rows_of_scores<acc>(problem.queries, [&]<int rows>(std::integral_constant<int, rows>) {
-      using Tile = ScoresTile<acc, rows>;
-      const int64_t tiles = ceil_div(problem.steps, Tile::kSteps) * ceil_div(problem.queries, Tile::kQueries);
-      launch(additive_scores_tile<scalar, rows>, dim3(problem.batch * tiles), kAdditiveThreads, Tile::kShared, stream, call);
-    });
+    for_tile_of_scores<scalar>(
+        problem, [&]<int rows, int columns>(std::integral_constant<int, rows>, std::integral_constant<int, columns>) {
+          using Tile = ScoresTile<scalar, rows, columns>;
+          launch(
+              additive_scores_tile<scalar, rows, columns>,
+              dim3(blocks_of_scores<Tile>(problem)),
+              kAdditiveThreads,
+              Tile::kShared,
+              stream,
+              call,
+              takes_vectors<scalar>(problem.query, problem.key_size),
+              takes_vectors<scalar>(problem.keys, problem.key_size),
+              takes_vectors<scalar>(problem.v, problem.key_size));
+        });
   });
 }
 

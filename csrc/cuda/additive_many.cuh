@@ -1,8 +1,8 @@
 // Additive scores of many queries, and their gradients (the equations are in additive.cuh). Nothing of size T S A is ever stored.
 //
-// Forward: a block of 128 threads has a tile of up to 64 queries and 64 steps, and walks the features in chunks of 32. A chunk's
+// Forward: a block of 128 threads has a tile of up to 64 queries and 64 steps, and walks the features in chunks. A chunk's
 // exponentials are taken on its way into shared memory, feature by feature, 1 for 32 products; a thread holds the sums of up to 8
-// queries and 4 steps and shares each reciprocal among two features: 3 multiply-adds and half a special function an element.
+// queries and 4 steps and shares each reciprocal among two features: 2.5 multiply-adds and half a special function an element.
 //
 // Backward: a warp has up to 32 queries and 32 features, a lane one of these. exp(2q) and dq of its queries stay in registers while
 // the steps go by, two of which share a reciprocal (of queries it would be one's NaN in the other's gradient): 6.5 multiply-adds
@@ -29,50 +29,67 @@ __device__ __forceinline__ acc factor_of(acc x, bool direct) {
   return direct ? x : exponential(2 * x);
 }
 
-// Threads are 8 x 16, each with `rows` x kColumns pairs.
-template <class acc, int rows_>
+// A pair's reciprocal takes 1/v1 in: with v1 no nearer to 0 than this, which is nothing beside the sum's rounding, 1 + E up to 2^58
+// (queries and keys of 10) leave the denominator below 2^126 wherever 1/x0 is more than 2^-28 of v0.
+constexpr float kFactorableScores = 10;
+constexpr float kLeastDivisor = 0x1p-40f;
+
+__device__ __forceinline__ float inverse_of(float v) {
+  return reciprocal_approx(v < kLeastDivisor && v > -kLeastDivisor ? kLeastDivisor : v);
+}
+
+// A block's queries and steps, threads being 8 x 16 with kRows x kColumns pairs each, and its two chunks of features: one is summed
+// while the next is on its way.
+template <class scalar, int rows_, int columns_>
 struct ScoresTile {
+  using acc = accumulated_t<scalar>;
   static constexpr int kRows = rows_;
-  static constexpr int kColumns = 4;
+  static constexpr int kColumns = columns_;
   static constexpr int kAcross = 16;
   static constexpr int kQueries = kAdditiveThreads / kAcross * kRows;
   static constexpr int kSteps = kAcross * kColumns;
-  // Of a feature: the 8 features and 4 rows that a warp stores at once then lie in as many banks.
-  static constexpr int kQueryStride = kQueries + 4;
-  static constexpr int kStepStride = kSteps + 4;
-  static constexpr size_t kShared = kFeatures * (kQueryStride + kStepStride + 1) * sizeof(acc);
+  static constexpr int kStride = kQueries + kSteps + 4;
+  // What a thread brings of a chunk: 16 bytes of each of four rows. Eight neighbours have 32 rows, and store to all banks.
+  static constexpr int kEach = kLanes<scalar>;
+  static constexpr int kBrought = 4;
+  static constexpr int kPieces = 4;
+  static constexpr int kChunk = kPieces * kEach;
+  static constexpr int kBuffer = kChunk * (kStride + 1);
+  static constexpr size_t kShared = 2 * kBuffer * sizeof(acc);
+  static_assert((kQueries + kSteps) / kBrought * kPieces <= kAdditiveThreads);
 
-  acc* queries;  // [kFeatures][kQueryStride]
-  acc* keys;     // [kFeatures][kStepStride]
-  acc* v;        // [kFeatures]
+  acc* rows;  // [kChunk][kStride]: of a feature, all queries' and all steps'
+  acc* v;     // [kChunk]; factored: of a pair of features v0 and 1/v1
 
-  __device__ __forceinline__ explicit ScoresTile(char* shared)
-      : queries(reinterpret_cast<acc*>(shared)), keys(queries + kFeatures * kQueryStride), v(keys + kFeatures * kStepStride) {}
+  __device__ __forceinline__ ScoresTile(char* shared, int buffer)
+      : rows(reinterpret_cast<acc*>(shared) + buffer * kBuffer), v(rows + kChunk * kStride) {}
 
+  // v0/x0 + v1/x1 = (v0 x1' + x0) / (x0 x1') with x1' = x1/v1, for which q1 and 1 have been divided by v1.
   __device__ __forceinline__ void add_factored(acc (&sums)[kRows][kColumns], int row, int column) const {
-    for (int a = 0; a < kFeatures; a += 2) {
+#pragma unroll 2
+    for (int a = 0; a < kChunk; a += 2) {
       acc q0[kRows], q1[kRows], k0[kColumns], k1[kColumns];
-      load_shared(q0, queries + a * kQueryStride + row);
-      load_shared(q1, queries + (a + 1) * kQueryStride + row);
-      load_shared(k0, keys + a * kStepStride + column);
-      load_shared(k1, keys + (a + 1) * kStepStride + column);
-      const acc v0 = v[a], v1 = v[a + 1];
+      load_shared(q0, rows + a * kStride + row);
+      load_shared(q1, rows + (a + 1) * kStride + row);
+      load_shared(k0, rows + a * kStride + kQueries + column);
+      load_shared(k1, rows + (a + 1) * kStride + kQueries + column);
+      const acc v0 = v[a], inverse1 = v[a + 1];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          const acc x0 = q0[i] * k0[j] + 1, x1 = q1[i] * k1[j] + 1;
-          sums[i][j] += (v0 * x1 + v1 * x0) * reciprocal_approx(x0 * x1);
+          const acc x0 = q0[i] * k0[j] + 1, x1 = q1[i] * k1[j] + inverse1;
+          sums[i][j] += (v0 * x1 + x0) * reciprocal_approx(x0 * x1);
         }
       }
     }
   }
 
   __device__ __forceinline__ void add_direct(acc (&sums)[kRows][kColumns], int row, int column) const {
-    for (int a = 0; a < kFeatures; ++a) {
+    for (int a = 0; a < kChunk; ++a) {
       acc q[kRows], k[kColumns];
-      load_shared(q, queries + a * kQueryStride + row);
-      load_shared(k, keys + a * kStepStride + column);
+      load_shared(q, rows + a * kStride + row);
+      load_shared(k, rows + a * kStride + kQueries + column);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -84,10 +101,100 @@ struct ScoresTile {
   }
 };
 
-template <class scalar, int rows>
-__global__ void __launch_bounds__(kAdditiveThreads, 4) additive_scores_tile(const AdditiveScores call) {
+// A thread's share of a chunk, as it is stored.
+template <class Tile, class scalar>
+class Brought {
   using acc = accumulated_t<scalar>;
-  using Tile = ScoresTile<acc, rows>;
+
+ public:
+  __device__ __forceinline__ Brought(const Problem& problem, int64_t b, int64_t query0, int64_t step0, const Attendable& attended)
+      : size_(problem.key_size), v_(static_cast<const scalar*>(problem.v.data)), v_element_(problem.v.element) {
+    const int group = threadIdx.x / kWarp * 8 + threadIdx.x % 8;  // its rows: four of the queries', then of the steps'
+    piece_ = threadIdx.x % kWarp / 8 * Tile::kEach;
+    at_ = group * Tile::kBrought;
+    is_query_ = at_ < Tile::kQueries;
+    const View& view = is_query_ ? problem.query : problem.keys;
+    const int64_t first = is_query_ ? query0 + at_ : step0 + at_ - Tile::kQueries;
+    from_ = row_of<scalar>(view, b, first);
+    row_ = view.row;
+    element_ = view.element;
+#pragma unroll
+    for (int i = 0; i < Tile::kBrought; ++i) {
+      const bool takes = is_query_ ? first + i < problem.queries : at_ < Tile::kQueries + Tile::kSteps && attended(first + i);
+      takes_ |= static_cast<uint32_t>(takes) << i;
+    }
+  }
+
+  // The chunk from feature `first` on: under way.
+  __device__ __forceinline__ void load(int64_t first, bool query_by_vectors, bool keys_by_vectors, bool v_by_vectors) {
+    const int64_t a = first + piece_;
+    const bool by_vectors = is_query_ ? query_by_vectors : keys_by_vectors;
+#pragma unroll
+    for (int i = 0; i < Tile::kBrought; ++i) {
+      rows_[i] = (takes_ >> i & 1) != 0 ? load_piece(from_ + i * row_, element_, a, size_, by_vectors) : Vector16{};
+    }
+    of_v_ = load_piece(v_, v_element_, a, size_, v_by_vectors);
+  }
+
+  // Returns whether it is beyond the range of factored exponentials.
+  __device__ __forceinline__ bool store(const Tile& tile, bool direct) const {
+    if (at_ >= Tile::kQueries + Tile::kSteps) {
+      return false;
+    }
+    acc v[Tile::kEach], x[Tile::kBrought][Tile::kEach];
+    unpack<scalar>(v, of_v_);
+    bool is_wide = false;
+#pragma unroll
+    for (int i = 0; i < Tile::kBrought; ++i) {
+      unpack<scalar>(x[i], rows_[i]);
+    }
+#pragma unroll
+    for (int n = 0; n < Tile::kEach; ++n) {
+      acc of_feature[Tile::kBrought], of_v = v[n];
+#pragma unroll
+      for (int i = 0; i < Tile::kBrought; ++i) {
+        of_feature[i] = x[i][n];
+      }
+      if constexpr (kFactors<acc>) {
+        if (!direct) {
+          acc factor = 1;
+          if (n % 2 == 1) {
+            of_v = inverse_of(v[n]);
+            factor = is_query_ ? of_v : acc(1);
+          }
+          is_wide = is_wide || !(v[n] > -kModerate && v[n] < kModerate);
+#pragma unroll
+          for (int i = 0; i < Tile::kBrought; ++i) {
+            is_wide = is_wide || is_beyond(of_feature[i], kFactorableScores);
+            of_feature[i] = exp2_approx(kTwoOverLn2 * of_feature[i]) * factor;
+          }
+        }
+      }
+      store_shared(tile.rows + (piece_ + n) * Tile::kStride + at_, of_feature);
+      if (at_ == 0) {
+        tile.v[piece_ + n] = of_v;
+      }
+    }
+    return is_wide;
+  }
+
+ private:
+  int64_t size_;
+  const scalar* v_;
+  int64_t v_element_;
+  const scalar* from_;
+  int64_t row_, element_;
+  int piece_, at_;
+  bool is_query_;
+  uint32_t takes_ = 0;
+  Vector16 rows_[Tile::kBrought], of_v_;
+};
+
+template <class scalar, int rows, int columns>
+__global__ void __launch_bounds__(kAdditiveThreads, 4)
+    additive_scores_tile(const AdditiveScores call, bool query_by_vectors, bool keys_by_vectors, bool v_by_vectors) {
+  using acc = accumulated_t<scalar>;
+  using Tile = ScoresTile<scalar, rows, columns>;
   const Problem& problem = call.problem;
   const int64_t step_tiles = (problem.steps + Tile::kSteps - 1) / Tile::kSteps;
   const int64_t query_tiles = (problem.queries + Tile::kQueries - 1) / Tile::kQueries;
@@ -98,61 +205,33 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4) additive_scores_tile(cons
   if (step0 >= attended.end()) {
     return;  // the whole block
   }
-  const Tile tile(shared_memory());
-
-  // What this thread brings of each chunk: one feature of every fourth row.
-  const int lane = threadIdx.x % kWarp, feature = threadIdx.x / kWarp * 8 + lane % 8, first = lane / 8;
-  uint32_t attends = 0;
-  for (int i = 0; i < Tile::kSteps / 4; ++i) {
-    attends |= static_cast<uint32_t>(attended(step0 + first + 4 * i)) << i;
-  }
-  // Returns whether it is beyond the range of factored exponentials.
-  const auto bring = [&](int64_t a, bool direct) {
-    const bool is_there = a < problem.key_size;
-    bool is_wide = false;
-    const scalar* query = row_of<scalar>(problem.query, b, query0 + first) + a * problem.query.element;
-#pragma unroll 4
-    for (int i = 0; i < Tile::kQueries / 4; ++i) {
-      const acc q = is_there && query0 + first + 4 * i < problem.queries ? to_acc(*query) : acc(0);
-      tile.queries[feature * Tile::kQueryStride + first + 4 * i] = factor_of(q, direct);
-      is_wide = is_wide || is_beyond(q, kFactorable);
-      query += 4 * problem.query.row;
+  Brought<Tile, scalar> brought(problem, b, query0, step0, attended);
+  brought.load(0, query_by_vectors, keys_by_vectors, v_by_vectors);
+  const int row = threadIdx.x / Tile::kAcross * rows, column = threadIdx.x % Tile::kAcross * columns;
+  acc sums[rows][columns] = {};
+  int buffer = 0;
+  for (int64_t a0 = 0; a0 < problem.key_size; a0 += Tile::kChunk) {
+    const Tile tile(shared_memory(), buffer);
+    buffer = 1 - buffer;
+    // After the barrier the chunk is there, and the chunk before has been read, whose place the next one takes.
+    const bool direct = any_in_block(brought.store(tile, !kFactors<acc>)) || !kFactors<acc>;
+    if (kFactors<acc> && direct) {
+      brought.store(tile, true);
+      sync_threads();  // the chunk is there
     }
-    const scalar* key = row_of<scalar>(problem.keys, b, step0 + first) + a * problem.keys.element;
-#pragma unroll 4
-    for (int i = 0; i < Tile::kSteps / 4; ++i) {
-      const acc k = is_there && (attends >> i & 1) != 0 ? to_acc(*key) : acc(0);
-      tile.keys[feature * Tile::kStepStride + first + 4 * i] = factor_of(k, direct);
-      is_wide = is_wide || is_beyond(k, kFactorable);
-      key += 4 * problem.keys.row;
+    brought.load(a0 + Tile::kChunk, query_by_vectors, keys_by_vectors, v_by_vectors);
+    if (direct) {
+      tile.add_direct(sums, row, column);
+    } else if constexpr (kFactors<acc>) {
+      tile.add_factored(sums, row, column);
     }
-    const acc v = is_there ? to_acc(static_cast<const scalar*>(problem.v.data)[a * problem.v.element]) : acc(0);
-    if (first == 0) {
-      tile.v[feature] = v;
-    }
-    return is_wide || !(v > -kModerate && v < kModerate);
-  };
-
-  const int row = threadIdx.x / Tile::kAcross * rows, column = threadIdx.x % Tile::kAcross * Tile::kColumns;
-  acc sums[rows][Tile::kColumns] = {};
-  for (int64_t a0 = 0; a0 < problem.key_size; a0 += kFeatures) {
-    sync_threads();  // the last chunk has been read
-    if constexpr (kFactors<acc>) {
-      if (!any_in_block(bring(a0 + feature, false))) {  // the chunk is there
-        tile.add_factored(sums, row, column);
-        continue;
-      }
-    }
-    bring(a0 + feature, true);
-    sync_threads();  // the chunk is there
-    tile.add_direct(sums, row, column);
   }
 
   acc* out = static_cast<acc*>(call.scores) + (b * problem.queries + query0 + row) * problem.steps + step0 + column;
 #pragma unroll
   for (int i = 0; i < rows; ++i) {
 #pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) {
+    for (int j = 0; j < columns; ++j) {
       if (query0 + row + i < problem.queries && step0 + column + j < attended.end()) {
         out[i * problem.steps + j] = -2 * sums[i][j];
       }

@@ -73,6 +73,15 @@ class RowValues {
     }
   }
 
+  // Where they are held, each becomes change(value).
+  template <class Change>
+  __device__ __forceinline__ void change_held(const Change& change) {
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      value_[i] = change(value_[i]);
+    }
+  }
+
   // body(s, value)
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
@@ -132,19 +141,21 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
   const acc scale = static_cast<acc>(problem.scale);
   const acc* scores = static_cast<const acc*>(call.scores) + first;
   const auto read = [&](int64_t s) { return may_attend(s) ? scale * scores[s] : -kInfinity<acc>; };
-  const RowValues<held, decltype(read)> values(problem.steps, read);
+  RowValues<held, decltype(read)> values(problem.steps, read);
   acc largest = -kInfinity<acc>;
   values.for_each([&](int64_t, acc x) { largest = x > largest ? x : largest; });
   largest = Team::max(largest);
   const acc shift = largest == -kInfinity<acc> ? 0 : largest;  // with nothing to attend, everything is exp(-inf) = 0
+  const auto exponential_of = [&](acc x) { return exponential(x - shift); };
   acc total = 0;
-  values.for_each([&](int64_t, acc x) { total += exponential(x - shift); });
+  values.change_held(exponential_of);
+  values.for_each([&](int64_t, acc x) { total += held > 0 ? x : exponential_of(x); });
   total = Team::sum(total);
   const acc factor = total == 0 ? 0 : 1 / total;
   const OutputRow<acc> weights(call.weights, first);
   const OutputRow<scalar> rounded(call.rounded, first);
   values.for_each([&](int64_t s, acc x) {
-    const acc weight = exponential(x - shift) * factor;
+    const acc weight = (held > 0 ? x : exponential_of(x)) * factor;
     weights.store(s, weight);
     if constexpr (!std::is_same_v<scalar, acc>) {
       rounded.store(s, weight);

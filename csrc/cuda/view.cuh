@@ -19,4 +19,18 @@ bool takes_vectors(const View& view, int64_t size) {
   return view.element == 1 && address % 16 == 0 && (view.batch | view.row | size) % kLanes<scalar> == 0;
 }
 
+// 16 bytes of a row of `size` elements, from element `at` on, and zeros beyond it.
+template <class scalar>
+__device__ __forceinline__ Vector16 load_piece(const scalar* row, int64_t element, int64_t at, int64_t size, bool by_vectors) {
+  if (by_vectors) {
+    return at < size ? load16(row + at) : Vector16{};
+  }
+  accumulated_t<scalar> x[kLanes<scalar>];
+#pragma unroll
+  for (int i = 0; i < kLanes<scalar>; ++i) {
+    x[i] = at + i < size ? to_acc(row[(at + i) * element]) : accumulated_t<scalar>(0);
+  }
+  return pack<scalar>(x);
+}
+
 }  // namespace attn_ext::cuda
