@@ -36,6 +36,10 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 CXX_FLAGS += [f"-isystem{path}" for path in include_paths("cpu")]
 
+# The process's C++ library, PyTorch's, comes before the copy that some compilers link into every library. Two do not
+# know each other's streams: an error whose text has a number in it would end the process.
+LINK_FLAGS = ["-l:libstdc++.so.6"] if sys.platform == "linux" else []
+
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0").lower() not in ("", "0", "false", "off", "no")
@@ -137,6 +141,7 @@ build_info = Extension(
     ["csrc/build_info.cpp"],
     include_dirs=include_paths("cpu"),  # PyTorch carries pybind11's headers
     extra_compile_args={"cxx": [*CXX_FLAGS, *(f'-D{name}="{value}"' for name, value in facts.items())]},
+    extra_link_args=LINK_FLAGS,
     language="c++",
 )
 make_extension = CUDAExtension if with_cuda else CppExtension
@@ -151,9 +156,11 @@ ops = make_extension(
     ],
     define_macros=[("ATTN_EXT_WITH_CUDA", None)] if with_cuda else [],
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++20", "-O3"]},
-    extra_link_args=["-fopenmp"],
+    extra_link_args=["-fopenmp", *LINK_FLAGS],
 )
 
-calls = CppExtension("attn_ext._calls", ["csrc/calls.cpp"], extra_compile_args={"cxx": CXX_FLAGS})
+calls = CppExtension(
+    "attn_ext._calls", ["csrc/calls.cpp"], extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS
+)
 
 setup(ext_modules=[build_info, ops, calls], cmdclass={"build_ext": Build})

@@ -81,7 +81,7 @@ class Arguments:
             if not isinstance(value, Sequence) or not all(type(n) is int for n in value):
                 raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")
             longest_possible = torch.iinfo(torch.int64).max
-            value = torch.tensor([min(max(n, -1), longest_possible) for n in value], dtype=torch.int64)
+            value = torch.tensor([min(max(n, -1), longest_possible) for n in value], dtype=torch.int64, device="cpu")
         self.tensor("lengths", value)
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{self.caller}: lengths must be integers, got {value.dtype}")

@@ -394,9 +394,12 @@ def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") ->
 
 def autocast_enabled(tensor: object) -> bool:
     """Whether torch.autocast has a say over `tensor`; for no tensor it has none."""
-    if not isinstance(tensor, Tensor) or not torch.amp.is_autocast_available(tensor.device.type):
-        return False
-    return is_autocast_enabled(tensor.device.type)
+    return isinstance(tensor, Tensor) and _has_autocast(tensor.device.type) and is_autocast_enabled(tensor.device.type)
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11's torch.compile cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,14 +1,18 @@
 """Calls of every op on the GPU, for tools that look at each memory access and for comparing runs bit by bit.
 
 `python -m benchmarks.gpu_calls` makes each small call once. With `--repeat 10` it makes larger ones too, each so often,
-and names those whose results' bits are not always the same.
+and names those whose results' bits are not always the same. For a tool that breaks at a call, `--verbose` names each
+before it is made, and `--only` spares the others.
+
+`--without-products` is for initcheck, which does not see the bulk tensor stores that cuBLAS's products may end with,
+and takes what they wrote for uninitialised: the loops of general and concat, which project their queries, are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -20,6 +24,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALL = ((3, 1, 70, 33), (2, 1, 600, 64), (2, 37, 65, 40), (1, 130, 33, 8))  # B, T, S, D
 LARGE = ((64, 1, 512, 1024), (32, 128, 128, 512), (3, 200, 1100, 136))
 MASKINGS = ("none", "lengths", "rows", "pairs")
+OPS = ("dot", "additive")
+KINDS = (*OPS, "loops")
+CALL = "call: "  # before a name, where they are told
 
 
 def of_an_op(
@@ -73,13 +80,17 @@ def of_a_loop(method: str, dtype: torch.dtype, device: str) -> Callable[[], list
     return call
 
 
-def calls(device: str, large: bool) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
-    """By name."""
-    for (op, sizes), dtype in product(product(("dot", "additive"), SMALL + (LARGE if large else ())), DTYPES):
+def calls(
+    device: str, large: bool = False, kinds: Sequence[str] = KINDS, products: bool = True
+) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    """By name; without `products`, those alone whose inputs no matrix product made."""
+    ops = [op for op in OPS if op in kinds]
+    for (op, sizes), dtype in product(product(ops, SMALL + (LARGE if large else ())), DTYPES):
         masking = MASKINGS[(SMALL + LARGE).index(sizes) % 4 - DTYPES.index(dtype)]
         name = f"{op} {sizes} {str(dtype).removeprefix('torch.')} masked by {masking}"
         yield name, of_an_op(op, sizes, dtype, masking, device)
-    for method, dtype in product(("dot", "general", "concat"), (torch.float32, torch.bfloat16)):
+    methods = () if "loops" not in kinds else ("dot", "general", "concat") if products else ("dot",)
+    for method, dtype in product(methods, (torch.float32, torch.bfloat16)):
         yield f"a loop of {method}, {str(dtype).removeprefix('torch.')}", of_a_loop(method, dtype, device)
 
 
@@ -98,12 +109,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=1, metavar="N")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--without-products", action="store_true")
+    parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
+    done = []
     with attn_ext.use_backend("fused"):
-        done = [
-            (name, changes(call, arguments.repeat))
-            for name, call in calls(arguments.device, large=arguments.repeat > 1)
-        ]
+        for name, call in calls(
+            arguments.device, arguments.repeat > 1, arguments.only, products=not arguments.without_products
+        ):
+            if arguments.verbose:
+                print(f"{CALL}{name}", flush=True)
+            done.append((name, changes(call, arguments.repeat)))
     different = [
         f"{name}: results {', '.join(map(str, which))} differ from run to run" for name, which in done if which
     ]

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_calls
 from benchmarks.machine import commit
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,15 @@ TESTS = (
     "decoder", "beam", "modes", "errors",
 )  # fmt: skip
 NEEDS = {"expecttest": "opcheck or one_step_without_its_dimension"}
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# The tools' looks, by name, and the calls they look at. racecheck breaks where a kernel does: a process for each kind.
+SANITIZERS: dict[str, list[str]] = {
+    "memcheck": [],
+    **{f"racecheck of {kind}": ["--only", kind] for kind in gpu_calls.KINDS},
+    "initcheck": ["--without-products"],
+    "synccheck": [],
+}
+# Said where a tool did not come to its end, whatever it had found.
+BROKEN = re.compile(r"Internal Sanitizer Error.*|process didn't terminate successfully")
 
 # Seconds a stage may take, at most and as a share of what is left of the whole.
 LIMITS = {
@@ -133,22 +142,32 @@ def tests(limit: float) -> Stage:
 
 
 def sanitizers(limit: float) -> Stage:
-    """All at once: most of their time is Python's start, and four processes fit on a GPU."""
+    """All at once: most of their time is Python's start, and six processes fit on a GPU."""
     tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if tool is None:
         return Stage("sanitizers", "not run: there is no compute-sanitizer")
 
     def look(which: str) -> tuple[str, str, list[str]]:
+        name = which.split()[0]
         # Without PyTorch's cache each tensor is an allocation of its own, which ends where the tensor does. Only
         # initcheck has to see what others' kernels do: they write what ours read.
-        ours_alone = [] if which == "initcheck" else ["--kernel-regex", "kns=attn_ext"]
-        command = [tool, "--tool", which, *ours_alone, "--error-exitcode", "9"]
-        command += [sys.executable, "-m", "benchmarks.gpu_calls"]
-        status, said = run(command, limit, which, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        ours_alone = [] if name == "initcheck" else ["--kernel-name", "kns=attn_ext"]
+        command = [tool, "--tool", name, *ours_alone, "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "benchmarks.gpu_calls", "--verbose", *SANITIZERS[which]]
+        # A launch that breaks does so at its own call.
+        status, said = run(command, limit, which, PYTORCH_NO_CUDA_MEMORY_CACHING="1", CUDA_LAUNCH_BLOCKING="1")
         ours = [line[:300] for line in said.splitlines() if line.startswith("=========") and "attn_ext" in line]
         summary = [line for line in said.splitlines() if "SUMMARY" in line]
-        if status not in (0, 9, None):
-            return which, f"not run: exit status {status}", last_lines(said)
+        broken = BROKEN.search(said)
+        if broken or status != 0:
+            calls = [line for line in said.splitlines() if line.startswith(gpu_calls.CALL)]
+            summary += [f"the last {call}" for call in calls[-1:]]
+        if status is not None and not ours and (broken or status not in (0, 9)):
+            return (
+                which,
+                f"not run: {broken.group() if broken else f'exit status {status}'}",
+                summary + last_lines(said),
+            )
         if status == 9 and not ours:
             return which, "passed, but for reports of others' kernels", summary
         return which, verdict_of(status, limit), ours[:20] + summary

@@ -24,7 +24,7 @@ METHODS = tuple(FUNCTIONS)
 MASKINGS = ("none", "lengths", "rows", "pairs", "lengths+rows", "lengths+pairs")
 # What the loss is made of; "no_weights" also asks for none.
 LOSSES = {"both": ("context", "weights"), "context": ("context",), "weights": ("weights",), "no_weights": ("context",)}
-KERNELS = "cpu"  # whose the ops run; tests/cuda says otherwise
+KERNELS = "cpu"  # the type of the device that tensors lie on, and whose kernels run; tests/cuda says otherwise
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""The mark `fused` (needs the compiled ops) and what every test may rely on."""
+"""The marks, of which `fused` needs the compiled ops, and what every test may rely on."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def why_not_fused() -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fused: needs the compiled ops")
+    config.addinivalue_line("markers", "cpu: the CPU's threads, or values that nobody waits for another device to see")
     config.addinivalue_line("markers", "numerics: runs again under every instruction set (tests/test_capabilities.py)")
 
 

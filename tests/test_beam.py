@@ -16,6 +16,7 @@ from attn_ext.beam import BeamSearch
 B, S, V, H, DM = 3, 6, 4, 8, 8
 START, END = 0, 1
 LENGTHS = torch.tensor([S, 3, 1])
+DEVICE = LENGTHS.device
 
 
 def worth(log_probability: float, length: int, length_penalty: float) -> float:
@@ -127,7 +128,7 @@ def test_length_penalty() -> None:
     """0.3 at once or 0.26 in two steps: the longer one is worth more from some penalty on."""
     found = {}
     for length_penalty in (0.0, 2.0):
-        search = BeamSearch(1, 2, 5, END, length_penalty, torch.device("cpu"))
+        search = BeamSearch(1, 2, 5, END, length_penalty, DEVICE)
         first = torch.tensor([[[0.0, 0.3, 0.7, 0.0]]]).log().expand(1, 2, -1)
         search.advance(first, torch.ones(1, 2, 1))
         second = torch.tensor([[[0.63, 0.37, 0.0, 0.0]]]).log().expand(1, 2, -1)
@@ -138,7 +139,7 @@ def test_length_penalty() -> None:
 
 def test_the_search_ends_when_nothing_can_win() -> None:
     """One certain sentence: the rest, of probability 0, is not waited for."""
-    search = BeamSearch(1, 3, 50, END, 0.6, torch.device("cpu"))
+    search = BeamSearch(1, 3, 50, END, 0.6, DEVICE)
     log_probs = torch.tensor([-1e4, 0.0, -1e4, -1e4]).expand(1, 3, -1)
     search.advance(log_probs, torch.ones(1, 3, 1))
     assert search.is_done()

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from attn_ext import AttentionDecoder, AttentionMemory
 from attn_ext.decoder import DecoderState, HiddenState
+from tests import cases
 
 B, T, S, V, E, H, DM = 3, 5, 7, 11, 4, 6, 8
 START, END = 0, 1
 METHODS = ("dot", "general", "concat")
 CELLS = ("gru", "lstm")
 LENGTHS = torch.tensor([S, 4, 1])
+DEVICE = LENGTHS.device
 
 each_decoder = [
     pytest.mark.parametrize("method", METHODS),
@@ -423,7 +425,7 @@ def runs_under_autocast(cell: str) -> bool:
     """Whether PyTorch's own recurrent layer does: its LSTM asks oneDNN for one of bfloat16, which needs AVX-512."""
     layer = torch.nn.LSTM(2, 2) if cell == "lstm" else torch.nn.GRU(2, 2)
     try:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(cases.KERNELS, torch.bfloat16):
             layer(torch.zeros(1, 1, 2))
     except RuntimeError:
         return False
@@ -440,7 +442,7 @@ def test_autocast(method: str, cell: str, input_feeding: bool, each_backend: str
     targets, hidden, encoder_outputs = inputs(decoder).values()
     exact, *_ = decoder(targets, hidden, encoder_outputs)
     decoder.float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(cases.KERNELS, torch.bfloat16):
         log_probs, state, _ = decoder(targets, None, encoder_outputs.bfloat16())
         decoder(targets, state, encoder_outputs.float())
         decoder.forward_step(targets[:, :1], state, encoder_outputs.bfloat16())
@@ -520,16 +522,10 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: call(targets=zeros(B, T)), TypeError, "targets must be int64 or int32, got torch.float64"),
     (lambda: call(targets=ids(B)), ValueError, "targets has shape [3], needed is [B, T]"),
     (
-        lambda: call(targets=ids(B, T) + V),
+        lambda: call(targets=ids(B, T, device="meta")),
         ValueError,
-        "targets has the symbol 11, needed is 0 <= symbol < vocab_size=11",
+        f"targets is on meta, but the decoder is on {DEVICE}",
     ),
-    (
-        lambda: call(targets=ids(B, T) - 1),
-        ValueError,
-        "targets has the symbol -1, needed is 0 <= symbol < vocab_size=11",
-    ),
-    (lambda: call(targets=ids(B, T, device="meta")), ValueError, "targets is on meta, but the decoder is on cpu"),
     (
         lambda: step(decoder_input=ids(B, 2)),
         ValueError,
@@ -647,3 +643,10 @@ def test_error(wrong_call: Callable[[], object], error: type[Exception], text: s
     with pytest.raises(error) as caught:
         wrong_call()
     assert text in str(caught.value)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("symbol", [V, -1])
+def test_symbols_out_of_range(symbol: int, each_backend: str) -> None:
+    with pytest.raises(ValueError, match=f"targets has the symbol {symbol}, needed is 0 <= symbol < vocab_size={V}$"):
+        call(targets=ids(B, T) + symbol)

@@ -15,6 +15,7 @@ from attn_ext import Attention, AttentionMemory, LuongAttention, checks, functio
 from tests.cases import Case, spoiled
 
 B, T, S, DQ, DM, A = 2, 3, 5, 4, 6, 7
+DEVICE = torch.zeros(()).device
 
 
 def zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -96,17 +97,17 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: dot(memory=meta(B, S, DQ)),
         ValueError,
-        "dot_attention: memory is on meta, but query is on cpu; they must be on the same device",
+        f"dot_attention: memory is on meta, but query is on {DEVICE}; they must be on the same device",
     ),
     (
         lambda: dot(lengths=torch.tensor([1, 2]).to("meta")),
         ValueError,
-        "dot_attention: lengths is on meta, but query is on cpu; they must be on the same device",
+        f"dot_attention: lengths is on meta, but query is on {DEVICE}; they must be on the same device",
     ),
     (
         lambda: dot(mask=mask(B, S, device="meta")),
         ValueError,
-        "dot_attention: mask is on meta, but query is on cpu; they must be on the same device",
+        f"dot_attention: mask is on meta, but query is on {DEVICE}; they must be on the same device",
     ),
     # shapes
     (
@@ -193,7 +194,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "dot_attention: lengths go from 2 to 6, needed is 0 <= length <= S=5 (from memory)",
     ),
     (
-        lambda: additive(lengths=torch.tensor([-1, 2])),
+        lambda: additive(lengths=torch.tensor([-1, 2], device="cpu")),
         ValueError,
         "additive_attention: lengths go from -1 to 2, needed is 0 <= length <= S=5 (from keys)",
     ),
@@ -371,6 +372,12 @@ def test_error(call: Callable[[], object], error: type[Exception], text: str, ea
     assert str(caught.value) == text
 
 
+def test_numbers_as_lengths_are_seen_on_the_cpu(each_backend: str) -> None:
+    """Whatever device tensors are made on where none is named."""
+    with torch.device("meta"), pytest.raises(ValueError, match="lengths go from 2 to 6, needed is 0 <= length <= S=5"):
+        dot(lengths=[6, 2])
+
+
 CALLS = {"luong_attention": partial(luong, "concat"), "dot_attention": dot, "additive_attention": additive}
 
 
@@ -393,7 +400,7 @@ ODD_INPUT: dict[str, Callable[[], object]] = {
     "memory with a 4-D mask": lambda: memory(mask=mask(1, B, T, S)),
     "memory with a weight narrower than itself": lambda: memory("concat", weight=zeros(A, DM - 1)),
     "lengths beyond int64": lambda: dot(lengths=[2**70, 0]),
-    "lengths too long in uint16": lambda: dot(lengths=torch.tensor([9, 1], dtype=torch.uint16)),
+    "lengths too long in uint16": lambda: dot(lengths=torch.tensor([9, 1], dtype=torch.uint16, device="cpu")),
     "sparse lengths": lambda: dot(lengths=torch.tensor([1, 2]).to_sparse()),
     "no hidden size": lambda: LuongAttention("dot", None),
     "no batch size": lambda: Attention("dot", None, 4),

@@ -148,6 +148,8 @@ def sanitizer(folder: Path, script: str) -> None:
         ("echo '=========     at void attn_ext::cuda::f()'; exit 9", "failed"),
         ("echo '=========     at void cublas()'; exit 9", "passed"),
         ("echo 'Device not supported'; exit 1", "not run to its end by all"),
+        ("echo '========= Internal Sanitizer Error: The Sanitizer failed'; exit 9", "not run to its end by all"),
+        ('echo "========= Error: process didn\'t terminate successfully"; exit 9', "not run to its end by all"),
     ],
 )
 def test_sanitizers_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, verdict: str) -> None:
@@ -156,6 +158,13 @@ def test_sanitizers_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     stage = gpu_check.sanitizers(30)
     assert stage.verdict == verdict
     assert [line.split(":")[0] for line in stage.details if not line.startswith(" ")] == list(gpu_check.SANITIZERS)
+
+
+def test_a_sanitizer_that_breaks_says_at_which_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sanitizer(tmp_path, "printf 'call: one\\ncall: other\\n========= Internal Sanitizer Error: x\\n'; exit 9")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    details = gpu_check.sanitizers(30).details
+    assert details[:2] == ["memcheck: not run: Internal Sanitizer Error: x", "  the last call: other"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -180,6 +189,13 @@ def test_every_call_runs() -> None:
         assert all(result.isfinite().all() for result in call()), name
     masked = {word.rsplit(" ", 1)[-1] for word in names if "masked" in word}
     assert masked == set(gpu_calls.MASKINGS)
+
+
+def test_calls_of_one_kind() -> None:
+    every = [name for name, _ in gpu_calls.calls("cpu")]
+    assert every == [name for kind in gpu_calls.KINDS for name, _ in gpu_calls.calls("cpu", kinds=[kind])]
+    without = {name for name, _ in gpu_calls.calls("cpu", products=False)}
+    assert {name.split(",")[0] for name in set(every) - without} == {"a loop of general", "a loop of concat"}
 
 
 def test_what_tests_make_lies_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

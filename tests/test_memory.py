@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attn_ext
 from attn_ext import AttentionMemory, LuongAttention
+from tests import cases
 
 B, T, S, DQ, DM, A = 3, 5, 7, 8, 12, 10
 MODULES: dict[str, dict[str, Any]] = {
@@ -376,7 +377,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     """The steps of a loop under autocast defer too: gradients in the parameters' own dtype, near the exact ones."""
     loop = Loop(name, "lengths", torch.float32)
     expected = loop.grads(loss_of(loop.steps(loop.encoder_outputs)))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(cases.KERNELS, dtype):
         outputs = loop.steps(loop.memory())
         assert outputs[0][0].dtype == dtype
     counts, actual = calls(lambda: loop.grads(loss_of(outputs)))

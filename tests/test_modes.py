@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import attn_ext
+from tests import cases
 from tests.cases import METHODS, Case, Problem, assert_accurate, assert_same
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -24,7 +25,7 @@ def test_autocast(method: str, dtype: torch.dtype, each_backend: str) -> None:
     problem = Case(method, T=5, S=37, D=20, masking="lengths").problem()
     rounded = problem.to(dtype)
     under_autocast = replace(
-        problem, function=torch.autocast("cpu", dtype)(problem.function), grad_outputs=rounded.grad_outputs
+        problem, function=torch.autocast(cases.KERNELS, dtype)(problem.function), grad_outputs=rounded.grad_outputs
     )
     expected = rounded.results()
     for name, result in under_autocast.results().items():
@@ -36,13 +37,13 @@ def test_autocast_takes_mixed_inputs(each_backend: str) -> None:
     """A float32 memory meets a bfloat16 hidden state, as after a layer that autocast ran."""
     problem = Case("general").problem()
     tensors = problem.tensors | {"query": problem.tensors["query"].bfloat16()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(cases.KERNELS, torch.bfloat16):
         assert problem.function(**tensors)[0].dtype == torch.bfloat16
 
 
 def test_autocast_leaves_float64(each_backend: str) -> None:
     problem = Case("concat", dtype=torch.float64).problem()
-    under_autocast = replace(problem, function=torch.autocast("cpu", torch.bfloat16)(problem.function))
+    under_autocast = replace(problem, function=torch.autocast(cases.KERNELS, torch.bfloat16)(problem.function))
     assert_same(under_autocast.results(), problem.results())
 
 
@@ -180,6 +181,7 @@ def results_with(threads: int, problem: Problem) -> dict[str, Tensor]:
     return problem.results()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("case", THREADED, ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_number_of_threads(threads: int, case: Case, each_backend: str) -> None:
@@ -210,6 +212,7 @@ DIVIDED = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.fused
 @pytest.mark.numerics
 @pytest.mark.parametrize("case", DIVIDED, ids=str)

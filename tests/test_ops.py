@@ -241,6 +241,7 @@ def test_nothing_crashes(method: str, direction: str) -> None:
     assert set(accepted) <= FREE
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("lengths", [[6, 2], [-1, 2], [2**62, -(2**62)]], ids=str)
 def test_lengths_out_of_range(method: str, direction: str, lengths: list[int]) -> None:
     """Nothing before the memory or beyond S is read."""

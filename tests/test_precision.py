@@ -39,7 +39,7 @@ def test_additive_uniform_1000(dtype: torch.dtype, T: int, loss: str) -> None:
     problem = additive(dtype, T, loss=loss)
     generator = torch.Generator().manual_seed(0)
     wide = {
-        name: torch.empty_like(problem.tensors[name]).uniform_(-1000, 1000, generator=generator)
+        name: 2000 * torch.rand(problem.tensors[name].shape, generator=generator, dtype=dtype) - 1000
         for name in ("query", "keys")
     }
     assert_accurate(problem.with_tensors(**wide))
