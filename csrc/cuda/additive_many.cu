@@ -135,14 +135,25 @@ class BackwardRun {
 
   void launch_all(Stream stream) const {
     const dim3 grid(call_.problem.batch * plan_.query_tiles * plan_.splits * plan_.chunks);
-    launch(additive_backward_tile<scalar, rows>, grid, kAdditiveThreads, Tile::kShared, stream, call_, plan_);
+    const bool grads_by_vectors =
+        reinterpret_cast<uintptr_t>(call_.grad_scores) % 16 == 0 && call_.problem.steps % kLanes<accumulated_t<scalar>> == 0;
+    launch(
+        additive_backward_tile<scalar, rows>,
+        grid,
+        kAdditiveThreads,
+        Tile::kShared,
+        stream,
+        call_,
+        plan_,
+        grads_by_vectors,
+        takes_vectors<scalar>(call_.problem.keys, call_.problem.key_size));
     query_.sum(plan_.query_slabs, stream);
     keys_.sum(plan_.key_slabs, stream);
     v_.sum(plan_.v_slabs, stream);
   }
 
  private:
-  using Tile = GradientTile<accumulated_t<scalar>, rows>;
+  using Tile = GradientTile<scalar, rows>;
 
   const AdditiveBackward& call_;
   AdditiveBackwardPlan plan_;

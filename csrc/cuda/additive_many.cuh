@@ -251,20 +251,28 @@ struct AdditiveBackwardPlan {
   void* v_slabs;      // [B, query_tiles, splits][A]
 };
 
-template <class acc, int rows_>
+// Two chunks of steps: one is walked while the next is on its way.
+template <class scalar, int rows_>
 struct GradientTile {
+  using acc = accumulated_t<scalar>;
   static constexpr int kRows = rows_;  // queries of a warp
   static constexpr int kQueries = kAdditiveWarps * kRows;
   static constexpr int kSteps = 16;
-  static constexpr int kStride = kQueries + 4;  // of a step: spreads what neighbours in a row of de store over the banks
-  static constexpr size_t kShared = (kSteps * kStride + (1 + kAdditiveWarps) * kSteps * kFeatures) * sizeof(acc);
+  static constexpr int kAtOnce = 4;  // of them
+  static constexpr size_t kPartsSize = kAdditiveWarps * kSteps * kFeatures * sizeof(acc);
+  static constexpr size_t kGradsSize = kQueries * kSteps * sizeof(acc);
+  static constexpr size_t kKeysSize = kSteps * kFeatures * sizeof(scalar);
+  static constexpr size_t kBuffer = kPartsSize + kGradsSize + kKeysSize;
+  static constexpr size_t kShared = 2 * kBuffer;
 
-  acc* grad_scores;  // [kSteps][kStride]
-  acc* keys;         // [kSteps][kFeatures]
   acc* parts;        // [kAdditiveWarps][kSteps][kFeatures] what the keys get, not yet times 4v
+  acc* grad_scores;  // [kQueries][kSteps]
+  scalar* keys;      // [kSteps][kFeatures]
 
-  __device__ __forceinline__ explicit GradientTile(char* shared)
-      : grad_scores(reinterpret_cast<acc*>(shared)), keys(grad_scores + kSteps * kStride), parts(keys + kSteps * kFeatures) {}
+  __device__ __forceinline__ GradientTile(char* shared, int buffer)
+      : parts(reinterpret_cast<acc*>(shared + buffer * kBuffer)),
+        grad_scores(reinterpret_cast<acc*>(shared + buffer * kBuffer + kPartsSize)),
+        keys(reinterpret_cast<scalar*>(shared + buffer * kBuffer + kPartsSize + kGradsSize)) {}
 
   // h of a query and two steps.
   template <bool direct>
@@ -286,30 +294,34 @@ struct GradientTile {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     acc of_chunk = 0;  // a sum of sums is nearer to the truth
 #pragma unroll 1       // there is enough to overlap in one round, and no register left for another
-    for (int s = 0; s < kSteps; s += 2) {
-      const acc key0 = keys[s * kFeatures + lane], key1 = keys[(s + 1) * kFeatures + lane];
-      acc grad_key0 = 0, grad_key1 = 0;
+    for (int s = 0; s < kSteps; s += kAtOnce) {
+      acc key[kAtOnce], grad_key[kAtOnce] = {};
 #pragma unroll
-      for (int i = 0; i < kRows; i += 4) {
-        acc grad0[4], grad1[4];
-        load_shared(grad0, grad_scores + s * kStride + warp * kRows + i);
-        load_shared(grad1, grad_scores + (s + 1) * kStride + warp * kRows + i);
+      for (int n = 0; n < kAtOnce; ++n) {
+        key[n] = factor_of(to_acc(keys[(s + n) * kFeatures + lane]), direct);
+      }
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
+      for (int i = 0; i < kRows; ++i) {
+        acc grad[kAtOnce];
+        load_shared(grad, grad_scores + (warp * kRows + i) * kSteps + s);
+#pragma unroll
+        for (int n = 0; n < kAtOnce; n += 2) {
           acc h0, h1;
-          centred_reciprocals<direct>(h0, h1, query[i + n], key0, key1);
+          centred_reciprocals<direct>(h0, h1, query[i], key[n], key[n + 1]);
           const acc y0 = acc(0.25) - h0 * h0, y1 = acc(0.25) - h1 * h1;
-          grad_query[i + n] += grad0[n] * y0;
-          grad_query[i + n] += grad1[n] * y1;
-          grad_key0 += grad0[n] * y0;
-          grad_key1 += grad1[n] * y1;
-          of_chunk += grad0[n] * h0;
-          of_chunk += grad1[n] * h1;
+          grad_query[i] += grad[n] * y0;
+          grad_query[i] += grad[n + 1] * y1;
+          grad_key[n] += grad[n] * y0;
+          grad_key[n + 1] += grad[n + 1] * y1;
+          of_chunk += grad[n] * h0;
+          of_chunk += grad[n + 1] * h1;
         }
       }
       acc* part = parts + (warp * kSteps + s) * kFeatures + lane;
-      part[0] = grad_key0;
-      part[kFeatures] = grad_key1;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        part[n * kFeatures] = grad_key[n];
+      }
     }
     grad_v += of_chunk;
   }
@@ -334,27 +346,132 @@ __device__ __forceinline__ void store_gradient(void* slabs, int64_t slab, void* 
   }
 }
 
+// body(i), i < count, each by one thread of the block. Unrolled, it would take the registers of the queries.
+template <int count, class Body>
+__device__ __forceinline__ void by_threads(const Body& body) {
+#pragma unroll 1
+  for (int i = 0; i < count; i += kAdditiveThreads) {
+    if (count % kAdditiveThreads == 0 || i + static_cast<int>(threadIdx.x) < count) {
+      body(i + static_cast<int>(threadIdx.x));
+    }
+  }
+}
+
+// A block's way through its steps: what comes in.
 template <class scalar, int rows>
-__global__ void __launch_bounds__(kAdditiveThreads, 4)
-    additive_backward_tile(const AdditiveBackward call, const AdditiveBackwardPlan plan) {
+class GradientChunks {
   using acc = accumulated_t<scalar>;
-  using Tile = GradientTile<acc, rows>;
+  using Tile = GradientTile<scalar, rows>;
+
+ public:
+  __device__ __forceinline__ GradientChunks(
+      const AdditiveBackward& call,
+      int64_t b,
+      int64_t first_query,
+      int64_t first_feature,
+      int64_t end_step,
+      const Attendable& attended,
+      bool grads_by_vectors,
+      bool keys_by_vectors)
+      : grads_(static_cast<const acc*>(call.grad_scores) + (b * call.problem.queries + first_query) * call.problem.steps),
+        steps_(call.problem.steps),
+        end_step_(end_step),
+        keys_(row_of<scalar>(call.problem.keys, b, 0) + first_feature * call.problem.keys.element),
+        row_(call.problem.keys.row),
+        element_(call.problem.keys.element),
+        attended_(attended),
+        grads_by_vectors_(grads_by_vectors),
+        keys_by_vectors_(keys_by_vectors) {
+    const int64_t queries = call.problem.queries - first_query, features = call.problem.key_size - first_feature;
+    queries_ = queries < Tile::kQueries ? static_cast<int>(queries) : Tile::kQueries;
+    features_ = features < kFeatures ? static_cast<int>(features) : kFeatures;
+  }
+
+  // The chunk from step0 on, under way.
+  __device__ __forceinline__ void start(const Tile& tile, int64_t step0) const {
+    if (grads_by_vectors_) {
+      by_threads<Tile::kQueries * kPiecesOfGrads>([&](int i) {
+        const int t = i / kPiecesOfGrads, s = i % kPiecesOfGrads * kLanes<acc>;
+        const bool there = t < queries_ && step0 + s < end_step_;
+        copy_async16(tile.grad_scores + t * Tile::kSteps + s, grads_ + (there ? t * steps_ + step0 + s : 0), there);
+      });
+    } else {
+      by_threads<Tile::kQueries * Tile::kSteps>([&](int i) {
+        const int t = i / Tile::kSteps, s = i % Tile::kSteps;
+        tile.grad_scores[i] = t < queries_ && step0 + s < end_step_ ? grads_[t * steps_ + step0 + s] : acc(0);
+      });
+    }
+    if (keys_by_vectors_) {
+      by_threads<Tile::kSteps * kPiecesOfKeys>([&](int i) {
+        const int s = i / kPiecesOfKeys, a = i % kPiecesOfKeys * kLanes<scalar>;
+        const bool there = a < features_ && takes(step0 + s);
+        copy_async16(tile.keys + s * kFeatures + a, keys_ + (there ? (step0 + s) * row_ + a : 0), there);
+      });
+    } else {
+      by_threads<Tile::kSteps * kFeatures>([&](int i) {
+        const int s = i / kFeatures, a = i % kFeatures;
+        tile.keys[i] = a < features_ && takes(step0 + s) ? keys_[(step0 + s) * row_ + a * element_] : scalar{};
+      });
+    }
+    commit_copies();
+  }
+
+  // Whether a key from first_step on is beyond the range of factored exponentials, of this thread's share.
+  __device__ __forceinline__ bool is_wide(int64_t first_step) const {
+    bool wide = false;
+    const int a = threadIdx.x % kPiecesOfKeys * kLanes<scalar>;
+#pragma unroll 4
+    for (int64_t s = first_step + threadIdx.x / kPiecesOfKeys; s < end_step_; s += kAdditiveThreads / kPiecesOfKeys) {
+      acc key[kLanes<scalar>] = {};
+      if (a < features_ && takes(s)) {
+        unpack<scalar>(key, load_piece(keys_ + s * row_, element_, a, features_, keys_by_vectors_));
+      }
+#pragma unroll
+      for (int i = 0; i < kLanes<scalar>; ++i) {
+        wide = wide || is_beyond(key[i], kFactorable);
+      }
+    }
+    return wide;
+  }
+
+ private:
+  static constexpr int kPiecesOfGrads = Tile::kSteps / kLanes<acc>;
+  static constexpr int kPiecesOfKeys = kFeatures / kLanes<scalar>;
+
+  __device__ __forceinline__ bool takes(int64_t s) const {
+    return s < end_step_ && attended_(s);
+  }
+
+  const acc* grads_;
+  int64_t steps_, end_step_;
+  const scalar* keys_;
+  int64_t row_, element_;
+  const Attendable& attended_;
+  bool grads_by_vectors_, keys_by_vectors_;
+  int queries_, features_;
+};
+
+template <class scalar, int rows>
+__global__ void __launch_bounds__(kAdditiveThreads, 4) additive_backward_tile(
+    const AdditiveBackward call, const AdditiveBackwardPlan plan, bool grads_by_vectors, bool keys_by_vectors) {
+  using acc = accumulated_t<scalar>;
+  using Tile = GradientTile<scalar, rows>;
   const Problem& problem = call.problem;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t group = blockIdx.x / plan.chunks, split = group % plan.splits;  // group: of v's slabs
   const int64_t query_tile = group / plan.splits % plan.query_tiles, b = group / plan.splits / plan.query_tiles;
-  const int64_t a = blockIdx.x % plan.chunks * kFeatures + lane;
+  const int64_t first_feature = blockIdx.x % plan.chunks * kFeatures, a = first_feature + lane;
   const int64_t tile_query = query_tile * Tile::kQueries, warp_query = tile_query + warp * rows;
   const int64_t size = problem.key_size, first_step = split * plan.split_steps;
   const int64_t end_step = first_step + plan.split_steps < problem.steps ? first_step + plan.split_steps : problem.steps;
   const Attendable attended = Attendable::by_any(problem, b);
   const int64_t attended_end = attended.end() < end_step ? attended.end() : end_step;
   const bool is_there = a < size;
-  const auto key_of = [&](int64_t s) {
-    const bool take = is_there && s < attended_end && attended(s);
-    return take ? to_acc(row_of<scalar>(problem.keys, b, s)[a * problem.keys.element]) : acc(0);
-  };
-  const Tile tile(shared_memory());
+  const GradientChunks<scalar, rows> chunks(
+      call, b, tile_query, first_feature, end_step, attended, grads_by_vectors, keys_by_vectors);
+  if (first_step < attended_end) {
+    chunks.start(Tile(shared_memory(), 0), first_step);
+  }
 
   acc query[rows], grad_query[rows] = {}, grad_v = 0;
   const int64_t last_query = problem.queries - 1, last_feature = size - 1;
@@ -368,10 +485,7 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
   bool direct = true;
   if constexpr (kFactors<acc>) {
     // A look at all keys, one for the 128 queries here: these need not change from exponentials to themselves on the way.
-    bool is_wide = false;
-    for (int64_t s = first_step + warp; s < attended_end; s += kAdditiveWarps) {
-      is_wide = is_wide || is_beyond(key_of(s), kFactorable);
-    }
+    bool is_wide = chunks.is_wide(first_step);
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
       is_wide = is_wide || is_beyond(query[i], kFactorable);
@@ -390,27 +504,28 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
       store_gradient<scalar>(plan.key_slabs, slab, call.grad_keys, (b * problem.steps + step0 + s) * size + a, value(s));
     }
   };
+  int buffer = 0;
   int64_t step0 = first_step;
-  for (; step0 < attended_end; step0 += Tile::kSteps) {
-    // Neighbours in a row of de are neighbours in a warp.
-    const int step = threadIdx.x % Tile::kSteps;
-#pragma unroll 4
-    for (int t = threadIdx.x / Tile::kSteps; t < Tile::kQueries; t += kAdditiveThreads / Tile::kSteps) {
-      const bool take = step0 + step < end_step && tile_query + t < problem.queries;
-      const int64_t at = (b * problem.queries + tile_query + t) * problem.steps + step0 + step;
-      tile.grad_scores[step * Tile::kStride + t] = take ? static_cast<const acc*>(call.grad_scores)[at] : acc(0);
+  for (; step0 < attended_end; step0 += Tile::kSteps, buffer = 1 - buffer) {
+    const Tile tile(shared_memory(), buffer), other(shared_memory(), 1 - buffer);
+    wait_copies<0>();
+    sync_threads();  // the chunk is there, and the one before has been walked
+    if (step0 + Tile::kSteps < attended_end) {
+      chunks.start(other, step0 + Tile::kSteps);
     }
-    for (int s = warp; s < Tile::kSteps; s += kAdditiveWarps) {
-      tile.keys[s * kFeatures + lane] = factor_of(key_of(step0 + s), direct);
+    if (step0 > first_step) {
+      store_keys(step0 - Tile::kSteps, [&](int s) { return 4 * v * other.sum_of_parts(s, lane); });
     }
-    sync_threads();  // the chunk is there, and the last one's parts have been read
     if (direct) {
       tile.template walk<true>(query, grad_query, grad_v);
     } else if constexpr (kFactors<acc>) {
       tile.template walk<false>(query, grad_query, grad_v);
     }
-    sync_threads();  // the parts are there, and the chunk has been read
-    store_keys(step0, [&](int s) { return 4 * v * tile.sum_of_parts(s, lane); });
+  }
+  const Tile last(shared_memory(), 1 - buffer);
+  sync_threads();  // the last chunk's parts are there
+  if (step0 > first_step) {
+    store_keys(step0 - Tile::kSteps, [&](int s) { return 4 * v * last.sum_of_parts(s, lane); });
   }
   for (; step0 < end_step; step0 += Tile::kSteps) {
     store_keys(step0, [](int) { return acc(0); });
@@ -426,10 +541,10 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
   }
   if (call.grad_v != nullptr) {
     sync_threads();  // the last chunk's parts have been read
-    tile.parts[warp * Tile::kSteps * kFeatures + lane] = grad_v;
+    last.parts[warp * Tile::kSteps * kFeatures + lane] = grad_v;
     sync_threads();  // every warp's is there
     if (warp == 0 && is_there) {
-      store_gradient<scalar>(plan.v_slabs, group * size, call.grad_v, a, -2 * tile.sum_of_parts(0, lane));
+      store_gradient<scalar>(plan.v_slabs, group * size, call.grad_v, a, -2 * last.sum_of_parts(0, lane));
     }
   }
 }
