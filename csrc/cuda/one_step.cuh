@@ -12,6 +12,55 @@ namespace attn_ext::cuda {
 constexpr int kStepBlock = 128;
 constexpr int kStepWarps = kStepBlock / kWarp;
 
+// Rows on their way from global into shared memory past the registers: `depth` slots, each of `pieces` vectors a thread. A thread
+// reads only what it has put there itself, so no barrier is needed; the threads' pieces lie side by side, free of bank conflicts.
+// The slot that is read is the next to be filled:
+//
+//   depth times  { copy() or store() every piece;  next(); }
+//   and then     { wait();  read the pieces;  copy() or store() the next ones, or nothing more;  next(); }
+//
+// finish(), and a barrier, before the memory is used for something else.
+template <int pieces, int depth>
+class RowsUnderWay {
+ public:
+  static constexpr int kBytes = depth * pieces * kStepBlock * static_cast<int>(sizeof(Vector16));
+
+  // kBytes of shared memory, aligned to 16.
+  __device__ __forceinline__ explicit RowsUnderWay(void* shared) : slots_(static_cast<Vector16*>(shared) + threadIdx.x) {}
+
+  // Zeros where it is not `there`; the address is then not read.
+  __device__ __forceinline__ void copy(int piece, const void* from, bool there) {
+    copy_async16(slots_ + at_ + piece * kStepBlock, from, there);
+  }
+
+  __device__ __forceinline__ void store(int piece, const Vector16& x) {
+    store16(slots_ + at_ + piece * kStepBlock, x);
+  }
+
+  // The slot has all its pieces.
+  __device__ __forceinline__ void next() {
+    commit_copies();
+    at_ = at_ == (depth - 1) * pieces * kStepBlock ? 0 : at_ + pieces * kStepBlock;
+  }
+
+  // Until the slot's pieces have arrived.
+  __device__ __forceinline__ void wait() const {
+    wait_copies<depth - 1>();
+  }
+
+  __device__ __forceinline__ Vector16 piece(int piece) const {
+    return load16(slots_ + at_ + piece * kStepBlock);
+  }
+
+  __device__ __forceinline__ void finish() const {
+    wait_copies<0>();
+  }
+
+ private:
+  Vector16* slots_;
+  int at_ = 0;
+};
+
 // The block's place: a split of a batch element.
 struct Place {
   int64_t b, split, begin, end;
