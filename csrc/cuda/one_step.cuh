@@ -67,7 +67,9 @@ struct Place {
   int64_t b, split, begin, end;
 
   __device__ __forceinline__ Place(const Problem& problem, const Splits& splits)
-      : b(blockIdx.x / splits.count), split(blockIdx.x % splits.count), begin(split * splits.steps) {
+      : b(blockIdx.x / static_cast<unsigned>(splits.count)),
+        split(blockIdx.x % static_cast<unsigned>(splits.count)),
+        begin(split * splits.steps) {
     end = begin + splits.steps < problem.steps ? begin + splits.steps : problem.steps;
   }
 
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(kStepBlock) merge_one_step(const OneStep call,
   using acc = accumulated_t<scalar>;
   constexpr int early = 8;
   wait_for_last_launch();
-  const int64_t b = blockIdx.x / parts, size = call.problem.memory_size, stride = size + 2;
+  const int64_t b = blockIdx.x / static_cast<unsigned>(parts), size = call.problem.memory_size, stride = size + 2;
   const int part = blockIdx.x % parts, count = static_cast<int>(call.splits.count), warp = threadIdx.x / kWarp;
   const int64_t d = static_cast<int64_t>(part) * kStepBlock + threadIdx.x;
   const acc* partials = static_cast<const acc*>(call.splits.partials) + b * count * stride;  // [count][size + 2]
@@ -247,7 +249,7 @@ template <class scalar>
 __global__ void __launch_bounds__(kStepBlock) merge_grad_query(const OneStepBackward call, int parts) {
   using acc = accumulated_t<scalar>;
   wait_for_last_launch();
-  const int64_t b = blockIdx.x / parts, size = call.problem.key_size, count = call.splits.count;
+  const int64_t b = blockIdx.x / static_cast<unsigned>(parts), size = call.problem.key_size, count = call.splits.count;
   const int64_t d = static_cast<int64_t>(blockIdx.x % parts) * kStepBlock + threadIdx.x;
   const acc* partials = static_cast<const acc*>(call.splits.partials) + b * count * size;  // [count][size]
   if (d < size) {

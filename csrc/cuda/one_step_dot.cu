@@ -45,11 +45,12 @@ void one_step_dot(const OneStep& call, Stream stream) {
   const Splits& splits = call.splits;
   for_dtype(problem.dtype, [&]<class scalar>(scalar) {
     using acc = accumulated_t<scalar>;
+    const auto scale = static_cast<acc>(problem.scale);
     const bool query_by_vectors = takes_vectors<scalar>(problem.query, problem.memory_size);
     for_columns<scalar>(problem, query_by_vectors, [&]<int pieces, int rows, int depth>(const Columns<scalar, pieces>& columns) {
       const dim3 grid(problem.batch * splits.count);
       const size_t shared = kOfWarps * sizeof(acc) + kStepShared<scalar, pieces, rows, depth>;
-      launch(attend_one_step<scalar, pieces, rows, depth>, grid, kStepBlock, shared, stream, call, columns);
+      launch(attend_one_step<scalar, pieces, rows, depth>, grid, kStepBlock, shared, stream, call, columns, scale);
     });
     if (splits.count > 1) {
       // Of weights, which are more than the columns as a rule, a thread takes several.
@@ -65,13 +66,15 @@ void one_step_dot_backward(const OneStepBackward& call, Stream stream) {
   const Problem& problem = call.problem;
   const Splits& splits = call.splits;
   for_dtype(problem.dtype, [&]<class scalar>(scalar) {
+    using acc = accumulated_t<scalar>;
+    const auto scale = static_cast<acc>(problem.scale);
     const bool by_vectors = takes_vectors<scalar>(problem.query, problem.memory_size) &&
                             (call.grad_context.data == nullptr || takes_vectors<scalar>(call.grad_context, problem.memory_size));
     for_columns<scalar>(problem, by_vectors, [&]<int pieces, int rows, int depth>(const Columns<scalar, pieces>& columns) {
       const dim3 grid(problem.batch * splits.count);
       constexpr size_t query = kSharesQuery<scalar, pieces> ? pieces * kWarp * sizeof(Vector16) : 0;
-      const size_t shared = kOfWarps * sizeof(accumulated_t<scalar>) + kStepShared<scalar, pieces, rows, depth> + query;
-      launch(differentiate_one_step<scalar, pieces, rows, depth>, grid, kStepBlock, shared, stream, call, columns);
+      const size_t shared = kOfWarps * sizeof(acc) + kStepShared<scalar, pieces, rows, depth> + query;
+      launch(differentiate_one_step<scalar, pieces, rows, depth>, grid, kStepBlock, shared, stream, call, columns, scale);
     });
     if (splits.count > 1 && call.grad_query != nullptr && problem.key_size > 0) {
       const unsigned parts = parts_of(problem.key_size);

@@ -44,23 +44,28 @@ struct Columns {
     return pieces * lanes() * kEach;
   }
 
-  // Of a row of any strides, and zeros beyond it.
-  __device__ __forceinline__ Vector16 gather(const scalar* row, int64_t element, int piece) const {
+  // Of a row of any strides, and zeros beyond it or where it is not `there`.
+  __device__ __forceinline__ Vector16 gather(const scalar* row, int64_t element, int piece, bool there) const {
+    const int end = there ? size : 0;
     acc x[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      x[i] = column(piece) + i < size ? to_acc(row[(column(piece) + i) * element]) : acc(0);
+      x[i] = column(piece) + i < end ? to_acc(row[(column(piece) + i) * element]) : acc(0);
     }
     return pack<scalar>(x);
   }
 
   // A row as it is stored, and zeros beyond it or without one.
   __device__ __forceinline__ void load(Vector16 (&to)[pieces], const scalar* row, int64_t element) const {
+    if (query_by_vectors) {
 #pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-      to[p] = Vector16{};
-      if (row != nullptr && column(p) < size) {
-        to[p] = query_by_vectors ? load16(row + column(p)) : gather(row, element, p);
+      for (int p = 0; p < pieces; ++p) {
+        to[p] = row != nullptr && column(p) < size ? load16(row + column(p)) : Vector16{};
+      }
+    } else {
+#pragma unroll
+      for (int p = 0; p < pieces; ++p) {
+        to[p] = gather(row, element, p, row != nullptr);
       }
     }
   }
@@ -253,11 +258,12 @@ class MemoryUnderWay {
         }
       }
     } else {
-#pragma unroll 1
+      constexpr int at_once = pieces > 2 ? 1 : 2;  // of what there are registers for
+#pragma unroll at_once
       for (int n = 0; n < rows * pieces; ++n) {
         const int r = n / pieces;
         const scalar* from = next_ + r * stride();
-        under_way_.store(n, attended_ >> r & 1 ? columns_.gather(from, problem_.memory.element, n % pieces) : Vector16{});
+        under_way_.store(n, columns_.gather(from, problem_.memory.element, n % pieces, attended_ >> r & 1));
       }
     }
     under_way_.next();
@@ -297,7 +303,7 @@ constexpr int kStepShared = std::max<int>(
 
 template <class scalar, int pieces, int rows, int depth>
 __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
-    attend_one_step(const OneStep call, const Columns<scalar, pieces> columns) {
+    attend_one_step(const OneStep call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
   constexpr int each = kLanes<scalar>;
   const Problem& problem = call.problem;
@@ -312,7 +318,6 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   Vector16 query[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   acc* scores = call.scores == nullptr ? nullptr : static_cast<acc*>(call.scores) + place.b * problem.steps + place.begin;
-  const acc scale = static_cast<acc>(problem.scale);
   acc context[pieces][each];
   Columns<scalar, pieces>::clear(context);
   Softmaxed<acc> mine;
@@ -447,7 +452,7 @@ __device__ __forceinline__ accumulated_t<scalar> delta_of(
 
 template <class scalar, int pieces, int rows, int depth>
 __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
-    differentiate_one_step(const OneStepBackward call, const Columns<scalar, pieces> columns) {
+    differentiate_one_step(const OneStepBackward call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
   constexpr int each = kLanes<scalar>;
   const Problem& problem = call.problem;
@@ -476,7 +481,6 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   };
   const bool has_grad = call.grad_context.data != nullptr;
   columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  const acc scale = static_cast<acc>(problem.scale);
   const acc* weights = call.weights == nullptr ? nullptr : static_cast<const acc*>(call.weights) + first;
   const acc logsumexp = weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
   const scalar* grad_weights = call.grad_weights.data == nullptr
