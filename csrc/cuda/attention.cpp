@@ -27,9 +27,17 @@
 namespace attn_ext::cuda {
 namespace {
 
-// Blocks of a one-step kernel for each multiprocessor, and steps that are worth a block.
+// Blocks of a one-step kernel that a multiprocessor has room for.
 constexpr int64_t kBlocks = 4;
-constexpr int64_t kLeastSplitSteps = 32;
+
+// In bytes that one multiprocessor reads meanwhile: what is worth a block, what it takes to merge splits, and what to begin another
+// wave of blocks.
+constexpr int64_t kLeastSplit = 16 << 10;
+constexpr int64_t kMerge = 48 << 10;
+constexpr int64_t kWave = 32 << 10;
+
+// Steps of a split are a multiple of it where they are more: short of that a block's warps do not all have the same to do.
+constexpr int64_t kSplitSteps = 16;
 
 // What every call begins with.
 class Call {
@@ -105,19 +113,38 @@ class Call {
     return rows;
   }
 
-  // `partial_size` elements of a split's result wait for the merge.
+  // The steps of a batch element in as many blocks as read them soonest: the busiest multiprocessor decides. `partial_size`
+  // elements of a split's result wait for the merge.
   Splits splits(int64_t partial_size) {
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    const int64_t wanted = ceil_div(kBlocks * multiprocessors(inputs_.query.device()), problem_.batch);
-    const int64_t useful = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(problem_.steps / kLeastSplitSteps, 1));
+    const int64_t processors = multiprocessors(inputs_.query.device());
+    const int64_t columns = problem_.memory_size + (is_dot() ? 0 : problem_.key_size);
+    const int64_t row = std::max<int64_t>(columns * width_of(problem_.dtype), 1);
+    const int64_t most_steps = is_dot() ? problem_.steps : kMostSplitSteps;
+    int64_t least = std::numeric_limits<int64_t>::max();
     Splits splits{};
-    splits.steps = std::clamp<int64_t>(ceil_div(problem_.steps, useful), 1, kMostSplitSteps);
-    splits.count = std::max<int64_t>(ceil_div(problem_.steps, splits.steps), 1);
+    for (const int64_t waves : {0, 1, 2, 4}) {
+      const int64_t useful = std::max<int64_t>(problem_.steps * row / kLeastSplit, 1);
+      const int64_t wanted = std::clamp<int64_t>(waves * kBlocks * processors / problem_.batch, 1, useful);
+      int64_t steps = ceil_div(problem_.steps, wanted);
+      steps = steps < kSplitSteps ? steps : ceil_div(steps, kSplitSteps) * kSplitSteps;
+      steps = std::clamp<int64_t>(steps, 1, most_steps);
+      const int64_t count = std::max<int64_t>(ceil_div(problem_.steps, steps), 1), blocks = problem_.batch * count;
+      const int64_t cost =
+          ceil_div(blocks, processors) * steps * row + (count > 1 ? kMerge : 0) + ceil_div(blocks, kBlocks * processors) * kWave;
+      if (cost < least) {
+        least = cost;
+        splits.steps = steps;
+        splits.count = count;
+      }
+    }
     if (splits.count > 1) {
-      tickets_ = at::zeros({problem_.batch}, inputs_.query.options().dtype(at::kInt));
       partials_ = empty_exact({problem_.batch, splits.count, partial_size});
-      splits.tickets = tickets_.mutable_data_ptr<int>();
       splits.partials = partials_.mutable_data_ptr();
+      if (!is_dot()) {
+        tickets_ = at::zeros({problem_.batch}, inputs_.query.options().dtype(at::kInt));
+        splits.tickets = tickets_.mutable_data_ptr<int>();
+      }
     }
     return splits;
   }

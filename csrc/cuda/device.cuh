@@ -163,6 +163,20 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+// A launch_behind waits here for the launch before it, and then sees all that it wrote. It may come so far once every block of the
+// launch before has said so or ended.
+__device__ __forceinline__ void wait_for_last_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // How many came before. What this block's threads wrote before a barrier before it is seen by the blocks that draw later numbers,
 // by all their threads after a barrier more. A launch leaves its counters at 0 again, for the next one or a graph's replay: whoever
 // draws the last number resets it.

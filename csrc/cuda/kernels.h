@@ -48,14 +48,14 @@ struct AttendedRows {
 };
 void attended_rows(const AttendedRows& call, Stream stream);
 
-// One query a batch element. A block takes `split_steps` source steps; the last one of a batch element to arrive merges what the
-// others left, in their order.
-constexpr int64_t kMostSplitSteps = 1024;  // whose scores shared memory holds
+// One query a batch element. A block takes `steps` source steps. What the blocks of a batch element leave is merged in their order:
+// of additive attention by the last one to arrive, of dot by a launch behind.
+constexpr int64_t kMostSplitSteps = 1024;  // whose additive scores shared memory holds
 
 struct Splits {
   int64_t count;
-  int64_t steps;   // at most kMostSplitSteps
-  int* tickets;    // [B], zeros; null if count is 1
+  int64_t steps;   // of additive attention at most kMostSplitSteps
+  int* tickets;    // of additive attention: [B], zeros; null if count is 1
   void* partials;  // forward [B, count, memory_size + 2] acc, backward [B, count, key_size] acc; null if count is 1
 };
 

@@ -23,9 +23,17 @@ inline void check(cudaError_t error, const void* kernel) {
 // What a kernel may take of shared memory without asking.
 constexpr size_t kUnaskedSharedMemory = 48 * 1024;
 
+// Whether the next launch may come to its wait_for_last_launch while the one before it still runs.
+inline bool begins_early() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 // An empty grid, of an empty batch for one, is no error and does nothing.
 template <class... Parameters>
-void launch(
+void launch_as(
+    bool early,
     void (*kernel)(Parameters...),
     dim3 grid,
     int threads,
@@ -39,12 +47,40 @@ void launch(
   if (shared_bytes > kUnaskedSharedMemory) {
     check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), address);
   }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), address);
+}
+
+template <class... Parameters>
+void launch(
+    void (*kernel)(Parameters...),
+    dim3 grid,
+    int threads,
+    size_t shared_bytes,
+    cudaStream_t stream,
+    std::type_identity_t<Parameters>... arguments) {
+  launch_as(false, kernel, grid, threads, shared_bytes, stream, arguments...);
+}
+
+// A kernel that calls wait_for_last_launch before it touches anything, behind one that calls let_next_launch_begin.
+template <class... Parameters>
+void launch_behind(
+    void (*kernel)(Parameters...),
+    dim3 grid,
+    int threads,
+    size_t shared_bytes,
+    cudaStream_t stream,
+    std::type_identity_t<Parameters>... arguments) {
+  launch_as(begins_early(), kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace attn_ext::cuda

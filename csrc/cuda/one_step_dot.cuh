@@ -4,84 +4,69 @@
 //   backward   delta = g . c + sum_s a_s gw_s;  de_s = scale a_s (g . m_s + gw_s - delta);  dq = sum_s de_s m_s;
 //              dm_s = a_s g + de_s q
 //
-// A team of lanes, up to a warp, has a row of memory in its registers from the score to the context, a few rows at a time, and its
-// columns of all sums. So there is no barrier before the teams' results are merged. Bound by memory.
+// A team of lanes, up to a warp, takes `rows` rows of memory at a time, of which each lane has its columns, and has those columns
+// of all sums in its registers. The team's next rows are under way to shared memory meanwhile, so loads never pause, and no barrier
+// stands before the teams' results are merged. What all rows meet, q and g, is kept as it is stored: of halves that is half the
+// registers, and so a multiprocessor has room for kStepBlocks blocks. Bound by memory.
 #pragma once
 
 #include "one_step.cuh"
 
+#include <algorithm>
+
 namespace attn_ext::cuda {
 
-constexpr int kMostPieces = 8;
-
-// The columns of a lane: `pieces` times 16 bytes, the lanes' pieces taking turns along the row. `rows` are in flight at once.
-template <class scalar, int pieces, int rows>
+// The columns of a lane: `pieces` times 16 bytes, the lanes' pieces taking turns along the row.
+template <class scalar, int pieces>
 struct Columns {
   using acc = accumulated_t<scalar>;
   static constexpr int kEach = kLanes<scalar>;
 
-  int lanes;  // of a team: a power of two
-  int64_t size;
-  bool by_vectors;  // the memory and its gradient
+  int lanes_of_team;  // a power of two; a warp where there is more than one piece
+  int size;
+  bool by_vectors;        // the memory and its gradient
+  bool query_by_vectors;  // what has one row a batch element: the query, and a backward's gradient of the context
+
+  __device__ __forceinline__ int lanes() const {
+    return pieces > 1 ? kWarp : lanes_of_team;
+  }
 
   __device__ __forceinline__ int lane() const {
-    return threadIdx.x % lanes;
+    return threadIdx.x % lanes();
   }
 
-  __device__ __forceinline__ int64_t column(int piece) const {
-    return (piece * lanes + lane()) * kEach;
+  __device__ __forceinline__ int column(int piece) const {
+    return (piece * lanes() + lane()) * kEach;
   }
 
-  // body(piece, i, column) for what there is of the row.
-  template <class Body>
-  __device__ __forceinline__ void for_each(const Body& body) const {
+  // The columns of a team, those beyond the row too.
+  __device__ __forceinline__ int width() const {
+    return pieces * lanes() * kEach;
+  }
+
+  // Of a row of any strides, and zeros beyond it or where it is not `there`.
+  __device__ __forceinline__ Vector16 gather(const scalar* row, int64_t element, int piece, bool there) const {
+    const int end = there ? size : 0;
+    acc x[kEach];
 #pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        if (column(p) + i < size) {
-          body(p, i, column(p) + i);
-        }
-      }
+    for (int i = 0; i < kEach; ++i) {
+      x[i] = column(piece) + i < end ? to_acc(row[(column(piece) + i) * element]) : acc(0);
     }
+    return pack<scalar>(x);
   }
 
-  // A row in the accumulation type, and zeros beyond it or without one.
-  template <class T>
-  __device__ __forceinline__ void load(acc (&to)[pieces][kEach], const T* row, int64_t element) const {
-    clear(to);
-    if (row != nullptr) {
-      for_each([&](int p, int i, int64_t d) { to[p][i] = to_acc(row[d * element]); });
-    }
-  }
-
-  // A row of memory as it is stored.
+  // A row as it is stored, and zeros beyond it or without one.
   __device__ __forceinline__ void load(Vector16 (&to)[pieces], const scalar* row, int64_t element) const {
-    if (by_vectors) {
+    if (query_by_vectors) {
 #pragma unroll
       for (int p = 0; p < pieces; ++p) {
-        to[p] = column(p) < size ? load16_streaming(row + column(p)) : Vector16{};
+        to[p] = row != nullptr && column(p) < size ? load16(row + column(p)) : Vector16{};
       }
     } else {
-      acc x[pieces][kEach];
-      load(x, row, element);
 #pragma unroll
       for (int p = 0; p < pieces; ++p) {
-        to[p] = pack<scalar>(x[p]);
+        to[p] = gather(row, element, p, row != nullptr);
       }
-    }
-  }
-
-  __device__ __forceinline__ void store(scalar* row, const acc (&from)[pieces][kEach]) const {
-    if (by_vectors) {
-#pragma unroll
-      for (int p = 0; p < pieces; ++p) {
-        if (column(p) < size) {
-          store16_streaming(row + column(p), pack<scalar>(from[p]));
-        }
-      }
-    } else {
-      for_each([&](int p, int i, int64_t d) { row[d] = from_acc<scalar>(from[p][i]); });
     }
   }
 
@@ -91,33 +76,6 @@ struct Columns {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         x[p][i] = 0;
-      }
-    }
-  }
-
-  // This lane's share of a product of two rows.
-  static __device__ __forceinline__ acc dot(const acc (&a)[pieces][kEach], const Vector16 (&b)[pieces]) {
-    acc sum = 0;
-#pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-      acc x[kEach];
-      unpack<scalar>(x, b[p]);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        sum += a[p][i] * x[i];
-      }
-    }
-    return sum;
-  }
-
-  static __device__ __forceinline__ void add(acc (&to)[pieces][kEach], acc factor, const Vector16 (&row)[pieces]) {
-#pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-      acc x[kEach];
-      unpack<scalar>(x, row[p]);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        to[p][i] += factor * x[i];
       }
     }
   }
@@ -133,266 +91,477 @@ struct Columns {
   }
 
   // Sums over the team, in each of its lanes.
-  __device__ __forceinline__ void sum_in_team(acc (&x)[rows]) const {
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+  template <int count>
+  __device__ __forceinline__ void sum_in_team(acc (&x)[count]) const {
 #pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        x[r] += shuffle_xor(x[r], distance);
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      if (distance < lanes()) {
+#pragma unroll
+        for (int n = 0; n < count; ++n) {
+          x[n] += shuffle_xor(x[n], distance);
+        }
       }
     }
   }
 
   // Sums over the teams of a warp, in each of them.
   __device__ __forceinline__ acc sum_of_teams(acc x) const {
-    for (int distance = lanes; distance < kWarp; distance *= 2) {
+    for (int distance = lanes(); distance < kWarp; distance *= 2) {
       x += shuffle_xor(x, distance);
     }
     return x;
   }
 
-  __device__ __forceinline__ void sum_of_teams(acc (&x)[pieces][kEach]) const {
-    if (lanes < kWarp) {
+  // The warps' sums, [kStepWarps][width()] of shared memory; complete after a barrier.
+  __device__ __forceinline__ void share(acc* sums, acc (&x)[pieces][kEach]) const {
+    constexpr int of_vector = kLanes<acc>;
 #pragma unroll
-      for (int p = 0; p < pieces; ++p) {
+    for (int p = 0; p < pieces; ++p) {
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          x[p][i] = sum_of_teams(x[p][i]);
+      for (int i = 0; i < kEach; ++i) {
+        x[p][i] = sum_of_teams(x[p][i]);
+      }
+      if (threadIdx.x % kWarp < lanes()) {
+#pragma unroll
+        for (int i = 0; i < kEach; i += of_vector) {
+          acc part[of_vector];
+#pragma unroll
+          for (int n = 0; n < of_vector; ++n) {
+            part[n] = x[p][i + n];
+          }
+          store16(sums + threadIdx.x / kWarp * width() + column(p) + i, pack<acc>(part));
         }
       }
     }
+  }
+
+  // Of the warps' sums.
+  __device__ __forceinline__ acc shared_column(const acc* sums, int d) const {
+    acc sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kStepWarps; ++warp) {
+      sum += sums[warp * width() + d];
+    }
+    return sum;
   }
 };
 
-template <class scalar, int pieces, int rows>
-__global__ void __launch_bounds__(kStepBlock, 1) attend_one_step(const OneStep call, const Columns<scalar, pieces, rows> columns) {
+// The steps of a split, from its first to `count`: each team's next rows of memory are under way.
+template <class scalar, int pieces, int rows, int depth>
+class MemoryUnderWay {
+ public:
   using acc = accumulated_t<scalar>;
-  using Cols = Columns<scalar, pieces, rows>;
-  const Problem& problem = call.problem;
-  const Place place(problem, call.splits);
-  const Attendable may_attend(problem, place.b, 0);
-  const int64_t size = columns.size, end = place.end < may_attend.end() ? place.end : may_attend.end();
-  const int teams = kStepBlock / columns.lanes, team = threadIdx.x / columns.lanes;
-  const acc scale = static_cast<acc>(problem.scale);
-  acc* scores = call.scores == nullptr ? nullptr : static_cast<acc*>(call.scores) + place.b * problem.steps;
-  acc query[pieces][Cols::kEach], context[pieces][Cols::kEach];
-  columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
-  columns.clear(context);
-  Softmaxed<acc> mine;
-  for (int64_t s0 = place.begin; s0 < end; s0 += teams * rows) {
-    Vector16 row[rows][pieces];
-    bool attends[rows];
-#pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      const int64_t s = s0 + r * teams + team;
-      attends[r] = s < end && may_attend(s);
-      if (attends[r]) {
-        columns.load(row[r], row_of<scalar>(problem.memory, place.b, s), problem.memory.element);
-      } else {
-#pragma unroll
-        for (int p = 0; p < pieces; ++p) {
-          row[r][p] = Vector16{};
-        }
-      }
+  using Cols = Columns<scalar, pieces>;
+  using Rows = RowsUnderWay<rows * pieces, depth>;
+  static_assert(rows * depth <= 32, "who attends stands in a word");
+
+  __device__ __forceinline__ MemoryUnderWay(
+      const Problem& problem, const Place& place, const Attendable& may_attend, const Cols& columns, int count, void* shared)
+      : problem_(problem),
+        columns_(columns),
+        under_way_(shared),
+        step_(threadIdx.x / columns.lanes()),
+        count_(count),
+        end_(static_cast<int>(may_attend.end() < place.begin + count ? may_attend.end() - place.begin : count)),
+        mask_(static_cast<const bool*>(problem.mask.data)),
+        next_(row_of<scalar>(problem.memory, place.b, place.begin + step_)) {
+    if (mask_ != nullptr) {
+      mask_ += place.b * problem.mask.batch + place.begin * problem.mask.element;
     }
-    acc score[rows];
-#pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      score[r] = Cols::dot(query, row[r]);
+    if (columns.by_vectors) {
+      next_ += columns.lane() * Cols::kEach;
     }
-    columns.sum_in_team(score);
-    const acc before = mine.largest;
-#pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      score[r] = attends[r] ? scale * score[r] : -kInfinity<acc>;
-      mine.largest = score[r] > mine.largest ? score[r] : mine.largest;
-      if (scores != nullptr && attends[r] && columns.lane() == 0) {
-        scores[s0 + r * teams + team] = score[r];
-      }
+#pragma unroll 1
+    for (int n = 0; n < depth; ++n) {
+      request();
     }
-    const acc shift = mine.shift(), factor = exponential(before - shift);
-    mine.total *= factor;
-    Cols::multiply(context, factor);
-#pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      const acc p = exponential(score[r] - shift);
-      mine.total += p;
-      Cols::add(context, p, row[r]);
+    step_ -= depth * rows * teams();
+  }
+
+  // Whether there are rows at hand, of any team.
+  __device__ __forceinline__ bool has_rows() const {
+    return step_ - static_cast<int>(threadIdx.x) / columns_.lanes() < count_;
+  }
+
+  __device__ __forceinline__ void wait() const {
+    under_way_.wait();
+  }
+
+  // From the split's first.
+  __device__ __forceinline__ int step(int row) const {
+    return step_ + row * teams();
+  }
+
+  __device__ __forceinline__ bool attends(int row) const {
+    return attended_ >> ((depth - 1) * rows + row) & 1;
+  }
+
+  // Zeros of one that does not attend.
+  __device__ __forceinline__ void unpack_piece(acc (&to)[Cols::kEach], int row, int piece) const {
+    unpack<scalar>(to, under_way_.piece(row * pieces + piece));
+  }
+
+  // x into a piece of `to`, a row of the memory's gradient, which finish_row completes. Without vectors that is done in a loop by
+  // way of the row at hand, in whose place x stands for a while: unrolled it would take the registers of all the row's addresses.
+  __device__ __forceinline__ void store_piece(scalar* to, int row, int piece, const acc (&x)[Cols::kEach]) {
+    const Vector16 packed = pack<scalar>(x);
+    if (!columns_.by_vectors) {
+      under_way_.store(row * pieces + piece, packed);
+    } else if (columns_.column(piece) < columns_.size) {
+      store16_streaming(to + columns_.column(piece), packed);
     }
   }
 
-  // The warps' results stand in shared memory as the splits' do in global memory.
-  acc* partials = reinterpret_cast<acc*>(shared_memory());  // [warps][size + 2]
-  acc* factors = partials + kStepWarps * (size + 2);        // [warps], or of all splits
-  Softmaxed<acc> warp{warp_max(mine.largest), 0};
-  const acc factor = exponential(mine.largest - warp.shift());
-  Cols::multiply(context, factor);
-  columns.sum_of_teams(context);
-  warp.total = columns.sum_of_teams(mine.total * factor);
-  if (threadIdx.x % kWarp < columns.lanes) {
-    acc* to = partials + threadIdx.x / kWarp * (size + 2);
-    columns.for_each([&](int p, int i, int64_t d) { to[d] = context[p][i]; });
-    if (columns.lane() == 0) {
-      to[size] = warp.largest;
-      to[size + 1] = warp.total;
+  __device__ __forceinline__ void finish_row(scalar* to, int row) const {
+    if (!columns_.by_vectors) {
+#pragma unroll 1
+      for (int p = 0; p < pieces; ++p) {
+        acc x[Cols::kEach];
+        unpack_piece(x, row, p);
+#pragma unroll
+        for (int i = 0; i < Cols::kEach; ++i) {
+          if (columns_.column(p) + i < columns_.size) {
+            to[columns_.column(p) + i] = from_acc<scalar>(x[i]);
+          }
+        }
+      }
     }
   }
-  sync_threads();  // every warp's result and scores are there
-  Softmaxed<acc> all = merge_softmaxes(partials, kStepWarps, size, factors);
+
+  // Those at hand have been read.
+  __device__ __forceinline__ void advance() {
+    step_ += depth * rows * teams();
+    request();
+    step_ -= depth * rows * teams();
+  }
+
+  __device__ __forceinline__ void finish() const {
+    under_way_.finish();
+  }
+
+ private:
+  // The rows from step_ on, which is then the one behind them.
+  __device__ __forceinline__ void request() {
+    attended_ <<= rows;
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      const bool attends = step(r) < end_ && (mask_ == nullptr || mask_[int64_t{step(r)} * problem_.mask.element]);
+      attended_ |= static_cast<uint32_t>(attends) << r;
+    }
+    if (columns_.by_vectors) {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+#pragma unroll
+        for (int p = 0; p < pieces; ++p) {
+          const scalar* from = next_ + r * stride() + p * kWarp * Cols::kEach;
+          under_way_.copy(r * pieces + p, from, attended_ >> r & 1 && columns_.column(p) < columns_.size);
+        }
+      }
+    } else {
+      constexpr int at_once = pieces > 2 ? 1 : 2;  // of what there are registers for
+#pragma unroll at_once
+      for (int n = 0; n < rows * pieces; ++n) {
+        const int r = n / pieces;
+        const scalar* from = next_ + r * stride();
+        under_way_.store(n, columns_.gather(from, problem_.memory.element, n % pieces, attended_ >> r & 1));
+      }
+    }
+    under_way_.next();
+    step_ += rows * teams();
+    next_ += rows * stride();
+  }
+
+  // A team's rows are so many steps apart, and elements.
+  __device__ __forceinline__ int teams() const {
+    return kStepBlock / columns_.lanes();
+  }
+
+  __device__ __forceinline__ int64_t stride() const {
+    return teams() * problem_.memory.row;
+  }
+
+  const Problem& problem_;
+  const Cols& columns_;
+  Rows under_way_;
+  int step_;  // of the team's first row at hand, from the split's first
+  int count_, end_;
+  const bool* mask_;
+  const scalar* next_;     // row that will be requested
+  uint32_t attended_ = 0;  // a bit a row under way
+};
+
+// In shared memory two numbers a warp stand before the rows under way, where in the end the warps' sums stand.
+constexpr int kOfWarps = 2 * kStepWarps;
+
+// Whether a backward has no registers for the query of so wide a row: it then stands in shared memory, [pieces][kWarp], behind all.
+template <class scalar, int pieces>
+constexpr bool kSharesQuery = pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>) >= 128;
+
+template <class scalar, int pieces, int rows, int depth>
+constexpr int kStepShared = std::max<int>(
+    RowsUnderWay<rows * pieces, depth>::kBytes, kStepWarps * kWarp * pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>));
+
+template <class scalar, int pieces, int rows, int depth>
+__global__ void __launch_bounds__(kStepBlock, kStepBlocks)
+    attend_one_step(const OneStep call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
+  using acc = accumulated_t<scalar>;
+  constexpr int each = kLanes<scalar>;
+  const Problem& problem = call.problem;
+  let_next_launch_begin();
+  const Place place(problem, call.splits);
+  const Attendable may_attend(problem, place.b, 0);
+  acc* of_warps = reinterpret_cast<acc*>(shared_memory());
+  acc* sums = of_warps + kOfWarps;
+  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
+  const int count = end > place.begin ? static_cast<int>(end - place.begin) : 0;
+  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, may_attend, columns, count, sums);
+  Vector16 query[pieces];
+  columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
+  acc* scores = call.scores == nullptr ? nullptr : static_cast<acc*>(call.scores) + place.b * problem.steps + place.begin;
+  acc context[pieces][each];
+  Columns<scalar, pieces>::clear(context);
+  Softmaxed<acc> mine;
+  for (; memory.has_rows(); memory.advance()) {
+    memory.wait();
+    acc score[rows];
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      acc parts[2] = {};
+#pragma unroll
+      for (int p = 0; p < pieces; ++p) {
+        acc q[each], x[each];
+        unpack<scalar>(q, query[p]);
+        memory.unpack_piece(x, r, p);
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+          parts[i % 2] += q[i] * x[i];
+        }
+      }
+      score[r] = parts[0] + parts[1];
+    }
+    columns.sum_in_team(score);
+    acc largest = mine.largest;
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      score[r] = memory.attends(r) ? scale * score[r] : -kInfinity<acc>;
+      largest = score[r] > largest ? score[r] : largest;
+      if (scores != nullptr && memory.attends(r) && columns.lane() == 0) {
+        scores[memory.step(r)] = score[r];
+      }
+    }
+    if (largest > mine.largest) {  // seldom, after the first rows
+      const acc factor = exponential(mine.largest - largest);
+      mine.largest = largest;
+      mine.total *= factor;
+      Columns<scalar, pieces>::multiply(context, factor);
+    }
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      const acc weight = exponential(score[r] - mine.shift());
+      mine.total += weight;
+#pragma unroll
+      for (int p = 0; p < pieces; ++p) {
+        acc x[each];
+        memory.unpack_piece(x, r, p);
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+          context[p][i] += weight * x[i];
+        }
+      }
+    }
+  }
+  memory.finish();
+
+  const int warp = threadIdx.x / kWarp;
+  Softmaxed<acc> all{warp_max(mine.largest), 0};
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[warp] = all.largest;
+  }
+  sync_threads();  // every warp's maximum and scores are there, and its rows have been read
+#pragma unroll
+  for (int w = 0; w < kStepWarps; ++w) {
+    all.largest = of_warps[w] > all.largest ? of_warps[w] : all.largest;
+  }
+  const acc factor = exponential(mine.largest - all.shift());
+  Columns<scalar, pieces>::multiply(context, factor);
+  columns.share(sums, context);
+  const acc total = columns.sum_of_teams(mine.total * factor);
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[kStepWarps + warp] = total;
+  }
+  sync_threads();  // every warp's sums are there
+#pragma unroll
+  for (int w = 0; w < kStepWarps; ++w) {
+    all.total += of_warps[kStepWarps + w];
+  }
   if (call.splits.count == 1) {
-    finish_step<scalar>(call, place, partials, kStepWarps, factors, all);
+    const acc inverse = all.inverse();
+    for (int d = threadIdx.x; d < columns.size; d += kStepBlock) {
+      store_context<scalar>(call, place.b, d, columns.shared_column(sums, d) * inverse);
+    }
+    finish_weights<scalar>(call, place.b, all, threadIdx.x, kStepBlock);
     return;
   }
-  const int64_t count = call.splits.count;
-  acc* of_splits = static_cast<acc*>(call.splits.partials) + place.b * count * (size + 2);  // [count][size + 2]
-  acc* to = of_splits + place.split * (size + 2);
-  for (int64_t d = threadIdx.x; d < size; d += kStepBlock) {
-    to[d] = merged_column(partials, kStepWarps, size + 2, factors, d);
+  const int64_t size = columns.size;
+  acc* to = static_cast<acc*>(call.splits.partials) + (place.b * call.splits.count + place.split) * (size + 2);
+  for (int d = threadIdx.x; d < columns.size; d += kStepBlock) {
+    to[d] = columns.shared_column(sums, d);
   }
   if (threadIdx.x == 0) {
     to[size] = all.largest;
     to[size + 1] = all.total;
   }
-  if (place.is_last(call.splits)) {
-    all = merge_softmaxes(of_splits, count, size, factors);
-    finish_step<scalar>(call, place, of_splits, count, factors, all);
-  }
 }
 
-// g . c + sum_s a_s gw_s, of a whole batch element.
-template <class scalar, int pieces, int rows>
+// g . c + sum_s a_s gw_s, of a whole batch element, by way of kStepWarps numbers of shared memory.
+template <class scalar>
 __device__ __forceinline__ accumulated_t<scalar> delta_of(
-    const OneStepBackward& call,
-    const Place& place,
-    const Columns<scalar, pieces, rows>& columns,
-    const accumulated_t<scalar> (&grad)[pieces][kLanes<scalar>]) {
+    const OneStepBackward& call, const Place& place, const Attendable& may_attend, accumulated_t<scalar>* of_warps) {
   using acc = accumulated_t<scalar>;
   const Problem& problem = call.problem;
+  const int size = static_cast<int>(problem.memory_size);
   acc sum = 0;
-  if (threadIdx.x < columns.lanes) {
-    const acc* context = static_cast<const acc*>(call.context) + place.b * columns.size;
-    columns.for_each([&](int p, int i, int64_t d) { sum += grad[p][i] * context[d]; });
+  if (call.grad_context.data != nullptr) {
+    const acc* context = static_cast<const acc*>(call.context) + place.b * problem.memory_size;
+    const scalar* grad = row_of<scalar>(call.grad_context, place.b, 0);
+#pragma unroll 8
+    for (int d = threadIdx.x; d < size; d += kStepBlock) {
+      sum += context[d] * to_acc(grad[d * call.grad_context.element]);
+    }
   }
   if (call.grad_weights.data != nullptr) {
-    const Attendable may_attend(problem, place.b, 0);
     const acc* weights = static_cast<const acc*>(call.weights) + place.b * problem.steps;
     const scalar* grad_weights = row_of<scalar>(call.grad_weights, place.b, 0);
+#pragma unroll 4
     for (int64_t s = threadIdx.x; s < problem.steps; s += kStepBlock) {
       sum += may_attend(s) ? weights[s] * to_acc(grad_weights[s * call.grad_weights.element]) : acc(0);
     }
   }
-  acc* of_warps = reinterpret_cast<acc*>(shared_memory());
   sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0) {
     of_warps[threadIdx.x / kWarp] = sum;
   }
-  sync_threads();  // every warp's is there
+  sync_threads();  // every warp's is there, and a shared query
   sum = 0;
 #pragma unroll
   for (int w = 0; w < kStepWarps; ++w) {
     sum += of_warps[w];
   }
-  sync_threads();  // they have been read
   return sum;
 }
 
-template <class scalar, int pieces, int rows>
-__global__ void __launch_bounds__(kStepBlock, 1)
-    differentiate_one_step(const OneStepBackward call, const Columns<scalar, pieces, rows> columns) {
+template <class scalar, int pieces, int rows, int depth>
+__global__ void __launch_bounds__(kStepBlock, kStepBlocks)
+    differentiate_one_step(const OneStepBackward call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
-  using Cols = Columns<scalar, pieces, rows>;
+  constexpr int each = kLanes<scalar>;
   const Problem& problem = call.problem;
+  let_next_launch_begin();
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
-  const int64_t size = columns.size, first = place.b * problem.steps;
-  const int teams = kStepBlock / columns.lanes, team = threadIdx.x / columns.lanes;
-  const acc scale = static_cast<acc>(problem.scale);
-  const acc* weights = call.weights == nullptr ? nullptr : static_cast<const acc*>(call.weights) + first;
-  const acc logsumexp = weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
-  const scalar* grad_weights = call.grad_weights.data == nullptr ? nullptr : row_of<scalar>(call.grad_weights, place.b, 0);
-  acc query[pieces][Cols::kEach], grad[pieces][Cols::kEach], grad_query[pieces][Cols::kEach];
+  acc* of_warps = reinterpret_cast<acc*>(shared_memory());
+  acc* sums = of_warps + kOfWarps;
+  const int count = static_cast<int>(place.end - place.begin);
+  const int64_t first = place.b * problem.steps + place.begin;
+  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, may_attend, columns, count, sums);
+  // The query, of which every warp's lanes have the same columns.
+  constexpr bool shares_query = kSharesQuery<scalar, pieces>;
+  Vector16 query[pieces], grad[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
+  char* behind = reinterpret_cast<char*>(sums) + kStepShared<scalar, pieces, rows, depth>;
+  Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
+  if (shares_query && threadIdx.x < kWarp) {
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+      store16(shared_query + p * kWarp, query[p]);
+    }
+  }
+  const auto unpack_query = [&](acc(&to)[each], int p) {
+    unpack<scalar>(to, shares_query ? load16(shared_query + p * kWarp) : query[p]);
+  };
   const bool has_grad = call.grad_context.data != nullptr;
   columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  columns.clear(grad_query);
-  const acc delta = delta_of(call, place, columns, grad);
-  for (int64_t s0 = place.begin; s0 < place.end; s0 += teams * rows) {
-    Vector16 row[rows][pieces];
-    bool attends[rows];
+  const acc* weights = call.weights == nullptr ? nullptr : static_cast<const acc*>(call.weights) + first;
+  const acc logsumexp = weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
+  const scalar* grad_weights = call.grad_weights.data == nullptr
+                                   ? nullptr
+                                   : row_of<scalar>(call.grad_weights, place.b, 0) + place.begin * call.grad_weights.element;
+  const acc delta = delta_of<scalar>(call, place, may_attend, of_warps);
+  acc grad_query[pieces][each];
+  Columns<scalar, pieces>::clear(grad_query);
+  for (; memory.has_rows(); memory.advance()) {
+    memory.wait();
+    acc products[2 * rows] = {};  // q . m, then g . m
 #pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      const int64_t s = s0 + r * teams + team;
-      attends[r] = s < place.end && may_attend(s);
-      if (attends[r]) {
-        columns.load(row[r], row_of<scalar>(problem.memory, place.b, s), problem.memory.element);
-      } else {
+    for (int p = 0; p < pieces; ++p) {
+      acc q[each], g[each];
+      unpack_query(q, p);
+      unpack<scalar>(g, grad[p]);
 #pragma unroll
-        for (int p = 0; p < pieces; ++p) {
-          row[r][p] = Vector16{};
+      for (int r = 0; r < rows; ++r) {
+        acc x[each];
+        memory.unpack_piece(x, r, p);
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+          products[r] += q[i] * x[i];
+          products[rows + r] += g[i] * x[i];
         }
       }
     }
-    acc weight[rows], grad_score[rows];
+    columns.sum_in_team(products);
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      weight[r] = weights == nullptr ? Cols::dot(query, row[r]) : acc(0);
-      grad_score[r] = Cols::dot(grad, row[r]);
-    }
-    if (weights == nullptr) {
-      columns.sum_in_team(weight);
-    }
-    columns.sum_in_team(grad_score);
-#pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      const int64_t s = s0 + r * teams + team;
-      if (attends[r]) {
-        weight[r] = weights != nullptr ? weights[s] : exponential(scale * weight[r] - logsumexp);
-        grad_score[r] += grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element]) : acc(0);
-        grad_score[r] = scale * (weight[r] * (grad_score[r] - delta));
-        Cols::add(grad_query, grad_score[r], row[r]);
-      } else {
-        weight[r] = grad_score[r] = 0;
+      const int s = memory.step(r);
+      acc weight = 0, grad_score = 0;
+      if (memory.attends(r)) {
+        weight = weights != nullptr ? weights[s] : exponential(scale * products[r] - logsumexp);
+        grad_score = products[rows + r] + (grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element]) : acc(0));
+        grad_score = scale * (weight * (grad_score - delta));
       }
-      if (s < place.end && call.grad_memory != nullptr) {
-        acc grad_row[pieces][Cols::kEach];
+      const bool is_there = s < count;
+      scalar* grad_row =
+          is_there && call.grad_memory != nullptr ? static_cast<scalar*>(call.grad_memory) + (first + s) * columns.size : nullptr;
 #pragma unroll
-        for (int p = 0; p < pieces; ++p) {
+      for (int p = 0; p < pieces; ++p) {
+        acc q[each], g[each], x[each];
+        unpack_query(q, p);
+        unpack<scalar>(g, grad[p]);
+        memory.unpack_piece(x, r, p);
 #pragma unroll
-          for (int i = 0; i < Cols::kEach; ++i) {
-            grad_row[p][i] = attends[r] ? weight[r] * grad[p][i] + grad_score[r] * query[p][i] : acc(0);
-          }
+        for (int i = 0; i < each; ++i) {
+          grad_query[p][i] += grad_score * x[i];
+          // Whatever is not finite in q or g is no row's that does not attend.
+          x[i] = memory.attends(r) ? weight * g[i] + grad_score * q[i] : acc(0);
         }
-        columns.store(static_cast<scalar*>(call.grad_memory) + (first + s) * size, grad_row);
+        if (grad_row != nullptr) {
+          memory.store_piece(grad_row, r, p, x);
+        }
       }
-      if (s < place.end && call.grad_scores != nullptr && columns.lane() == 0) {
-        static_cast<acc*>(call.grad_scores)[first + s] = grad_score[r];
+      if (grad_row != nullptr) {
+        memory.finish_row(grad_row, r);
+      }
+      if (is_there && call.grad_scores != nullptr && columns.lane() == 0) {
+        static_cast<acc*>(call.grad_scores)[first + s] = grad_score;
       }
     }
   }
+  memory.finish();
   if (call.grad_query == nullptr) {
     return;
   }
 
-  acc* partials = reinterpret_cast<acc*>(shared_memory());  // [warps][size]
-  columns.sum_of_teams(grad_query);
-  if (threadIdx.x % kWarp < columns.lanes) {
-    acc* to = partials + threadIdx.x / kWarp * size;
-    columns.for_each([&](int p, int i, int64_t d) { to[d] = grad_query[p][i]; });
-  }
-  sync_threads();  // every warp's is there
-  const int64_t count = call.splits.count;
-  acc* of_splits = static_cast<acc*>(call.splits.partials) + place.b * count * size;  // [count][size]
+  sync_threads();  // every warp's rows have been read
+  columns.share(sums, grad_query);
+  sync_threads();  // every warp's sums are there
+  const int64_t splits = call.splits.count, size = columns.size;
   scalar* to = static_cast<scalar*>(call.grad_query) + place.b * size;
-  for (int64_t d = threadIdx.x; d < size; d += kStepBlock) {
-    const acc sum = merged_column<acc>(partials, kStepWarps, size, nullptr, d);
-    if (count == 1) {
+  acc* partials = static_cast<acc*>(call.splits.partials) + (place.b * splits + place.split) * size;
+  for (int d = threadIdx.x; d < columns.size; d += kStepBlock) {
+    const acc sum = columns.shared_column(sums, d);
+    if (splits == 1) {
       to[d] = from_acc<scalar>(sum);
     } else {
-      of_splits[place.split * size + d] = sum;
-    }
-  }
-  if (count > 1 && place.is_last(call.splits)) {
-    for (int64_t d = threadIdx.x; d < size; d += kStepBlock) {
-      to[d] = from_acc<scalar>(merged_column<acc>(of_splits, count, size, nullptr, d));
+      partials[d] = sum;
     }
   }
 }
