@@ -42,18 +42,18 @@ void for_teams(const Problem& problem, const Launch& launch_of) {
       return for_teams<scalar, 2 * pieces>(problem, launch_of);
     }
   }
-  int lanes = kWarp;
-  while (lanes > 1 && size <= lanes / 2 * of_lane) {
-    lanes /= 2;
+  int log_lanes = 0;
+  while (size > of_lane << log_lanes) {
+    ++log_lanes;
   }
-  launch_of(StepTeams<scalar, pieces>{lanes});
+  launch_of(StepTeams<scalar, pieces>{log_lanes, static_cast<int>(problem.key_size), static_cast<int>(problem.memory_size)});
 }
 
 // Shared memory of a streamed step: the stream and the rows that all rows meet, in whose place the results are merged.
 template <class Teams>
 size_t streamed_size(const Teams& teams, int64_t rows, int64_t merged) {
   using acc = typename Teams::acc;
-  const size_t met = rows * Teams::kPieces * teams.lanes * sizeof(Vector16) + kStepWarps * sizeof(acc);
+  const size_t met = rows * Teams::kPieces * teams.lanes() * sizeof(Vector16) + kStepWarps * sizeof(acc);
   return std::max(StepStream<Teams>::kShared + met, merged * sizeof(acc));
 }
 
@@ -66,7 +66,7 @@ void one_step_additive(const OneStep& call, Stream stream) {
       return launch_one_step<scalar>(attend_one_step_additive<scalar>, call, false, stream);
     }
     for_teams<scalar>(problem, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
-      const int64_t merged = kStepWarps * (problem.memory_size + 2) + std::max<int64_t>(call.splits.count, kStepWarps);
+      const int64_t merged = std::max<int64_t>(kStepWarps * (problem.memory_size + 2), call.splits.count);
       const dim3 grid(problem.batch * call.splits.count);
       const size_t shared = streamed_size(teams, 2, merged);
       launch(attend_one_step_additive_rows<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
