@@ -1,7 +1,12 @@
+// Launches of the one-step additive kernels: rows that a warp holds and that can be read 16 bytes at a time are streamed, others
+// taken as they are.
 #include "one_step_additive.cuh"
 
 #include "dtypes.h"
 #include "launch.h"
+#include "one_step_additive_rows.cuh"
+
+#include <algorithm>
 
 namespace attn_ext::cuda {
 namespace {
@@ -20,17 +25,66 @@ void launch_one_step(void (*kernel)(Call, bool, bool), const Call& call, bool ha
       takes_vectors<scalar>(problem.memory, problem.memory_size));
 }
 
+template <class scalar>
+bool is_streamed(const Problem& problem) {
+  const int64_t least = std::min(problem.key_size, problem.memory_size), most = std::max(problem.key_size, problem.memory_size);
+  return least > 0 && most <= most_one_step_columns(sizeof(scalar)) && takes_vectors<scalar>(problem.keys, problem.key_size) &&
+         takes_vectors<scalar>(problem.memory, problem.memory_size);
+}
+
+// launch_of(teams): the lanes and their pieces that hold the longer of a step's rows. A short row is less than a warp's.
+template <class scalar, int pieces = 1, class Launch>
+void for_teams(const Problem& problem, const Launch& launch_of) {
+  constexpr int64_t of_lane = int64_t{pieces} * kLanes<scalar>;
+  const int64_t size = std::max(problem.key_size, problem.memory_size);
+  if constexpr (kWarp * of_lane < most_one_step_columns(sizeof(scalar))) {
+    if (size > kWarp * of_lane) {
+      return for_teams<scalar, 2 * pieces>(problem, launch_of);
+    }
+  }
+  int log_lanes = 0;
+  while (size > of_lane << log_lanes) {
+    ++log_lanes;
+  }
+  launch_of(StepTeams<scalar, pieces>{log_lanes, static_cast<int>(problem.key_size), static_cast<int>(problem.memory_size)});
+}
+
+// Shared memory of a streamed step: the stream and the rows that all rows meet, in whose place the results are merged.
+template <class Teams>
+size_t streamed_size(const Teams& teams, int64_t rows, int64_t merged) {
+  using acc = typename Teams::acc;
+  const size_t met = rows * Teams::kPieces * teams.lanes() * sizeof(Vector16) + kStepWarps * sizeof(acc);
+  return std::max(StepStream<Teams>::kShared + met, merged * sizeof(acc));
+}
+
 }  // namespace
 
 void one_step_additive(const OneStep& call, Stream stream) {
-  for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
-    launch_one_step<scalar>(attend_one_step_additive<scalar>, call, false, stream);
+  const Problem& problem = call.problem;
+  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
+    if (!is_streamed<scalar>(problem)) {
+      return launch_one_step<scalar>(attend_one_step_additive<scalar>, call, false, stream);
+    }
+    for_teams<scalar>(problem, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
+      const int64_t merged = std::max<int64_t>(kStepWarps * (problem.memory_size + 2), call.splits.count);
+      const dim3 grid(problem.batch * call.splits.count);
+      const size_t shared = streamed_size(teams, 2, merged);
+      launch(attend_one_step_additive_rows<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
+    });
   });
 }
 
 void one_step_additive_backward(const OneStepBackward& call, Stream stream) {
-  for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
-    launch_one_step<scalar>(differentiate_one_step_additive<scalar>, call, true, stream);
+  const Problem& problem = call.problem;
+  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
+    if (!is_streamed<scalar>(problem)) {
+      return launch_one_step<scalar>(differentiate_one_step_additive<scalar>, call, true, stream);
+    }
+    for_teams<scalar>(problem, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
+      const dim3 grid(problem.batch * call.splits.count);
+      const size_t shared = streamed_size(teams, 3, 2 * kStepWarps * problem.key_size);
+      launch(differentiate_one_step_additive_rows<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
+    });
   });
 }
 

@@ -40,6 +40,15 @@ struct AdditiveStepShared {
   }
 };
 
+// a b + c in one rounding, whatever stands around it: for sums that are to agree in every bit.
+__device__ __forceinline__ float fused(float a, float b, float c) {
+  return fmaf(a, b, c);
+}
+
+__device__ __forceinline__ double fused(double a, double b, double c) {
+  return fma(a, b, c);
+}
+
 // Rows of a tensor, 16 bytes at a time.
 template <class scalar>
 struct StepRows {
@@ -180,7 +189,7 @@ __device__ __forceinline__ void additive_scores_of(
           unpack<scalar>(k, piece[r]);
 #pragma unroll
           for (int i = 0; i < each; ++i) {
-            sums[r] += v[i] * direct_term(q[i], k[i]);
+            sums[r] = fused(v[i], direct_term(q[i], k[i]), sums[r]);
           }
         }
       }
@@ -354,20 +363,13 @@ __global__ void __launch_bounds__(kStepBlock, 4)
   }
 }
 
-// g . c + sum_s a_s gw_s, of a whole batch element.
+// sum_s a_s gw_s, of a whole batch element.
 template <class scalar>
-__device__ __forceinline__ accumulated_t<scalar> delta_of(
+__device__ __forceinline__ accumulated_t<scalar> delta_of_weights(
     const OneStepBackward& call, const Place& place, const Attendable& may_attend, accumulated_t<scalar>* of_warps) {
   using acc = accumulated_t<scalar>;
   const Problem& problem = call.problem;
   acc sum = 0;
-  if (call.grad_context.data != nullptr) {
-    const acc* context = static_cast<const acc*>(call.context) + place.b * problem.memory_size;
-    const scalar* grad = row_of<scalar>(call.grad_context, place.b, 0);
-    for (int64_t d = threadIdx.x; d < problem.memory_size; d += kStepBlock) {
-      sum += context[d] * to_acc(grad[d * call.grad_context.element]);
-    }
-  }
   if (call.grad_weights.data != nullptr) {
     const acc* weights = static_cast<const acc*>(call.weights) + place.b * problem.steps;
     const scalar* grad = row_of<scalar>(call.grad_weights, place.b, 0);
@@ -404,14 +406,27 @@ __device__ __forceinline__ void grad_scores_of(
     shared.scores[s] = !attends ? acc(0) : weights != nullptr ? weights[s] : exponential(shared.scores[s] - logsumexp);
     shared.grads[s] = 0;
   }
-  const acc delta = delta_of<scalar>(call, place, may_attend, shared.panel);
+  const acc delta_weights = delta_of_weights<scalar>(call, place, may_attend, shared.panel);
 
   const Rows memory(problem.memory, place, size, memory_by_vectors);
   const bool has_grad = call.grad_context.data != nullptr;
   const scalar* const grad_context[1] = {has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr};
   const int64_t elements[1] = {call.grad_context.element};
   scalar* grad_memory = part_of<scalar>(call.grad_memory, first_step * size);
+  const acc* context = static_cast<const acc*>(call.context) + place.b * size;
+  acc delta = 0;  // g . c
   for_panels<scalar, 1>(shared.panel, grad_context, elements, size, [&](int64_t first, int panel_size) {
+    // As g . m_s is summed: where a step has all the weight, c is m_s, and their difference 0 to the last bit.
+    acc of_panel = 0;
+    for (int at = lane * each; has_grad && at < panel_size; at += kWarp * each) {
+      acc grad[each];
+      load_shared(grad, shared.panel + at);
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        of_panel = fused(grad[i], first + at + i < size ? context[first + at + i] : acc(0), of_panel);
+      }
+    }
+    delta += warp_sum(of_panel);
     // A weight of 0 passes nothing on, whatever came in.
     const auto passes = [&](int s) { return has_grad && shared.scores[s] != 0; };
     for_rows_of_warp(count, passes, [&](int s, const bool (&wanted)[kStepRows]) {
@@ -430,7 +445,7 @@ __device__ __forceinline__ void grad_scores_of(
           unpack<scalar>(row, piece[r]);
 #pragma unroll
           for (int i = 0; i < each; ++i) {
-            sums[r] += grad[i] * row[i];
+            sums[r] = fused(grad[i], row[i], sums[r]);
             row[i] = wanted[r] ? shared.scores[s + r] * grad[i] : acc(0);
           }
           if (grad_memory != nullptr && s + r < count) {
@@ -455,7 +470,7 @@ __device__ __forceinline__ void grad_scores_of(
     acc grad = 0;
     if (weight != 0) {
       grad = grad_weights != nullptr ? to_acc(grad_weights[(place.begin + s) * call.grad_weights.element]) : acc(0);
-      grad = static_cast<acc>(problem.scale) * (weight * (shared.grads[s] + grad - delta));
+      grad = static_cast<acc>(problem.scale) * (weight * ((shared.grads[s] - delta) + (grad - delta_weights)));
     }
     shared.grads[s] = grad;
     if (grad_scores != nullptr) {

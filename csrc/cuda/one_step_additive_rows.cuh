@@ -1,0 +1,622 @@
+// One query a batch element with additive scores, of rows that a warp holds in its registers and that can be read 16 bytes at a
+// time (the equations are in one_step_additive.cuh, whose kernels take the others).
+//
+// A team of lanes, up to a warp, has a step: its key and its row of memory, from the score to the context, or to all its
+// gradients, which are taken from the tanh that the score left in registers. So each row is read once and written once, and there
+// is no barrier before the teams' results are merged. A lane always has the same columns. It copies them itself, some steps ahead,
+// into a FIFO of its own in shared memory, while it computes: bound by memory, if with two special functions an element beside.
+#pragma once
+
+#include "one_step_additive.cuh"
+
+namespace attn_ext::cuda {
+
+// Pieces of 16 bytes that a thread has under way of keys, and as many of memory: 32 KB a block.
+constexpr int kAheadPieces = 8;
+
+// The columns of a lane: `pieces` times 16 bytes, the lanes' pieces taking turns along the row.
+template <class scalar_, int pieces>
+struct StepTeams {
+  using scalar = scalar_;
+  using acc = accumulated_t<scalar>;
+  static constexpr int kPieces = pieces;
+  static constexpr int kEach = kLanes<scalar>;
+  static constexpr int kWords = pieces * kEach * sizeof(acc) / 4;  // registers of a row
+  static constexpr int kRows = kWords < 16 ? 2 : 1;                // of a team at once: of a short one there is little to overlap
+  static constexpr int kStages = kAheadPieces / (pieces * kRows);
+  static constexpr int kForwardBlocks = kWords > 16 ? 4 : 5;
+  static constexpr int kBackwardBlocks = pieces > 4 ? 2 : kWords > 16 ? 3 : 4;
+  static_assert(kStages * kRows * pieces == kAheadPieces && kRows * kStages <= 32);
+
+  int log_lanes;  // of a team; a warp where there is more than one piece
+  int key_size;
+  int memory_size;
+
+  __host__ __device__ __forceinline__ int lanes() const {
+    return pieces > 1 ? kWarp : 1 << log_lanes;
+  }
+
+  __device__ __forceinline__ int lane() const {
+    return threadIdx.x & (lanes() - 1);
+  }
+
+  __device__ __forceinline__ int team() const {
+    return pieces > 1 ? threadIdx.x / kWarp : threadIdx.x >> log_lanes;
+  }
+
+  __device__ __forceinline__ int teams() const {
+    return pieces > 1 ? kStepWarps : kStepBlock >> log_lanes;
+  }
+
+  // Steps that the block takes at once.
+  __device__ __forceinline__ int stride() const {
+    return teams() * kRows;
+  }
+
+  __device__ __forceinline__ int piece(int p) const {
+    return p * lanes() + lane();
+  }
+
+  __device__ __forceinline__ int column(int p) const {
+    return piece(p) * kEach;
+  }
+
+  // Whether any lane has this piece of a row: the others' are zeros.
+  __device__ __forceinline__ bool has(int p, int size) const {
+    return p == 0 || p * lanes() * kEach < size;
+  }
+
+  // A row that all rows meet, into shared memory [pieces * lanes] as it is stored, zeros behind it; all zeros where it is null.
+  __device__ __forceinline__ void bring(Vector16* to, const scalar* row, int64_t element, int size) const {
+    for (int i = threadIdx.x; i < pieces * lanes(); i += kStepBlock) {
+      acc x[kEach];
+      load_piece(x, row, element, i * kEach, row == nullptr ? 0 : size);
+      store16(to + i, pack<scalar>(x));
+    }
+  }
+
+  __device__ __forceinline__ void load(acc (&to)[kEach], const Vector16* row, int p) const {
+    unpack<scalar>(to, load16(row + piece(p)));
+  }
+
+  // Sums over a team, in each of its lanes.
+  __device__ __forceinline__ void sum(acc (&x)[kRows]) const {
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      if (distance < lanes()) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          x[r] += shuffle_xor(x[r], distance);
+        }
+      }
+    }
+  }
+
+  // Sums over the teams of a warp, in each of them.
+  __device__ __forceinline__ acc sum_of_teams(acc x) const {
+    for (int distance = lanes(); distance < kWarp; distance *= 2) {
+      x += shuffle_xor(x, distance);
+    }
+    return x;
+  }
+
+  // The warps' sums, each times `factor`, to shared memory [kStepWarps][size].
+  __device__ __forceinline__ void share(acc* sums, const acc (&x)[pieces][kEach], acc factor, int size) const {
+    constexpr int of_vector = kLanes<acc>;
+    acc* to = sums + threadIdx.x / kWarp * size;
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+#pragma unroll
+      for (int i = 0; i < kEach; i += of_vector) {
+        acc part[of_vector];
+#pragma unroll
+        for (int n = 0; n < of_vector; ++n) {
+          part[n] = sum_of_teams(x[p][i + n] * factor);
+        }
+        if (threadIdx.x % kWarp < lanes() && column(p) < size) {
+          store16(to + column(p) + i, pack<acc>(part));
+        }
+      }
+    }
+  }
+};
+
+// The rows of a block's steps as they come: kStages of them are under way, each kRows a team. Where a query may not attend, zeros.
+// A stage is a group of keys and a group of memory; what a thread asked for, no other one reads.
+template <class Teams>
+struct StepStream {
+  using scalar = typename Teams::scalar;
+  static constexpr int kStage = Teams::kRows * Teams::kPieces * kStepBlock;  // Vector16, of keys or of memory
+  static constexpr size_t kShared = 2 * Teams::kStages * kStage * sizeof(Vector16);
+  static constexpr int kPending = 2 * Teams::kStages - 1;  // groups behind the one that is due
+
+  const Teams& teams;
+  const Problem& problem;
+  const Attendable& may_attend;
+  const Place& place;
+  int count;    // of the split's steps, those behind which nothing is attended
+  int due = 0;  // this team's first step of the stage that is due, from the split's first
+  int stage = 0;
+  uint32_t attended = 0;  // [kStages][kRows]
+
+  __device__ __forceinline__
+  StepStream(const Teams& teams, const Problem& problem, const Attendable& may_attend, const Place& place, int count)
+      : teams(teams), problem(problem), may_attend(may_attend), place(place), count(count), due(teams.team()) {
+#pragma unroll 1
+    for (int n = 0; n < Teams::kStages; ++n) {
+      ask_for_keys(0);
+      ask_for_memory(0);
+    }
+    due = teams.team();
+  }
+
+  // The r-th step of the stage that is due.
+  __device__ __forceinline__ int step(int r) const {
+    return due + r * teams.teams();
+  }
+
+  __device__ __forceinline__ bool attends(int r) const {
+    return (attended >> (stage * Teams::kRows + r) & 1) != 0;
+  }
+
+  __device__ __forceinline__ Vector16 key(int r, int p) const {
+    return load16(slot(0, r, p));
+  }
+
+  __device__ __forceinline__ Vector16 memory(int r, int p) const {
+    return load16(slot(1, r, p));
+  }
+
+  // In the place of what was due and has been read, `ahead` steps behind it; memory's turns to the next stage.
+  __device__ __forceinline__ void ask_for_keys(int ahead) {
+#pragma unroll
+    for (int r = 0; r < Teams::kRows; ++r) {
+      const int s = step(r) + ahead;
+      const uint32_t bit = 1u << (stage * Teams::kRows + r);
+      attended = s < count && may_attend(place.begin + s) ? attended | bit : attended & ~bit;
+    }
+    ask_for(0, problem.keys, teams.key_size, ahead);
+  }
+
+  __device__ __forceinline__ void ask_for_memory(int ahead) {
+    ask_for(1, problem.memory, teams.memory_size, ahead);
+    due += teams.stride();
+    stage = stage + 1 == Teams::kStages ? 0 : stage + 1;
+  }
+
+ private:
+  __device__ __forceinline__ Vector16* slot(int which, int r, int p) const {
+    Vector16* fifo = reinterpret_cast<Vector16*>(shared_memory());
+    return fifo + (2 * stage + which) * kStage + (r * Teams::kPieces + p) * kStepBlock + threadIdx.x;
+  }
+
+  __device__ __forceinline__ void ask_for(int which, const View& view, int size, int ahead) const {
+    const scalar* first = row_of<scalar>(view, place.b, place.begin) + teams.column(0);
+#pragma unroll
+    for (int r = 0; r < Teams::kRows; ++r) {
+      const scalar* row = first + (step(r) + ahead) * view.row;
+#pragma unroll
+      for (int p = 0; p < Teams::kPieces; ++p) {
+        if (teams.has(p, size)) {
+          copy_async16(slot(which, r, p), row + p * kWarp * Teams::kEach, attends(r) && teams.column(p) < size);
+        }
+      }
+    }
+    commit_copies();
+  }
+};
+
+// What the key's features add to the scores, times -2 scale, of the stage that is due; keep(r, p, i, term) is told each by itself.
+template <class Teams, class Keep>
+__device__ __forceinline__ void streamed_scores(
+    typename Teams::acc (&sums)[Teams::kRows],
+    const Teams& teams,
+    const StepStream<Teams>& stream,
+    const Vector16* query,
+    const Vector16* v,
+    const Keep& keep) {
+  using acc = typename Teams::acc;
+#pragma unroll
+  for (int p = 0; p < Teams::kPieces; ++p) {
+    if (teams.has(p, teams.key_size)) {
+      acc of_query[Teams::kEach], of_v[Teams::kEach];
+      teams.load(of_query, query, p);
+      teams.load(of_v, v, p);
+#pragma unroll
+      for (int r = 0; r < Teams::kRows; ++r) {
+        acc key[Teams::kEach];
+        unpack<typename Teams::scalar>(key, stream.key(r, p));
+#pragma unroll
+        for (int i = 0; i < Teams::kEach; ++i) {
+          const acc term = direct_term(of_query[i], key[i]);
+          sums[r] = fused(of_v[i], term, sums[r]);
+          keep(r, p, i, term);
+        }
+      }
+    }
+  }
+}
+
+// store(d, sum) of all columns of what the splits left, as merged_column has it. It is what a batch element waits for in the end:
+// many loads are under way at once.
+template <class acc, class Store>
+__device__ __forceinline__ void merge_columns(
+    const acc* partials, int64_t count, int64_t stride, const acc* factors, int64_t size, const Store& store) {
+  constexpr int columns = 8;
+  for (int64_t d0 = threadIdx.x; d0 < size; d0 += columns * kStepBlock) {
+    acc sums[columns] = {};
+#pragma unroll 4
+    for (int64_t n = 0; n < count; ++n) {
+      const acc factor = factors == nullptr ? acc(1) : factors[n];
+#pragma unroll
+      for (int c = 0; c < columns; ++c) {
+        const int64_t d = d0 + c * kStepBlock;
+        sums[c] += factor * (d < size ? partials[n * stride + d] : acc(0));
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < columns; ++c) {
+      if (d0 + c * kStepBlock < size) {
+        store(d0 + c * kStepBlock, sums[c]);
+      }
+    }
+  }
+}
+
+template <class scalar, int pieces>
+__global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwardBlocks))
+    attend_one_step_additive_rows(const OneStep call, const StepTeams<scalar, pieces> teams) {
+  using acc = accumulated_t<scalar>;
+  using Teams = StepTeams<scalar, pieces>;
+  using Stream = StepStream<Teams>;
+  constexpr int rows = Teams::kRows, each = Teams::kEach;
+  const Problem& problem = call.problem;
+  const Place place(problem, call.splits);
+  const Attendable may_attend(problem, place.b, 0);
+  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
+  const int size = teams.memory_size, steps = end > place.begin ? static_cast<int>(end - place.begin) : 0;
+  const int ahead = Teams::kStages * teams.stride();
+  acc* scores = part_of<acc>(call.scores, place.b * problem.steps + place.begin);
+  Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes]
+  Vector16* v = query + pieces * teams.lanes();                                      // [pieces * lanes]
+  Stream stream(teams, problem, may_attend, place, steps);
+  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, teams.key_size);
+  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, teams.key_size);
+  sync_threads();  // query and v are there
+
+  acc context[pieces][each] = {};
+  Softmaxed<acc> mine;
+  for (int s0 = 0; s0 < steps; s0 += teams.stride()) {
+    acc score[rows] = {};
+    const acc before = mine.largest;
+    wait_copies<Stream::kPending>();
+    streamed_scores(score, teams, stream, query, v, [](int, int, int, acc) {});
+    teams.sum(score);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      score[r] = stream.attends(r) ? -2 * static_cast<acc>(problem.scale) * score[r] : -kInfinity<acc>;
+      mine.largest = score[r] > mine.largest ? score[r] : mine.largest;
+      if (scores != nullptr && stream.attends(r) && teams.lane() == 0) {
+        scores[stream.step(r)] = score[r];
+      }
+    }
+    stream.ask_for_keys(ahead);
+    const acc shift = mine.shift();
+    if (before != mine.largest) {
+      const acc factor = exponential(before - shift);
+      mine.total *= factor;
+#pragma unroll
+      for (int p = 0; p < pieces; ++p) {
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+          context[p][i] *= factor;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      score[r] = exponential(score[r] - shift);
+      mine.total += score[r];
+    }
+    wait_copies<Stream::kPending>();
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+      if (teams.has(p, size)) {
+#pragma unroll
+        for (int r = 0; r < rows; ++r) {
+          acc row[each];
+          unpack<scalar>(row, stream.memory(r, p));
+#pragma unroll
+          for (int i = 0; i < each; ++i) {
+            context[p][i] += score[r] * row[i];
+          }
+        }
+      }
+    }
+    stream.ask_for_memory(ahead);
+  }
+
+  acc* sums = reinterpret_cast<acc*>(shared_memory());  // [warps][size]
+  acc* of_warps = sums + kStepWarps * size;             // [2][warps]
+  const int warp = threadIdx.x / kWarp;
+  Softmaxed<acc> all{warp_max(mine.largest), 0};
+  wait_copies<0>();  // the last ones are zeros: nobody has waited for them
+  sync_threads();    // the streams, in whose place the sums stand, have been read
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[warp] = all.largest;
+  }
+  sync_threads();  // every warp's maximum is there
+#pragma unroll
+  for (int w = 0; w < kStepWarps; ++w) {
+    all.largest = of_warps[w] > all.largest ? of_warps[w] : all.largest;
+  }
+  const acc factor = exponential(mine.largest - all.shift());
+  teams.share(sums, context, factor, size);
+  const acc total = teams.sum_of_teams(mine.total * factor);
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[kStepWarps + warp] = total;
+  }
+  sync_threads();  // every warp's sums and scores are there
+#pragma unroll
+  for (int w = 0; w < kStepWarps; ++w) {
+    all.total += of_warps[kStepWarps + w];
+  }
+  const int64_t count = call.splits.count;
+  if (count == 1) {
+    const acc inverse = all.inverse();
+    for (int d = threadIdx.x; d < size; d += kStepBlock) {
+      store_context<scalar>(call, place.b, d, merged_column<acc>(sums, kStepWarps, size, nullptr, d) * inverse);
+    }
+    finish_weights<scalar>(call, place, all);
+    return;
+  }
+  acc* of_splits = part_of<acc>(call.splits.partials, place.b * count * (size + 2));  // [count][size + 2]
+  acc* to = of_splits + place.split * (size + 2);
+  for (int d = threadIdx.x; d < size; d += kStepBlock) {
+    to[d] = merged_column<acc>(sums, kStepWarps, size, nullptr, d);
+  }
+  if (threadIdx.x == 0) {
+    to[size] = all.largest;
+    to[size + 1] = all.total;
+  }
+  if (place.is_last(call.splits)) {
+    acc* factors = sums;  // [count]
+    all = merge_softmaxes(of_splits, count, size, factors);
+    const acc inverse = all.inverse();
+    merge_columns(of_splits, count, size + 2, factors, size, [&](int64_t d, acc sum) {
+      store_context<scalar>(call, place.b, d, sum * inverse);
+    });
+    finish_weights<scalar>(call, place, all);
+  }
+}
+
+// 2h = -tanh from what a feature adds to a score.
+__device__ __forceinline__ float doubled_centred(float term) {
+  return fused(2, term, -1);
+}
+
+__device__ __forceinline__ double doubled_centred(double term) {
+  return 2 * term;
+}
+
+template <class scalar, int pieces>
+__global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackwardBlocks))
+    differentiate_one_step_additive_rows(const OneStepBackward call, const StepTeams<scalar, pieces> teams) {
+  using acc = accumulated_t<scalar>;
+  using Teams = StepTeams<scalar, pieces>;
+  using Stream = StepStream<Teams>;
+  constexpr int rows = Teams::kRows, each = Teams::kEach;
+  const Problem& problem = call.problem;
+  const Place place(problem, call.splits);
+  const Attendable may_attend(problem, place.b, 0);
+  const int64_t first = place.b * problem.steps + place.begin;
+  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
+  const int steps = end > place.begin ? static_cast<int>(end - place.begin) : 0;  // behind these nothing is attended
+  const int all_steps = static_cast<int>(place.end - place.begin);
+  const int key_size = teams.key_size, memory_size = teams.memory_size;
+  const int ahead = Teams::kStages * teams.stride();
+  const acc scale = static_cast<acc>(problem.scale);
+  // What a step reads and writes is found anew each time: addresses kept would take the registers of the sums.
+  const bool has_weights = call.weights != nullptr, has_grad_weights = call.grad_weights.data != nullptr;
+  const acc logsumexp = has_weights ? acc(0) : static_cast<const acc*>(call.logsumexp)[place.b];
+  const scalar* grad_context = call.grad_context.data == nullptr ? nullptr : row_of<scalar>(call.grad_context, place.b, 0);
+  const auto grad_row = [&](void* rows_of_all, int s, int size) {
+    return static_cast<scalar*>(rows_of_all) + (first + s) * size + teams.column(0);
+  };
+  // A weight of 0 passes nothing on, whatever came in.
+  const auto pass_nothing = [&](int s) {
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+      if (call.grad_memory != nullptr && teams.column(p) < memory_size) {
+        store16_streaming(grad_row(call.grad_memory, s, memory_size) + p * kWarp * each, Vector16{});
+      }
+      if (call.grad_keys != nullptr && teams.column(p) < key_size) {
+        store16_streaming(grad_row(call.grad_keys, s, key_size) + p * kWarp * each, Vector16{});
+      }
+    }
+    if (call.grad_scores != nullptr && teams.lane() == 0) {
+      static_cast<acc*>(call.grad_scores)[first + s] = 0;
+    }
+  };
+
+  Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes] each
+  Vector16* v = query + pieces * teams.lanes();
+  Vector16* grad = v + pieces * teams.lanes();
+  Stream stream(teams, problem, may_attend, place, steps);
+  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, key_size);
+  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, key_size);
+  teams.bring(grad, grad_context, call.grad_context.element, memory_size);
+  acc delta_weights = 0;
+  if (has_grad_weights) {
+    acc* of_warps = reinterpret_cast<acc*>(grad + pieces * teams.lanes());  // [kStepWarps]
+    delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps);
+  }
+  sync_threads();  // query, v and grad are there
+
+  // g . c as g . m_s is summed: where a step has all the weight, c is m_s, and their difference 0 to the last bit.
+  acc delta[rows] = {};
+  if (grad_context != nullptr) {
+    const acc* context = static_cast<const acc*>(call.context) + place.b * memory_size;
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+      if (teams.has(p, memory_size)) {
+        acc g[each];
+        teams.load(g, grad, p);
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+          delta[0] = fused(g[i], teams.column(p) < memory_size ? context[teams.column(p) + i] : acc(0), delta[0]);
+        }
+      }
+    }
+    teams.sum(delta);
+  }
+
+  acc to_query[pieces][each] = {}, to_v[pieces][each] = {};
+  int s0 = 0;
+  for (; s0 < steps; s0 += teams.stride()) {
+    acc weight[rows] = {}, grad_score[rows] = {}, from_weights[rows], doubled[rows][pieces][each];
+    bool attends[rows];
+    int step[rows];
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      attends[r] = stream.attends(r);
+      step[r] = stream.step(r);
+      from_weights[r] = 0;
+      if (has_grad_weights && attends[r]) {
+        from_weights[r] =
+            to_acc(row_of<scalar>(call.grad_weights, place.b, 0)[(place.begin + step[r]) * call.grad_weights.element]) -
+            delta_weights;
+      }
+    }
+    wait_copies<Stream::kPending>();
+    streamed_scores(
+        weight, teams, stream, query, v, [&](int r, int p, int i, acc term) { doubled[r][p][i] = doubled_centred(term); });
+    stream.ask_for_keys(ahead);
+    if (!has_weights) {
+      teams.sum(weight);
+    }
+    wait_copies<Stream::kPending>();
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+      if (teams.has(p, memory_size)) {
+        acc g[each];
+        teams.load(g, grad, p);
+#pragma unroll
+        for (int r = 0; r < rows; ++r) {
+          acc row[each];
+          unpack<scalar>(row, stream.memory(r, p));
+#pragma unroll
+          for (int i = 0; i < each; ++i) {
+            grad_score[r] = fused(g[i], row[i], grad_score[r]);
+          }
+        }
+      }
+    }
+    stream.ask_for_memory(ahead);
+    teams.sum(grad_score);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      if (!attends[r]) {
+        weight[r] = 0;
+      } else {
+        weight[r] =
+            has_weights ? static_cast<const acc*>(call.weights)[first + step[r]] : exponential(-2 * scale * weight[r] - logsumexp);
+      }
+      grad_score[r] = scale * (weight[r] * ((grad_score[r] - delta[0]) + from_weights[r]));
+      if (step[r] >= all_steps) {
+        continue;
+      }
+      if (weight[r] == 0) {
+        pass_nothing(step[r]);
+        continue;
+      }
+      if (call.grad_scores != nullptr && teams.lane() == 0) {
+        static_cast<acc*>(call.grad_scores)[first + step[r]] = grad_score[r];
+      }
+      if (call.grad_memory != nullptr) {
+        scalar* to = grad_row(call.grad_memory, step[r], memory_size);
+#pragma unroll
+        for (int p = 0; p < pieces; ++p) {
+          if (teams.has(p, memory_size)) {
+            acc g[each];
+            teams.load(g, grad, p);
+#pragma unroll
+            for (int i = 0; i < each; ++i) {
+              g[i] *= weight[r];
+            }
+            const Vector16 out = pack<scalar>(g);
+            if (teams.column(p) < memory_size) {
+              store16_streaming(to + p * kWarp * each, out);
+            }
+          }
+        }
+      }
+      scalar* to = grad_row(call.grad_keys, step[r], key_size);
+#pragma unroll
+      for (int p = 0; p < pieces; ++p) {
+        if (teams.has(p, key_size)) {
+          acc out[each];
+          teams.load(out, v, p);
+#pragma unroll
+          for (int i = 0; i < each; ++i) {
+            const acc h2 = doubled[r][p][i], for_v = grad_score[r] * h2, y4 = fused(-for_v, h2, grad_score[r]);
+            to_query[p][i] += y4;
+            to_v[p][i] += for_v;
+            out[i] *= y4;
+          }
+          if (call.grad_keys != nullptr && teams.column(p) < key_size) {
+            store16_streaming(to + p * kWarp * each, pack<scalar>(out));
+          }
+        }
+      }
+    }
+  }
+  for (int s = s0 + teams.team(); s < all_steps; s += teams.teams()) {
+    pass_nothing(s);
+  }
+  if (call.grad_query == nullptr && call.grad_v == nullptr) {
+    return;
+  }
+
+#pragma unroll
+  for (int p = 0; p < pieces; ++p) {
+    if (teams.column(p) < key_size) {
+      acc x[each];
+      teams.load(x, v, p);
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        to_query[p][i] *= x[i];
+      }
+    }
+  }
+  acc* queries = reinterpret_cast<acc*>(shared_memory());  // [warps][key_size]
+  acc* vs = queries + kStepWarps * key_size;               // [warps][key_size]
+  wait_copies<0>();                                        // the last ones are zeros: nobody has waited for them
+  sync_threads();                                          // the streams, in whose place the sums stand, and v have been read
+  teams.share(queries, to_query, 1, key_size);
+  teams.share(vs, to_v, -1, key_size);
+  sync_threads();  // every warp's is there
+  const int64_t count = call.splits.count;
+  acc* of_splits = part_of<acc>(call.splits.partials, place.b * count * key_size);  // [count][key_size]
+  acc* grad_v = part_of<acc>(call.grad_v, (place.b * count + place.split) * key_size);
+  scalar* grad_query = part_of<scalar>(call.grad_query, place.b * key_size);
+  for (int a = threadIdx.x; a < key_size; a += kStepBlock) {
+    if (grad_query != nullptr) {
+      const acc sum = merged_column<acc>(queries, kStepWarps, key_size, nullptr, a);
+      if (count == 1) {
+        grad_query[a] = from_acc<scalar>(sum);
+      } else {
+        of_splits[place.split * key_size + a] = sum;
+      }
+    }
+    if (grad_v != nullptr) {
+      grad_v[a] = merged_column<acc>(vs, kStepWarps, key_size, nullptr, a);
+    }
+  }
+  if (grad_query != nullptr && count > 1 && place.is_last(call.splits)) {
+    merge_columns<acc>(
+        of_splits, count, key_size, nullptr, key_size, [&](int64_t a, acc sum) { grad_query[a] = from_acc<scalar>(sum); });
+  }
+}
+
+}  // namespace attn_ext::cuda
