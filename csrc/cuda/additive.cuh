@@ -75,19 +75,25 @@ __device__ __forceinline__ void load_shared(acc (&to)[count], const acc* from) {
   }
 }
 
-// The way back, as many as lie on 16 bytes.
+// The way back.
 template <class acc, int count>
 __device__ __forceinline__ void store_shared(acc* to, const acc (&from)[count]) {
   constexpr int lanes = kLanes<acc>;
-  static_assert(count % lanes == 0);
+  if constexpr (count % lanes == 0) {
 #pragma unroll
-  for (int i = 0; i < count; i += lanes) {
-    acc part[lanes];
+    for (int i = 0; i < count; i += lanes) {
+      acc part[lanes];
 #pragma unroll
-    for (int n = 0; n < lanes; ++n) {
-      part[n] = from[i + n];
+      for (int n = 0; n < lanes; ++n) {
+        part[n] = from[i + n];
+      }
+      store16(to + i, pack<acc>(part));
     }
-    store16(to + i, pack<acc>(part));
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      to[i] = from[i];
+    }
   }
 }
 

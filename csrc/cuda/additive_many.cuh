@@ -2,7 +2,8 @@
 //
 // Forward: a block of 128 threads has a tile of up to 64 queries and 64 steps, and walks the features in chunks. A chunk's
 // exponentials are taken on its way into shared memory, feature by feature, 1 for 32 products; a thread holds the sums of up to 8
-// queries and 4 steps and shares each reciprocal among two features: 2.5 multiply-adds and half a special function an element.
+// queries and 4 steps and shares each reciprocal among four features, or two of a wide chunk: 3 multiply-adds and a quarter of a
+// special function an element.
 //
 // Backward: a warp has up to 32 queries and 32 features, a lane one of these. exp(2q) and dq of its queries stay in registers while
 // the steps go by, two of which share a reciprocal (of queries it would be one's NaN in the other's gradient): 6.5 multiply-adds
@@ -29,14 +30,19 @@ __device__ __forceinline__ acc factor_of(acc x, bool direct) {
   return direct ? x : exponential(2 * x);
 }
 
-// A pair's reciprocal takes 1/v1 in: with v1 no nearer to 0 than this, which is nothing beside the sum's rounding, 1 + E up to 2^58
-// (queries and keys of 10) leave the denominator below 2^126 wherever 1/x0 is more than 2^-28 of v0.
+// A pair's reciprocal takes 1/v1 in, v1 being the larger of its two v: with v1 no nearer to 0 than kLeastDivisor, which is nothing
+// beside the sum's rounding, 1 + E up to 2^58 (queries and keys of 10) leave the denominator below 2^126 wherever 1/x0 is more than
+// 2^-28 of v0. Two pairs share one where no denominator comes near to 2^126: v1 within 2^10 of 1, and 1 + E up to 2^26.
 constexpr float kFactorableScores = 10;
 constexpr float kLeastDivisor = 0x1p-40f;
+constexpr float kFactorableByFour = 4.5;
+constexpr float kMostDivisorByFour = 0x1p10f;
 
-__device__ __forceinline__ float inverse_of(float v) {
-  return reciprocal_approx(v < kLeastDivisor && v > -kLeastDivisor ? kLeastDivisor : v);
-}
+// How a chunk of features can be summed.
+struct Factoring {
+  bool by_four = true;
+  bool by_two = true;
+};
 
 // A block's queries and steps, threads being 8 x 16 with kRows x kColumns pairs each, and its two chunks of features: one is summed
 // while the next is on its way.
@@ -49,13 +55,14 @@ struct ScoresTile {
   static constexpr int kQueries = kAdditiveThreads / kAcross * kRows;
   static constexpr int kSteps = kAcross * kColumns;
   static constexpr int kStride = kQueries + kSteps + 4;
-  // What a thread brings of a chunk: 16 bytes of each of four rows. Eight neighbours have 32 rows, and store to all banks.
+  // What a thread brings of a chunk: 16 bytes of each of a few rows. Neighbours have 32 rows, and store to all banks.
   static constexpr int kEach = kLanes<scalar>;
-  static constexpr int kBrought = 4;
+  static constexpr int kBrought = kQueries + kSteps > 64 ? 4 : 2;
+  static constexpr int kNeighbours = kWarp / kBrought;
   static constexpr int kPieces = 4;
   static constexpr int kChunk = kPieces * kEach;
   static constexpr int kBuffer = kChunk * (kStride + 1);
-  static constexpr size_t kShared = 2 * kBuffer * sizeof(acc);
+  static constexpr size_t kShared = 2 * kBuffer * sizeof(acc) + kBrought * kAdditiveThreads * sizeof(Vector16);
   static_assert((kQueries + kSteps) / kBrought * kPieces <= kAdditiveThreads);
 
   acc* rows;  // [kChunk][kStride]: of a feature, all queries' and all steps'
@@ -65,21 +72,41 @@ struct ScoresTile {
       : rows(reinterpret_cast<acc*>(shared) + buffer * kBuffer), v(rows + kChunk * kStride) {}
 
   // v0/x0 + v1/x1 = (v0 x1' + x0) / (x0 x1') with x1' = x1/v1, for which q1 and 1 have been divided by v1.
+  template <int count>
   __device__ __forceinline__ void add_factored(acc (&sums)[kRows][kColumns], int row, int column) const {
-#pragma unroll 2
-    for (int a = 0; a < kChunk; a += 2) {
-      acc q0[kRows], q1[kRows], k0[kColumns], k1[kColumns];
-      load_shared(q0, rows + a * kStride + row);
-      load_shared(q1, rows + (a + 1) * kStride + row);
-      load_shared(k0, rows + a * kStride + kQueries + column);
-      load_shared(k1, rows + (a + 1) * kStride + kQueries + column);
-      const acc v0 = v[a], inverse1 = v[a + 1];
+    constexpr int rows_at_once = kRows < 4 ? kRows : 4;
+#pragma unroll(4 / count)
+    for (int a = 0; a < kChunk; a += count) {
+      acc k[count][kColumns], of_v[count];
+      load_shared(of_v, v + a);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
+      for (int n = 0; n < count; ++n) {
+        load_shared(k[n], rows + (a + n) * kStride + kQueries + column);
+      }
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const acc x0 = q0[i] * k0[j] + 1, x1 = q1[i] * k1[j] + inverse1;
-          sums[i][j] += (v0 * x1 + x0) * reciprocal_approx(x0 * x1);
+      for (int i0 = 0; i0 < kRows; i0 += rows_at_once) {
+        acc q[count][rows_at_once];
+#pragma unroll
+        for (int n = 0; n < count; ++n) {
+          load_shared(q[n], rows + (a + n) * kStride + row + i0);
+        }
+#pragma unroll
+        for (int i = 0; i < rows_at_once; ++i) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            acc numerator[count / 2], denominator[count / 2];
+#pragma unroll
+            for (int n = 0; n < count; n += 2) {
+              const acc x0 = q[n][i] * k[n][j] + 1, x1 = q[n + 1][i] * k[n + 1][j] + of_v[n + 1];
+              numerator[n / 2] = of_v[n] * x1 + x0;
+              denominator[n / 2] = x0 * x1;
+            }
+            if constexpr (count == 4) {
+              numerator[0] = numerator[0] * denominator[1] + numerator[1] * denominator[0];
+              denominator[0] *= denominator[1];
+            }
+            sums[i0 + i][j] += numerator[0] * reciprocal_approx(denominator[0]);
+          }
         }
       }
     }
@@ -101,55 +128,73 @@ struct ScoresTile {
   }
 };
 
+// A block's tile.
+template <class Tile>
+struct TilePlace {
+  int64_t b, query0, step0;
+
+  __device__ __forceinline__ TilePlace(const Problem& problem, uint32_t block) {
+    const auto step_tiles = static_cast<uint32_t>((problem.steps + Tile::kSteps - 1) / Tile::kSteps);
+    const auto query_tiles = static_cast<uint32_t>((problem.queries + Tile::kQueries - 1) / Tile::kQueries);
+    step0 = static_cast<int64_t>(block % step_tiles) * Tile::kSteps;
+    query0 = static_cast<int64_t>(block / step_tiles % query_tiles) * Tile::kQueries;
+    b = block / step_tiles / query_tiles;
+  }
+};
+
 // A thread's share of a chunk, as it is stored.
 template <class Tile, class scalar>
 class Brought {
   using acc = accumulated_t<scalar>;
 
  public:
-  __device__ __forceinline__ Brought(const Problem& problem, int64_t b, int64_t query0, int64_t step0, const Attendable& attended)
+  __device__ __forceinline__ Brought(const Problem& problem, const TilePlace<Tile>& place, const Attendable& attended)
       : size_(problem.key_size), v_(static_cast<const scalar*>(problem.v.data)), v_element_(problem.v.element) {
-    const int group = threadIdx.x / kWarp * 8 + threadIdx.x % 8;  // its rows: four of the queries', then of the steps'
-    piece_ = threadIdx.x % kWarp / 8 * Tile::kEach;
-    at_ = group * Tile::kBrought;
-    is_query_ = at_ < Tile::kQueries;
-    const View& view = is_query_ ? problem.query : problem.keys;
-    const int64_t first = is_query_ ? query0 + at_ : step0 + at_ - Tile::kQueries;
-    from_ = row_of<scalar>(view, b, first);
+    const View& view = is_query() ? problem.query : problem.keys;
+    const int64_t first = is_query() ? place.query0 + at() : place.step0 + at() - Tile::kQueries;
+    from_ = row_of<scalar>(view, place.b, first);
     row_ = view.row;
     element_ = view.element;
 #pragma unroll
     for (int i = 0; i < Tile::kBrought; ++i) {
-      const bool takes = is_query_ ? first + i < problem.queries : at_ < Tile::kQueries + Tile::kSteps && attended(first + i);
+      const bool takes = is_query() ? first + i < problem.queries : at() < Tile::kQueries + Tile::kSteps && attended(first + i);
       takes_ |= static_cast<uint32_t>(takes) << i;
     }
   }
 
-  // The chunk from feature `first` on: under way.
-  __device__ __forceinline__ void load(int64_t first, bool query_by_vectors, bool keys_by_vectors, bool v_by_vectors) {
-    const int64_t a = first + piece_;
-    const bool by_vectors = is_query_ ? query_by_vectors : keys_by_vectors;
+  // The chunk from feature `first` on, under way: in registers it would take those of the sums.
+  __device__ __forceinline__ void start(int64_t first, bool query_by_vectors, bool keys_by_vectors) const {
+    const int64_t a = first + piece();
+    const bool by_vectors = is_query() ? query_by_vectors : keys_by_vectors;
 #pragma unroll
     for (int i = 0; i < Tile::kBrought; ++i) {
-      rows_[i] = (takes_ >> i & 1) != 0 ? load_piece(from_ + i * row_, element_, a, size_, by_vectors) : Vector16{};
+      const bool takes = (takes_ >> i & 1) != 0 && a < size_;
+      const scalar* row = from_ + i * row_;
+      if (by_vectors) {
+        copy_async16(of_row(i), row + a, takes);
+      } else {
+        store16(of_row(i), takes ? load_piece(row, element_, a, size_, false) : Vector16{});
+      }
     }
-    of_v_ = load_piece(v_, v_element_, a, size_, v_by_vectors);
+    commit_copies();
   }
 
-  // Returns whether it is beyond the range of factored exponentials.
-  __device__ __forceinline__ bool store(const Tile& tile, bool direct) const {
-    if (at_ >= Tile::kQueries + Tile::kSteps) {
-      return false;
+  // The chunk from feature `first` on, which has arrived. Returns how this share of it can be summed, if not `direct`.
+  __device__ __forceinline__ Factoring store(const Tile& tile, int64_t first, bool v_by_vectors, bool direct) const {
+    Factoring factoring;
+    if (at() >= Tile::kQueries + Tile::kSteps) {
+      return factoring;
     }
-    acc v[Tile::kEach], x[Tile::kBrought][Tile::kEach];
-    unpack<scalar>(v, of_v_);
-    bool is_wide = false;
+    wait_copies<0>();
+    acc v[Tile::kEach], x[Tile::kBrought][Tile::kEach], largest = 0;  // a NaN stays in its row either way
+    unpack<scalar>(v, load_piece(v_, v_element_, first + piece(), size_, v_by_vectors));
 #pragma unroll
     for (int i = 0; i < Tile::kBrought; ++i) {
-      unpack<scalar>(x[i], rows_[i]);
+      unpack<scalar>(x[i], load16(of_row(i)));
     }
 #pragma unroll
     for (int n = 0; n < Tile::kEach; ++n) {
+      int slot = n;
       acc of_feature[Tile::kBrought], of_v = v[n];
 #pragma unroll
       for (int i = 0; i < Tile::kBrought; ++i) {
@@ -157,25 +202,31 @@ class Brought {
       }
       if constexpr (kFactors<acc>) {
         if (!direct) {
+          const acc size = fabsf(v[n]), of_other = fabsf(v[n ^ 1]);
+          const bool divides = n % 2 == 0 ? size > of_other : size >= of_other;
+          slot = (n & ~1) + divides;
           acc factor = 1;
-          if (n % 2 == 1) {
-            of_v = inverse_of(v[n]);
-            factor = is_query_ ? of_v : acc(1);
+          if (divides) {
+            of_v = reciprocal_approx(size < kLeastDivisor ? kLeastDivisor : v[n]);
+            factor = is_query() ? of_v : acc(1);
+            factoring.by_four = factoring.by_four && size < kMostDivisorByFour && size * kMostDivisorByFour > 1;
           }
-          is_wide = is_wide || !(v[n] > -kModerate && v[n] < kModerate);
+          factoring.by_two = factoring.by_two && size < kModerate;
 #pragma unroll
           for (int i = 0; i < Tile::kBrought; ++i) {
-            is_wide = is_wide || is_beyond(of_feature[i], kFactorableScores);
+            largest = fmaxf(largest, fabsf(of_feature[i]));
             of_feature[i] = exp2_approx(kTwoOverLn2 * of_feature[i]) * factor;
           }
         }
       }
-      store_shared(tile.rows + (piece_ + n) * Tile::kStride + at_, of_feature);
-      if (at_ == 0) {
-        tile.v[piece_ + n] = of_v;
+      store_shared(tile.rows + (piece() + slot) * Tile::kStride + at(), of_feature);
+      if (at() == 0) {
+        tile.v[piece() + slot] = of_v;
       }
     }
-    return is_wide;
+    factoring.by_four = factoring.by_four && largest < kFactorableByFour;
+    factoring.by_two = factoring.by_two && largest < kFactorableScores;
+    return factoring;
   }
 
  private:
@@ -184,10 +235,26 @@ class Brought {
   int64_t v_element_;
   const scalar* from_;
   int64_t row_, element_;
-  int piece_, at_;
-  bool is_query_;
   uint32_t takes_ = 0;
-  Vector16 rows_[Tile::kBrought], of_v_;
+
+  // Its rows are the queries' or the steps' behind them.
+  static __device__ __forceinline__ int at() {
+    constexpr int neighbours = Tile::kNeighbours;
+    return (threadIdx.x / (neighbours * Tile::kPieces) * neighbours + threadIdx.x % neighbours) * Tile::kBrought;
+  }
+
+  static __device__ __forceinline__ int piece() {
+    return threadIdx.x / Tile::kNeighbours % Tile::kPieces * Tile::kEach;
+  }
+
+  static __device__ __forceinline__ bool is_query() {
+    return at() < Tile::kQueries;
+  }
+
+  // Where row i is until it is stored; this thread alone reads it.
+  __device__ __forceinline__ Vector16* of_row(int i) const {
+    return reinterpret_cast<Vector16*>(shared_memory() + 2 * Tile::kBuffer * sizeof(acc)) + i * kAdditiveThreads + threadIdx.x;
+  }
 };
 
 template <class scalar, int rows, int columns>
@@ -196,17 +263,13 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
   using acc = accumulated_t<scalar>;
   using Tile = ScoresTile<scalar, rows, columns>;
   const Problem& problem = call.problem;
-  const int64_t step_tiles = (problem.steps + Tile::kSteps - 1) / Tile::kSteps;
-  const int64_t query_tiles = (problem.queries + Tile::kQueries - 1) / Tile::kQueries;
-  const int64_t step0 = blockIdx.x % step_tiles * Tile::kSteps;
-  const int64_t query0 = blockIdx.x / step_tiles % query_tiles * Tile::kQueries;
-  const int64_t b = blockIdx.x / step_tiles / query_tiles;
-  const Attendable attended = Attendable::by_any(problem, b);
-  if (step0 >= attended.end()) {
+  const TilePlace<Tile> place(problem, blockIdx.x);
+  const Attendable attended = Attendable::by_any(problem, place.b);
+  if (place.step0 >= attended.end()) {
     return;  // the whole block
   }
-  Brought<Tile, scalar> brought(problem, b, query0, step0, attended);
-  brought.load(0, query_by_vectors, keys_by_vectors, v_by_vectors);
+  const Brought<Tile, scalar> brought(problem, place, attended);
+  brought.start(0, query_by_vectors, keys_by_vectors);
   const int row = threadIdx.x / Tile::kAcross * rows, column = threadIdx.x % Tile::kAcross * columns;
   acc sums[rows][columns] = {};
   int buffer = 0;
@@ -214,25 +277,39 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
     const Tile tile(shared_memory(), buffer);
     buffer = 1 - buffer;
     // After the barrier the chunk is there, and the chunk before has been read, whose place the next one takes.
-    const bool direct = any_in_block(brought.store(tile, !kFactors<acc>)) || !kFactors<acc>;
-    if (kFactors<acc> && direct) {
-      brought.store(tile, true);
+    const Factoring mine = brought.store(tile, a0, v_by_vectors, !kFactors<acc>);
+    const bool by_four = kFactors<acc> && !any_in_block(!mine.by_four);
+    const bool by_two = kFactors<acc> && !by_four && !any_in_block(!mine.by_two);
+    if (!by_four && !by_two) {
+      if (kFactors<acc>) {
+        brought.store(tile, a0, v_by_vectors, true);
+      }
       sync_threads();  // the chunk is there
     }
-    brought.load(a0 + Tile::kChunk, query_by_vectors, keys_by_vectors, v_by_vectors);
-    if (direct) {
-      tile.add_direct(sums, row, column);
-    } else if constexpr (kFactors<acc>) {
-      tile.add_factored(sums, row, column);
+    brought.start(a0 + Tile::kChunk, query_by_vectors, keys_by_vectors);
+    if constexpr (kFactors<acc>) {
+      if (by_four) {
+        tile.template add_factored<4>(sums, row, column);
+        continue;
+      }
+      if (by_two) {
+        tile.template add_factored<2>(sums, row, column);
+        continue;
+      }
     }
+    tile.add_direct(sums, row, column);
   }
 
-  acc* out = static_cast<acc*>(call.scores) + (b * problem.queries + query0 + row) * problem.steps + step0 + column;
+  // Computed anew: the registers are the sums'.
+  const TilePlace<Tile> there(problem, forgotten(blockIdx.x));
+  const int64_t end = Attendable::by_any(problem, there.b).end();
+  const int64_t query0 = there.query0 + row, step0 = there.step0 + column;
+  acc* out = static_cast<acc*>(call.scores) + (there.b * problem.queries + query0) * problem.steps + step0;
 #pragma unroll
   for (int i = 0; i < rows; ++i) {
 #pragma unroll
     for (int j = 0; j < columns; ++j) {
-      if (query0 + row + i < problem.queries && step0 + column + j < attended.end()) {
+      if (query0 + i < problem.queries && step0 + j < end) {
         out[i * problem.steps + j] = -2 * sums[i][j];
       }
     }

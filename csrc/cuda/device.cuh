@@ -74,6 +74,12 @@ __device__ __forceinline__ T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
 
+// The same, but the compiler does not know: what is computed from it is computed anew, not kept in a register.
+__device__ __forceinline__ uint32_t forgotten(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Subnormals are 0 to this and the next, as arguments and as results.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
