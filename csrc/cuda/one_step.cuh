@@ -186,7 +186,7 @@ __device__ __forceinline__ void finish_step(
 template <class scalar>
 __global__ void __launch_bounds__(kStepBlock) merge_one_step(const OneStep call, int parts) {
   using acc = accumulated_t<scalar>;
-  constexpr int early = 8;
+  constexpr int early = 32 / sizeof(acc);
   wait_for_last_launch();
   const int64_t b = blockIdx.x / static_cast<unsigned>(parts), size = call.problem.memory_size, stride = size + 2;
   const int part = blockIdx.x % parts, count = static_cast<int>(call.splits.count), warp = threadIdx.x / kWarp;

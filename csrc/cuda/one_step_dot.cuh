@@ -146,7 +146,13 @@ struct Columns {
   }
 };
 
-// The steps of a split, from its first to `count`: each team's next rows of memory are under way.
+// Of the split, from its first, as far as lengths go.
+__device__ __forceinline__ int steps_to_attend(const Place& place, const Attendable& may_attend) {
+  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
+  return end > place.begin ? static_cast<int>(end - place.begin) : 0;
+}
+
+// The `count` first steps of a split, of which those before `end` may be attended: each team's next rows of memory are under way.
 template <class scalar, int pieces, int rows, int depth>
 class MemoryUnderWay {
  public:
@@ -155,14 +161,14 @@ class MemoryUnderWay {
   using Rows = RowsUnderWay<rows * pieces, depth>;
   static_assert(rows * depth <= 32, "who attends stands in a word");
 
-  __device__ __forceinline__ MemoryUnderWay(
-      const Problem& problem, const Place& place, const Attendable& may_attend, const Cols& columns, int count, void* shared)
+  __device__ __forceinline__
+  MemoryUnderWay(const Problem& problem, const Place& place, const Cols& columns, int end, int count, void* shared)
       : problem_(problem),
         columns_(columns),
         under_way_(shared),
         step_(threadIdx.x / columns.lanes()),
         count_(count),
-        end_(static_cast<int>(may_attend.end() < place.begin + count ? may_attend.end() - place.begin : count)),
+        end_(end),
         mask_(static_cast<const bool*>(problem.mask.data)),
         next_(row_of<scalar>(problem.memory, place.b, place.begin + step_)) {
     if (mask_ != nullptr) {
@@ -312,9 +318,8 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   const Attendable may_attend(problem, place.b, 0);
   acc* of_warps = reinterpret_cast<acc*>(shared_memory());
   acc* sums = of_warps + kOfWarps;
-  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
-  const int count = end > place.begin ? static_cast<int>(end - place.begin) : 0;
-  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, may_attend, columns, count, sums);
+  const int count = steps_to_attend(place, may_attend);
+  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, count, count, sums);
   Vector16 query[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   acc* scores = call.scores == nullptr ? nullptr : static_cast<acc*>(call.scores) + place.b * problem.steps + place.begin;
@@ -463,7 +468,7 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   acc* sums = of_warps + kOfWarps;
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t first = place.b * problem.steps + place.begin;
-  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, may_attend, columns, count, sums);
+  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, steps_to_attend(place, may_attend), count, sums);
   // The query, of which every warp's lanes have the same columns.
   constexpr bool shares_query = kSharesQuery<scalar, pieces>;
   Vector16 query[pieces], grad[pieces];
@@ -481,8 +486,7 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   };
   const bool has_grad = call.grad_context.data != nullptr;
   columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  const acc* weights = call.weights == nullptr ? nullptr : static_cast<const acc*>(call.weights) + first;
-  const acc logsumexp = weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
+  const acc logsumexp = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
   const scalar* grad_weights = call.grad_weights.data == nullptr
                                    ? nullptr
                                    : row_of<scalar>(call.grad_weights, place.b, 0) + place.begin * call.grad_weights.element;
@@ -514,7 +518,8 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
       const int s = memory.step(r);
       acc weight = 0, grad_score = 0;
       if (memory.attends(r)) {
-        weight = weights != nullptr ? weights[s] : exponential(scale * products[r] - logsumexp);
+        weight = call.weights != nullptr ? static_cast<const acc*>(call.weights)[first + s]
+                                         : exponential(scale * products[r] - logsumexp);
         grad_score = products[rows + r] + (grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element]) : acc(0));
         grad_score = scale * (weight * (grad_score - delta));
       }
