@@ -1,5 +1,5 @@
-// What the kernels of one query a batch element share: a block's place, and the merge of partial softmaxes, of a block's warps or
-// of a batch element's splits, always in their order.
+// What the kernels of one query a batch element share: a block's place, the way of rows to its threads, and the merge of partial
+// results, of a block's warps or of a batch element's splits, always in their order.
 #pragma once
 
 #include "device.cuh"

@@ -418,10 +418,10 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   }
 }
 
-// g . c + sum_s a_s gw_s, of a whole batch element, by way of kStepWarps numbers of shared memory.
+// A thread's share of g . c + sum_s a_s gw_s, of a whole batch element.
 template <class scalar>
-__device__ __forceinline__ accumulated_t<scalar> delta_of(
-    const OneStepBackward& call, const Place& place, const Attendable& may_attend, accumulated_t<scalar>* of_warps) {
+__device__ __forceinline__ accumulated_t<scalar> share_of_delta(
+    const OneStepBackward& call, const Place& place, const Attendable& may_attend) {
   using acc = accumulated_t<scalar>;
   const Problem& problem = call.problem;
   const int size = static_cast<int>(problem.memory_size);
@@ -442,16 +442,6 @@ __device__ __forceinline__ accumulated_t<scalar> delta_of(
       sum += may_attend(s) ? weights[s] * to_acc(grad_weights[s * call.grad_weights.element]) : acc(0);
     }
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[threadIdx.x / kWarp] = sum;
-  }
-  sync_threads();  // every warp's is there, and a shared query
-  sum = 0;
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    sum += of_warps[w];
-  }
   return sum;
 }
 
@@ -469,28 +459,38 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t first = place.b * problem.steps + place.begin;
   MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, steps_to_attend(place, may_attend), count, sums);
-  // The query, of which every warp's lanes have the same columns.
-  constexpr bool shares_query = kSharesQuery<scalar, pieces>;
+  // All of this is asked for before any of it is waited for.
   Vector16 query[pieces], grad[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
+  const bool has_grad = call.grad_context.data != nullptr;
+  columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
+  const acc logsumexp = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
+  acc delta = warp_sum(share_of_delta<scalar>(call, place, may_attend));
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[threadIdx.x / kWarp] = delta;
+    of_warps[kStepWarps + threadIdx.x / kWarp] = logsumexp;  // from now on there: registers are short
+  }
+  constexpr bool shares_query = kSharesQuery<scalar, pieces>;
   char* behind = reinterpret_cast<char*>(sums) + kStepShared<scalar, pieces, rows, depth>;
   Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
-  if (shares_query && threadIdx.x < kWarp) {
+  if (shares_query && threadIdx.x < kWarp) {  // every warp's lanes have the same columns
 #pragma unroll
     for (int p = 0; p < pieces; ++p) {
       store16(shared_query + p * kWarp, query[p]);
     }
   }
+  sync_threads();  // every warp's share of delta is there, and the query
+  delta = 0;
+#pragma unroll
+  for (int w = 0; w < kStepWarps; ++w) {
+    delta += of_warps[w];
+  }
   const auto unpack_query = [&](acc(&to)[each], int p) {
     unpack<scalar>(to, shares_query ? load16(shared_query + p * kWarp) : query[p]);
   };
-  const bool has_grad = call.grad_context.data != nullptr;
-  columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  const acc logsumexp = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
   const scalar* grad_weights = call.grad_weights.data == nullptr
                                    ? nullptr
                                    : row_of<scalar>(call.grad_weights, place.b, 0) + place.begin * call.grad_weights.element;
-  const acc delta = delta_of<scalar>(call, place, may_attend, of_warps);
   acc grad_query[pieces][each];
   Columns<scalar, pieces>::clear(grad_query);
   for (; memory.has_rows(); memory.advance()) {
@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
       acc weight = 0, grad_score = 0;
       if (memory.attends(r)) {
         weight = call.weights != nullptr ? static_cast<const acc*>(call.weights)[first + s]
-                                         : exponential(scale * products[r] - logsumexp);
+                                         : exponential(scale * products[r] - of_warps[kStepWarps + threadIdx.x / kWarp]);
         grad_score = products[rows + r] + (grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element]) : acc(0));
         grad_score = scale * (weight * (grad_score - delta));
       }
