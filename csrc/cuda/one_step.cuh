@@ -1,5 +1,5 @@
-// What the kernels of one query a batch element share: a block's place, and the merge of partial softmaxes, of a block's warps or
-// of a batch element's splits, always in their order.
+// What the kernels of one query a batch element share: a block's place, the way of rows to its threads, and the merge of partial
+// results, of a block's warps or of a batch element's splits, always in their order.
 #pragma once
 
 #include "device.cuh"
@@ -186,7 +186,7 @@ __device__ __forceinline__ void finish_step(
 template <class scalar>
 __global__ void __launch_bounds__(kStepBlock) merge_one_step(const OneStep call, int parts) {
   using acc = accumulated_t<scalar>;
-  constexpr int early = 8;
+  constexpr int early = 32 / sizeof(acc);
   wait_for_last_launch();
   const int64_t b = blockIdx.x / static_cast<unsigned>(parts), size = call.problem.memory_size, stride = size + 2;
   const int part = blockIdx.x % parts, count = static_cast<int>(call.splits.count), warp = threadIdx.x / kWarp;

@@ -146,7 +146,13 @@ struct Columns {
   }
 };
 
-// The steps of a split, from its first to `count`: each team's next rows of memory are under way.
+// Of the split, from its first, as far as lengths go.
+__device__ __forceinline__ int steps_to_attend(const Place& place, const Attendable& may_attend) {
+  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
+  return end > place.begin ? static_cast<int>(end - place.begin) : 0;
+}
+
+// The `count` first steps of a split, of which those before `end` may be attended: each team's next rows of memory are under way.
 template <class scalar, int pieces, int rows, int depth>
 class MemoryUnderWay {
  public:
@@ -155,14 +161,14 @@ class MemoryUnderWay {
   using Rows = RowsUnderWay<rows * pieces, depth>;
   static_assert(rows * depth <= 32, "who attends stands in a word");
 
-  __device__ __forceinline__ MemoryUnderWay(
-      const Problem& problem, const Place& place, const Attendable& may_attend, const Cols& columns, int count, void* shared)
+  __device__ __forceinline__
+  MemoryUnderWay(const Problem& problem, const Place& place, const Cols& columns, int end, int count, void* shared)
       : problem_(problem),
         columns_(columns),
         under_way_(shared),
         step_(threadIdx.x / columns.lanes()),
         count_(count),
-        end_(static_cast<int>(may_attend.end() < place.begin + count ? may_attend.end() - place.begin : count)),
+        end_(end),
         mask_(static_cast<const bool*>(problem.mask.data)),
         next_(row_of<scalar>(problem.memory, place.b, place.begin + step_)) {
     if (mask_ != nullptr) {
@@ -312,9 +318,8 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   const Attendable may_attend(problem, place.b, 0);
   acc* of_warps = reinterpret_cast<acc*>(shared_memory());
   acc* sums = of_warps + kOfWarps;
-  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
-  const int count = end > place.begin ? static_cast<int>(end - place.begin) : 0;
-  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, may_attend, columns, count, sums);
+  const int count = steps_to_attend(place, may_attend);
+  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, count, count, sums);
   Vector16 query[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   acc* scores = call.scores == nullptr ? nullptr : static_cast<acc*>(call.scores) + place.b * problem.steps + place.begin;
@@ -413,10 +418,10 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   }
 }
 
-// g . c + sum_s a_s gw_s, of a whole batch element, by way of kStepWarps numbers of shared memory.
+// A thread's share of g . c + sum_s a_s gw_s, of a whole batch element.
 template <class scalar>
-__device__ __forceinline__ accumulated_t<scalar> delta_of(
-    const OneStepBackward& call, const Place& place, const Attendable& may_attend, accumulated_t<scalar>* of_warps) {
+__device__ __forceinline__ accumulated_t<scalar> share_of_delta(
+    const OneStepBackward& call, const Place& place, const Attendable& may_attend) {
   using acc = accumulated_t<scalar>;
   const Problem& problem = call.problem;
   const int size = static_cast<int>(problem.memory_size);
@@ -437,16 +442,6 @@ __device__ __forceinline__ accumulated_t<scalar> delta_of(
       sum += may_attend(s) ? weights[s] * to_acc(grad_weights[s * call.grad_weights.element]) : acc(0);
     }
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[threadIdx.x / kWarp] = sum;
-  }
-  sync_threads();  // every warp's is there, and a shared query
-  sum = 0;
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    sum += of_warps[w];
-  }
   return sum;
 }
 
@@ -463,30 +458,39 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   acc* sums = of_warps + kOfWarps;
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t first = place.b * problem.steps + place.begin;
-  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, may_attend, columns, count, sums);
-  // The query, of which every warp's lanes have the same columns.
-  constexpr bool shares_query = kSharesQuery<scalar, pieces>;
+  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, steps_to_attend(place, may_attend), count, sums);
+  // All of this is asked for before any of it is waited for.
   Vector16 query[pieces], grad[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
+  const bool has_grad = call.grad_context.data != nullptr;
+  columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
+  const acc logsumexp = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
+  acc delta = warp_sum(share_of_delta<scalar>(call, place, may_attend));
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[threadIdx.x / kWarp] = delta;
+    of_warps[kStepWarps + threadIdx.x / kWarp] = logsumexp;  // from now on there: registers are short
+  }
+  constexpr bool shares_query = kSharesQuery<scalar, pieces>;
   char* behind = reinterpret_cast<char*>(sums) + kStepShared<scalar, pieces, rows, depth>;
   Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
-  if (shares_query && threadIdx.x < kWarp) {
+  if (shares_query && threadIdx.x < kWarp) {  // every warp's lanes have the same columns
 #pragma unroll
     for (int p = 0; p < pieces; ++p) {
       store16(shared_query + p * kWarp, query[p]);
     }
   }
+  sync_threads();  // every warp's share of delta is there, and the query
+  delta = 0;
+#pragma unroll
+  for (int w = 0; w < kStepWarps; ++w) {
+    delta += of_warps[w];
+  }
   const auto unpack_query = [&](acc(&to)[each], int p) {
     unpack<scalar>(to, shares_query ? load16(shared_query + p * kWarp) : query[p]);
   };
-  const bool has_grad = call.grad_context.data != nullptr;
-  columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  const acc* weights = call.weights == nullptr ? nullptr : static_cast<const acc*>(call.weights) + first;
-  const acc logsumexp = weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
   const scalar* grad_weights = call.grad_weights.data == nullptr
                                    ? nullptr
                                    : row_of<scalar>(call.grad_weights, place.b, 0) + place.begin * call.grad_weights.element;
-  const acc delta = delta_of<scalar>(call, place, may_attend, of_warps);
   acc grad_query[pieces][each];
   Columns<scalar, pieces>::clear(grad_query);
   for (; memory.has_rows(); memory.advance()) {
@@ -514,7 +518,8 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
       const int s = memory.step(r);
       acc weight = 0, grad_score = 0;
       if (memory.attends(r)) {
-        weight = weights != nullptr ? weights[s] : exponential(scale * products[r] - logsumexp);
+        weight = call.weights != nullptr ? static_cast<const acc*>(call.weights)[first + s]
+                                         : exponential(scale * products[r] - of_warps[kStepWarps + threadIdx.x / kWarp]);
         grad_score = products[rows + r] + (grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element]) : acc(0));
         grad_score = scale * (weight * (grad_score - delta));
       }
