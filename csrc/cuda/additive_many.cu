@@ -141,7 +141,7 @@ class BackwardRun {
         additive_backward_tile<scalar, rows>,
         grid,
         kAdditiveThreads,
-        Tile::kShared,
+        Tile::kShared + sizeof(GradientBlock<scalar, rows>),
         stream,
         call_,
         plan_,

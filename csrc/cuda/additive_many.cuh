@@ -62,7 +62,7 @@ struct ScoresTile {
   static constexpr int kPieces = 4;
   static constexpr int kChunk = kPieces * kEach;
   static constexpr int kBuffer = kChunk * (kStride + 1);
-  static constexpr size_t kShared = 2 * kBuffer * sizeof(acc) + kBrought * kAdditiveThreads * sizeof(Vector16);
+  static constexpr size_t kShared = 2 * kBuffer * sizeof(acc) + (kBrought + 1) * kAdditiveThreads * sizeof(Vector16);
   static_assert((kQueries + kSteps) / kBrought * kPieces <= kAdditiveThreads);
 
   acc* rows;  // [kChunk][kStride]: of a feature, all queries' and all steps'
@@ -149,31 +149,30 @@ class Brought {
 
  public:
   __device__ __forceinline__ Brought(const Problem& problem, const TilePlace<Tile>& place, const Attendable& attended)
-      : size_(problem.key_size), v_(static_cast<const scalar*>(problem.v.data)), v_element_(problem.v.element) {
-    const View& view = is_query() ? problem.query : problem.keys;
+      : problem_(problem) {
     const int64_t first = is_query() ? place.query0 + at() : place.step0 + at() - Tile::kQueries;
-    from_ = row_of<scalar>(view, place.b, first);
-    row_ = view.row;
-    element_ = view.element;
+    Source source{row_of<scalar>(view(), place.b, first), 0};
 #pragma unroll
     for (int i = 0; i < Tile::kBrought; ++i) {
       const bool takes = is_query() ? first + i < problem.queries : at() < Tile::kQueries + Tile::kSteps && attended(first + i);
-      takes_ |= static_cast<uint32_t>(takes) << i;
+      source.takes |= static_cast<uint32_t>(takes) << i;
     }
+    *source_of_thread() = source;
   }
 
-  // The chunk from feature `first` on, under way: in registers it would take those of the sums.
+  // The chunk from feature `first` on, under way.
   __device__ __forceinline__ void start(int64_t first, bool query_by_vectors, bool keys_by_vectors) const {
+    const Source source = *source_of_thread();
     const int64_t a = first + piece();
     const bool by_vectors = is_query() ? query_by_vectors : keys_by_vectors;
 #pragma unroll
     for (int i = 0; i < Tile::kBrought; ++i) {
-      const bool takes = (takes_ >> i & 1) != 0 && a < size_;
-      const scalar* row = from_ + i * row_;
+      const bool takes = (source.takes >> i & 1) != 0 && a < problem_.key_size;
+      const scalar* row = source.from + i * view().row;
       if (by_vectors) {
         copy_async16(of_row(i), row + a, takes);
       } else {
-        store16(of_row(i), takes ? load_piece(row, element_, a, size_, false) : Vector16{});
+        store16(of_row(i), takes ? load_piece(row, view().element, a, problem_.key_size, false) : Vector16{});
       }
     }
     commit_copies();
@@ -187,7 +186,8 @@ class Brought {
     }
     wait_copies<0>();
     acc v[Tile::kEach], x[Tile::kBrought][Tile::kEach], largest = 0;  // a NaN stays in its row either way
-    unpack<scalar>(v, load_piece(v_, v_element_, first + piece(), size_, v_by_vectors));
+    const scalar* all_v = static_cast<const scalar*>(problem_.v.data);
+    unpack<scalar>(v, load_piece(all_v, problem_.v.element, first + piece(), problem_.key_size, v_by_vectors));
 #pragma unroll
     for (int i = 0; i < Tile::kBrought; ++i) {
       unpack<scalar>(x[i], load16(of_row(i)));
@@ -230,12 +230,17 @@ class Brought {
   }
 
  private:
-  int64_t size_;
-  const scalar* v_;
-  int64_t v_element_;
-  const scalar* from_;
-  int64_t row_, element_;
-  uint32_t takes_ = 0;
+  struct alignas(16) Source {
+    const scalar* from;
+    uint32_t takes;  // a bit a row
+  };
+  static_assert(sizeof(Source) == sizeof(Vector16));
+
+  const Problem& problem_;
+
+  __device__ __forceinline__ const View& view() const {
+    return is_query() ? problem_.query : problem_.keys;
+  }
 
   // Its rows are the queries' or the steps' behind them.
   static __device__ __forceinline__ int at() {
@@ -251,9 +256,13 @@ class Brought {
     return at() < Tile::kQueries;
   }
 
-  // Where row i is until it is stored; this thread alone reads it.
+  // Where row i is until it is stored, and what is behind: this thread's own. In registers they would take those of the sums.
   __device__ __forceinline__ Vector16* of_row(int i) const {
     return reinterpret_cast<Vector16*>(shared_memory() + 2 * Tile::kBuffer * sizeof(acc)) + i * kAdditiveThreads + threadIdx.x;
+  }
+
+  __device__ __forceinline__ Source* source_of_thread() const {
+    return reinterpret_cast<Source*>(of_row(Tile::kBrought));
   }
 };
 
@@ -434,74 +443,85 @@ __device__ __forceinline__ void by_threads(const Body& body) {
   }
 }
 
-// A block's way through its steps: what comes in.
+// A block's place and its way through the steps. It stands in shared memory, written by one thread: the registers are the queries'.
 template <class scalar, int rows>
-class GradientChunks {
+class GradientBlock {
   using acc = accumulated_t<scalar>;
   using Tile = GradientTile<scalar, rows>;
 
  public:
-  __device__ __forceinline__ GradientChunks(
-      const AdditiveBackward& call,
-      int64_t b,
-      int64_t first_query,
-      int64_t first_feature,
-      int64_t end_step,
-      const Attendable& attended,
-      bool grads_by_vectors,
-      bool keys_by_vectors)
-      : grads_(static_cast<const acc*>(call.grad_scores) + (b * call.problem.queries + first_query) * call.problem.steps),
-        steps_(call.problem.steps),
-        end_step_(end_step),
-        keys_(row_of<scalar>(call.problem.keys, b, 0) + first_feature * call.problem.keys.element),
-        row_(call.problem.keys.row),
-        element_(call.problem.keys.element),
-        attended_(attended),
+  int64_t b, query_tile, split, group, first_feature;  // group: of v's slabs
+  int first_step, attended_end, end_step;
+
+  __device__ __forceinline__
+  GradientBlock(const AdditiveBackward& call, const AdditiveBackwardPlan& plan, bool grads_by_vectors, bool keys_by_vectors)
+      : attended_(Attendable::by_any(call.problem, blockIdx.x / plan.chunks / plan.splits / plan.query_tiles)),
         grads_by_vectors_(grads_by_vectors),
         keys_by_vectors_(keys_by_vectors) {
-    const int64_t queries = call.problem.queries - first_query, features = call.problem.key_size - first_feature;
+    const Problem& problem = call.problem;
+    const int64_t size = problem.key_size, steps = problem.steps;
+    group = blockIdx.x / plan.chunks;
+    split = group % plan.splits;
+    query_tile = group / plan.splits % plan.query_tiles;
+    b = group / plan.splits / plan.query_tiles;
+    first_feature = blockIdx.x % plan.chunks * kFeatures;
+    first_step = static_cast<int>(split * plan.split_steps);
+    end_step = static_cast<int>(first_step + plan.split_steps < steps ? first_step + plan.split_steps : steps);
+    attended_end = static_cast<int>(attended_.end() < end_step ? attended_.end() : end_step);
+    const int64_t queries = problem.queries - query_tile * Tile::kQueries, features = size - first_feature;
     queries_ = queries < Tile::kQueries ? static_cast<int>(queries) : Tile::kQueries;
     features_ = features < kFeatures ? static_cast<int>(features) : kFeatures;
+    grads_ = static_cast<const acc*>(call.grad_scores) + (b * problem.queries + query_tile * Tile::kQueries) * steps;
+    keys_ = row_of<scalar>(problem.keys, b, 0) + first_feature * problem.keys.element;
+    const int64_t out = b * steps * size + first_feature;
+    key_slab_ =
+        plan.key_slabs == nullptr ? nullptr : static_cast<acc*>(plan.key_slabs) + query_tile * problem.batch * steps * size + out;
+    grad_keys_ = call.grad_keys == nullptr ? nullptr : static_cast<scalar*>(call.grad_keys) + out;
+  }
+
+  __device__ __forceinline__ bool has(int lane) const {
+    return lane < features_;
   }
 
   // The chunk from step0 on, under way.
-  __device__ __forceinline__ void start(const Tile& tile, int64_t step0) const {
+  __device__ __forceinline__ void start(const Problem& problem, const Tile& tile, int step0) const {
     if (grads_by_vectors_) {
       by_threads<Tile::kQueries * kPiecesOfGrads>([&](int i) {
         const int t = i / kPiecesOfGrads, s = i % kPiecesOfGrads * kLanes<acc>;
-        const bool there = t < queries_ && step0 + s < end_step_;
-        copy_async16(tile.grad_scores + t * Tile::kSteps + s, grads_ + (there ? t * steps_ + step0 + s : 0), there);
+        const bool there = t < queries_ && step0 + s < end_step;
+        copy_async16(tile.grad_scores + t * Tile::kSteps + s, grads_ + (there ? t * problem.steps + step0 + s : 0), there);
       });
     } else {
       by_threads<Tile::kQueries * Tile::kSteps>([&](int i) {
         const int t = i / Tile::kSteps, s = i % Tile::kSteps;
-        tile.grad_scores[i] = t < queries_ && step0 + s < end_step_ ? grads_[t * steps_ + step0 + s] : acc(0);
+        tile.grad_scores[i] = t < queries_ && step0 + s < end_step ? grads_[t * problem.steps + step0 + s] : acc(0);
       });
     }
     if (keys_by_vectors_) {
       by_threads<Tile::kSteps * kPiecesOfKeys>([&](int i) {
         const int s = i / kPiecesOfKeys, a = i % kPiecesOfKeys * kLanes<scalar>;
         const bool there = a < features_ && takes(step0 + s);
-        copy_async16(tile.keys + s * kFeatures + a, keys_ + (there ? (step0 + s) * row_ + a : 0), there);
+        copy_async16(tile.keys + s * kFeatures + a, keys_ + (there ? (step0 + s) * problem.keys.row + a : 0), there);
       });
     } else {
       by_threads<Tile::kSteps * kFeatures>([&](int i) {
         const int s = i / kFeatures, a = i % kFeatures;
-        tile.keys[i] = a < features_ && takes(step0 + s) ? keys_[(step0 + s) * row_ + a * element_] : scalar{};
+        const bool there = a < features_ && takes(step0 + s);
+        tile.keys[i] = there ? keys_[(step0 + s) * problem.keys.row + a * problem.keys.element] : scalar{};
       });
     }
     commit_copies();
   }
 
-  // Whether a key from first_step on is beyond the range of factored exponentials, of this thread's share.
-  __device__ __forceinline__ bool is_wide(int64_t first_step) const {
+  // Whether a key of the block is beyond the range of factored exponentials, of this thread's share.
+  __device__ __forceinline__ bool is_wide(const Problem& problem) const {
     bool wide = false;
     const int a = threadIdx.x % kPiecesOfKeys * kLanes<scalar>;
 #pragma unroll 4
-    for (int64_t s = first_step + threadIdx.x / kPiecesOfKeys; s < end_step_; s += kAdditiveThreads / kPiecesOfKeys) {
+    for (int s = first_step + threadIdx.x / kPiecesOfKeys; s < end_step; s += kAdditiveThreads / kPiecesOfKeys) {
       acc key[kLanes<scalar>] = {};
       if (a < features_ && takes(s)) {
-        unpack<scalar>(key, load_piece(keys_ + s * row_, element_, a, features_, keys_by_vectors_));
+        unpack<scalar>(key, load_piece(keys_ + s * problem.keys.row, problem.keys.element, a, features_, keys_by_vectors_));
       }
 #pragma unroll
       for (int i = 0; i < kLanes<scalar>; ++i) {
@@ -511,21 +531,31 @@ class GradientChunks {
     return wide;
   }
 
+  // The gradients of the chunk from step0 on: of each step value(s).
+  template <class Value>
+  __device__ __forceinline__ void store_keys(int64_t size, int step0, const Value& value) const {
+    const int lane = threadIdx.x % kWarp;
+    const int end = end_step - step0 < Tile::kSteps ? end_step - step0 : Tile::kSteps;
+    for (int s = threadIdx.x / kWarp; has(lane) && s < end; s += kAdditiveWarps) {
+      store_gradient<scalar>(key_slab_, 0, grad_keys_, (step0 + s) * size + lane, value(s));
+    }
+  }
+
  private:
   static constexpr int kPiecesOfGrads = Tile::kSteps / kLanes<acc>;
   static constexpr int kPiecesOfKeys = kFeatures / kLanes<scalar>;
 
-  __device__ __forceinline__ bool takes(int64_t s) const {
-    return s < end_step_ && attended_(s);
+  __device__ __forceinline__ bool takes(int s) const {
+    return s < end_step && attended_(s);
   }
 
-  const acc* grads_;
-  int64_t steps_, end_step_;
-  const scalar* keys_;
-  int64_t row_, element_;
-  const Attendable& attended_;
-  bool grads_by_vectors_, keys_by_vectors_;
+  Attendable attended_;
   int queries_, features_;
+  const acc* grads_;
+  const scalar* keys_;
+  acc* key_slab_;
+  scalar* grad_keys_;
+  bool grads_by_vectors_, keys_by_vectors_;
 };
 
 template <class scalar, int rows>
@@ -533,36 +563,35 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4) additive_backward_tile(
     const AdditiveBackward call, const AdditiveBackwardPlan plan, bool grads_by_vectors, bool keys_by_vectors) {
   using acc = accumulated_t<scalar>;
   using Tile = GradientTile<scalar, rows>;
+  using Block = GradientBlock<scalar, rows>;
   const Problem& problem = call.problem;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t group = blockIdx.x / plan.chunks, split = group % plan.splits;  // group: of v's slabs
-  const int64_t query_tile = group / plan.splits % plan.query_tiles, b = group / plan.splits / plan.query_tiles;
-  const int64_t first_feature = blockIdx.x % plan.chunks * kFeatures, a = first_feature + lane;
-  const int64_t tile_query = query_tile * Tile::kQueries, warp_query = tile_query + warp * rows;
-  const int64_t size = problem.key_size, first_step = split * plan.split_steps;
-  const int64_t end_step = first_step + plan.split_steps < problem.steps ? first_step + plan.split_steps : problem.steps;
-  const Attendable attended = Attendable::by_any(problem, b);
-  const int64_t attended_end = attended.end() < end_step ? attended.end() : end_step;
-  const bool is_there = a < size;
-  const GradientChunks<scalar, rows> chunks(
-      call, b, tile_query, first_feature, end_step, attended, grads_by_vectors, keys_by_vectors);
-  if (first_step < attended_end) {
-    chunks.start(Tile(shared_memory(), 0), first_step);
+  const int64_t size = problem.key_size;
+  Block& block = *reinterpret_cast<Block*>(shared_memory() + Tile::kShared);
+  if (threadIdx.x == 0) {
+    block = Block(call, plan, grads_by_vectors, keys_by_vectors);
+  }
+  sync_threads();  // it is there
+  if (block.first_step < block.attended_end) {
+    block.start(problem, Tile(shared_memory(), 0), block.first_step);
   }
 
   acc query[rows], grad_query[rows] = {}, grad_v = 0;
-  const int64_t last_query = problem.queries - 1, last_feature = size - 1;
+  {
+    const scalar* queries = row_of<scalar>(problem.query, block.b, 0);
+    const int64_t first = block.query_tile * Tile::kQueries + warp * rows, last_query = problem.queries - 1;
+    const int64_t a = block.first_feature + lane < size ? block.first_feature + lane : size - 1;
 #pragma unroll
-  for (int i = 0; i < rows; ++i) {
-    // Beyond the last one it stands in: what it gets there is not stored, and passes on nothing, its de being 0. Conditions, kept
-    // for the stores, would take as many registers as the queries.
-    const int64_t t = warp_query + i < last_query ? warp_query + i : last_query;
-    query[i] = to_acc(row_of<scalar>(problem.query, b, t)[(is_there ? a : last_feature) * problem.query.element]);
+    for (int i = 0; i < rows; ++i) {
+      // Beyond the last one it stands in: what it gets there is not stored, and passes on nothing, its de being 0.
+      const int64_t t = first + i < last_query ? first + i : last_query;
+      query[i] = to_acc(queries[t * problem.query.row + a * problem.query.element]);
+    }
   }
   bool direct = true;
   if constexpr (kFactors<acc>) {
     // A look at all keys, one for the 128 queries here: these need not change from exponentials to themselves on the way.
-    bool is_wide = chunks.is_wide(first_step);
+    bool is_wide = block.is_wide(problem);
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
       is_wide = is_wide || is_beyond(query[i], kFactorable);
@@ -573,25 +602,25 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4) additive_backward_tile(
       query[i] = factor_of(query[i], direct);
     }
   }
-  const acc v = is_there ? to_acc(static_cast<const scalar*>(problem.v.data)[a * problem.v.element]) : acc(0);
 
-  const auto store_keys = [&](int64_t step0, const auto& value) {
-    for (int s = warp; is_there && s < Tile::kSteps && step0 + s < end_step; s += kAdditiveWarps) {
-      const int64_t slab = query_tile * problem.batch * problem.steps * size;
-      store_gradient<scalar>(plan.key_slabs, slab, call.grad_keys, (b * problem.steps + step0 + s) * size + a, value(s));
-    }
+  const auto v_of_lane = [&]() {
+    const auto* v = static_cast<const scalar*>(problem.v.data);
+    return block.has(lane) ? to_acc(v[(block.first_feature + lane) * problem.v.element]) : acc(0);
   };
-  int buffer = 0;
-  int64_t step0 = first_step;
-  for (; step0 < attended_end; step0 += Tile::kSteps, buffer = 1 - buffer) {
+  const auto store_keys_of = [&](const Tile& tile, int step0) {
+    const acc factor = 4 * v_of_lane();
+    block.store_keys(size, step0, [&](int s) { return factor * tile.sum_of_parts(s, lane); });
+  };
+  int buffer = 0, step0 = block.first_step;
+  for (; step0 < block.attended_end; step0 += Tile::kSteps, buffer = 1 - buffer) {
     const Tile tile(shared_memory(), buffer), other(shared_memory(), 1 - buffer);
     wait_copies<0>();
     sync_threads();  // the chunk is there, and the one before has been walked
-    if (step0 + Tile::kSteps < attended_end) {
-      chunks.start(other, step0 + Tile::kSteps);
+    if (step0 + Tile::kSteps < block.attended_end) {
+      block.start(problem, other, step0 + Tile::kSteps);
     }
-    if (step0 > first_step) {
-      store_keys(step0 - Tile::kSteps, [&](int s) { return 4 * v * other.sum_of_parts(s, lane); });
+    if (step0 > block.first_step) {
+      store_keys_of(other, step0 - Tile::kSteps);
     }
     if (direct) {
       tile.template walk<true>(query, grad_query, grad_v);
@@ -601,27 +630,30 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4) additive_backward_tile(
   }
   const Tile last(shared_memory(), 1 - buffer);
   sync_threads();  // the last chunk's parts are there
-  if (step0 > first_step) {
-    store_keys(step0 - Tile::kSteps, [&](int s) { return 4 * v * last.sum_of_parts(s, lane); });
+  if (step0 > block.first_step) {
+    store_keys_of(last, step0 - Tile::kSteps);
   }
-  for (; step0 < end_step; step0 += Tile::kSteps) {
-    store_keys(step0, [](int) { return acc(0); });
+  for (; step0 < block.end_step; step0 += Tile::kSteps) {
+    block.store_keys(size, step0, [](int) { return acc(0); });
   }
 
+  const bool has_feature = block.has(lane);
+  const int64_t a = block.first_feature + lane, first_query = block.query_tile * Tile::kQueries + warp * rows;
+  const acc factor = 4 * v_of_lane();
 #pragma unroll
   for (int i = 0; i < rows; ++i) {
-    if (is_there && warp_query + i < problem.queries) {
-      const int64_t at = (b * problem.queries + warp_query + i) * size + a;
-      const int64_t slab = split * problem.batch * problem.queries * size;
-      store_gradient<scalar>(plan.query_slabs, slab, call.grad_query, at, 4 * v * grad_query[i]);
+    if (has_feature && first_query + i < problem.queries) {
+      const int64_t at = (block.b * problem.queries + first_query + i) * size + a;
+      const int64_t slab = block.split * problem.batch * problem.queries * size;
+      store_gradient<scalar>(plan.query_slabs, slab, call.grad_query, at, factor * grad_query[i]);
     }
   }
   if (call.grad_v != nullptr) {
     sync_threads();  // the last chunk's parts have been read
     last.parts[warp * Tile::kSteps * kFeatures + lane] = grad_v;
     sync_threads();  // every warp's is there
-    if (warp == 0 && is_there) {
-      store_gradient<scalar>(plan.v_slabs, group * size, call.grad_v, a, -2 * last.sum_of_parts(0, lane));
+    if (warp == 0 && has_feature) {
+      store_gradient<scalar>(plan.v_slabs, block.group * size, call.grad_v, a, -2 * last.sum_of_parts(0, lane));
     }
   }
 }
