@@ -31,6 +31,9 @@ struct StepTeams {
   int log_lanes;  // of a team; a warp where there is more than one piece
   int key_size;
   int memory_size;
+  bool query_by_vectors;
+  bool v_by_vectors;
+  bool grad_by_vectors;  // the context's, backward only
 
   __host__ __device__ __forceinline__ int lanes() const {
     return pieces > 1 ? kWarp : 1 << log_lanes;
@@ -67,11 +70,15 @@ struct StepTeams {
   }
 
   // A row that all rows meet, into shared memory [pieces * lanes] as it is stored, zeros behind it; all zeros where it is null.
-  __device__ __forceinline__ void bring(Vector16* to, const scalar* row, int64_t element, int size) const {
+  __device__ __forceinline__ void bring(Vector16* to, const scalar* row, int64_t element, int size, bool by_vectors) const {
     for (int i = threadIdx.x; i < pieces * lanes(); i += kStepBlock) {
-      acc x[kEach];
-      load_piece(x, row, element, i * kEach, row == nullptr ? 0 : size);
-      store16(to + i, pack<scalar>(x));
+      if (by_vectors) {
+        copy_async16(to + i, row + i * kEach, row != nullptr && i * kEach < size);
+      } else {
+        acc x[kEach];
+        load_piece(x, row, element, i * kEach, row == nullptr ? 0 : size);
+        store16(to + i, pack<scalar>(x));
+      }
     }
   }
 
@@ -279,9 +286,11 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
   acc* scores = part_of<acc>(call.scores, place.b * problem.steps + place.begin);
   Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes]
   Vector16* v = query + pieces * teams.lanes();                                      // [pieces * lanes]
+  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, teams.key_size, teams.query_by_vectors);
+  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, teams.key_size, teams.v_by_vectors);
+  commit_copies();
   Stream stream(teams, problem, may_attend, place, steps);
-  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, teams.key_size);
-  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, teams.key_size);
+  wait_copies<Stream::kPending + 1>();
   sync_threads();  // query and v are there
 
   acc context[pieces][each] = {};
@@ -442,34 +451,44 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
   Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes] each
   Vector16* v = query + pieces * teams.lanes();
   Vector16* grad = v + pieces * teams.lanes();
+  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, key_size, teams.query_by_vectors);
+  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, key_size, teams.v_by_vectors);
+  teams.bring(grad, grad_context, call.grad_context.element, memory_size, teams.grad_by_vectors);
+  commit_copies();
   Stream stream(teams, problem, may_attend, place, steps);
-  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, key_size);
-  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, key_size);
-  teams.bring(grad, grad_context, call.grad_context.element, memory_size);
+  acc context[pieces][each] = {};
+  if (grad_context != nullptr) {
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        const int d = teams.column(p) + i;
+        context[p][i] = d < memory_size ? static_cast<const acc*>(call.context)[place.b * memory_size + d] : acc(0);
+      }
+    }
+  }
   acc delta_weights = 0;
   if (has_grad_weights) {
     acc* of_warps = reinterpret_cast<acc*>(grad + pieces * teams.lanes());  // [kStepWarps]
     delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps);
   }
+  wait_copies<Stream::kPending + 1>();
   sync_threads();  // query, v and grad are there
 
   // g . c as g . m_s is summed: where a step has all the weight, c is m_s, and their difference 0 to the last bit.
   acc delta[rows] = {};
-  if (grad_context != nullptr) {
-    const acc* context = static_cast<const acc*>(call.context) + place.b * memory_size;
 #pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-      if (teams.has(p, memory_size)) {
-        acc g[each];
-        teams.load(g, grad, p);
+  for (int p = 0; p < pieces; ++p) {
+    if (teams.has(p, memory_size)) {
+      acc g[each];
+      teams.load(g, grad, p);
 #pragma unroll
-        for (int i = 0; i < each; ++i) {
-          delta[0] = fused(g[i], teams.column(p) < memory_size ? context[teams.column(p) + i] : acc(0), delta[0]);
-        }
+      for (int i = 0; i < each; ++i) {
+        delta[0] = fused(g[i], context[p][i], delta[0]);
       }
     }
-    teams.sum(delta);
   }
+  teams.sum(delta);
 
   acc to_query[pieces][each] = {}, to_v[pieces][each] = {};
   int s0 = 0;
