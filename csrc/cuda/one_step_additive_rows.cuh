@@ -144,15 +144,24 @@ struct StepStream {
   int count;    // of the split's steps, those behind which nothing is attended
   int due = 0;  // this team's first step of the stage that is due, from the split's first
   int stage = 0;
-  uint32_t attended = 0;  // [kStages][kRows]
+  const scalar* keys;      // of this team's first step to ask for, from the lane's first column on
+  const scalar* memories;  // likewise
+  uint32_t attended = 0;   // [kStages][kRows]
 
   __device__ __forceinline__
   StepStream(const Teams& teams, const Problem& problem, const Attendable& may_attend, const Place& place, int count)
-      : teams(teams), problem(problem), may_attend(may_attend), place(place), count(count), due(teams.team()) {
+      : teams(teams),
+        problem(problem),
+        may_attend(may_attend),
+        place(place),
+        count(count),
+        due(teams.team()),
+        keys(row_of<scalar>(problem.keys, place.b, place.begin + teams.team()) + teams.column(0)),
+        memories(row_of<scalar>(problem.memory, place.b, place.begin + teams.team()) + teams.column(0)) {
 #pragma unroll 1
     for (int n = 0; n < Teams::kStages; ++n) {
       ask_for_keys(0);
-      ask_for_memory(0);
+      ask_for_memory();
     }
     due = teams.team();
   }
@@ -182,11 +191,11 @@ struct StepStream {
       const uint32_t bit = 1u << (stage * Teams::kRows + r);
       attended = s < count && may_attend(place.begin + s) ? attended | bit : attended & ~bit;
     }
-    ask_for(0, problem.keys, teams.key_size, ahead);
+    ask_for(0, keys, problem.keys.row, teams.key_size);
   }
 
-  __device__ __forceinline__ void ask_for_memory(int ahead) {
-    ask_for(1, problem.memory, teams.memory_size, ahead);
+  __device__ __forceinline__ void ask_for_memory() {
+    ask_for(1, memories, problem.memory.row, teams.memory_size);
     due += teams.stride();
     stage = stage + 1 == Teams::kStages ? 0 : stage + 1;
   }
@@ -197,17 +206,16 @@ struct StepStream {
     return fifo + (2 * stage + which) * kStage + (r * Teams::kPieces + p) * kStepBlock + threadIdx.x;
   }
 
-  __device__ __forceinline__ void ask_for(int which, const View& view, int size, int ahead) const {
-    const scalar* first = row_of<scalar>(view, place.b, place.begin) + teams.column(0);
+  __device__ __forceinline__ void ask_for(int which, const scalar*& from, int64_t row, int size) const {
 #pragma unroll
     for (int r = 0; r < Teams::kRows; ++r) {
-      const scalar* row = first + (step(r) + ahead) * view.row;
 #pragma unroll
       for (int p = 0; p < Teams::kPieces; ++p) {
         if (teams.has(p, size)) {
-          copy_async16(slot(which, r, p), row + p * kWarp * Teams::kEach, attends(r) && teams.column(p) < size);
+          copy_async16(slot(which, r, p), from + p * kWarp * Teams::kEach, attends(r) && teams.column(p) < size);
         }
       }
+      from += teams.teams() * row;
     }
     commit_copies();
   }
@@ -342,7 +350,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
         }
       }
     }
-    stream.ask_for_memory(ahead);
+    stream.ask_for_memory();
   }
 
   acc* sums = reinterpret_cast<acc*>(shared_memory());  // [warps][size]
@@ -531,7 +539,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
         }
       }
     }
-    stream.ask_for_memory(ahead);
+    stream.ask_for_memory();
     teams.sum(grad_score);
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
