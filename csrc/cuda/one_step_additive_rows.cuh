@@ -24,8 +24,9 @@ struct StepTeams {
   static constexpr int kWords = pieces * kEach * sizeof(acc) / 4;  // registers of a row
   static constexpr int kRows = kWords < 16 ? 2 : 1;                // of a team at once: of a short one there is little to overlap
   static constexpr int kStages = kAheadPieces / (pieces * kRows);
-  static constexpr int kForwardBlocks = kWords > 16 ? 4 : 5;
-  static constexpr int kBackwardBlocks = pieces > 4 ? 2 : kWords > 16 ? 3 : 4;
+  // Blocks that a multiprocessor is to have registers for: rows of more bytes need fewer of them.
+  static constexpr int kForwardBlocks = pieces > 4 ? 3 : kWords > 16 ? 4 : 5;
+  static constexpr int kBackwardBlocks = pieces > 4 ? 2 : kWords > 16 || sizeof(scalar) > 2 ? 3 : 4;
   static_assert(kStages * kRows * pieces == kAheadPieces && kRows * kStages <= 32);
 
   int log_lanes;  // of a team; a warp where there is more than one piece
@@ -257,7 +258,7 @@ __device__ __forceinline__ void streamed_scores(
 template <class acc, class Store>
 __device__ __forceinline__ void merge_columns(
     const acc* partials, int64_t count, int64_t stride, const acc* factors, int64_t size, const Store& store) {
-  constexpr int columns = 8;
+  constexpr int columns = sizeof(acc) == 8 ? 2 : 4;
   for (int64_t d0 = threadIdx.x; d0 < size; d0 += columns * kStepBlock) {
     acc sums[columns] = {};
 #pragma unroll 4
