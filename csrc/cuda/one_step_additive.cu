@@ -34,19 +34,26 @@ bool is_streamed(const Problem& problem) {
 
 // launch_of(teams): the lanes and their pieces that hold the longer of a step's rows. A short row is less than a warp's.
 template <class scalar, int pieces = 1, class Launch>
-void for_teams(const Problem& problem, const Launch& launch_of) {
+void for_teams(const Problem& problem, const View& grad_context, const Launch& launch_of) {
   constexpr int64_t of_lane = int64_t{pieces} * kLanes<scalar>;
   const int64_t size = std::max(problem.key_size, problem.memory_size);
   if constexpr (kWarp * of_lane < most_one_step_columns(sizeof(scalar))) {
     if (size > kWarp * of_lane) {
-      return for_teams<scalar, 2 * pieces>(problem, launch_of);
+      return for_teams<scalar, 2 * pieces>(problem, grad_context, launch_of);
     }
   }
   int log_lanes = 0;
   while (size > of_lane << log_lanes) {
     ++log_lanes;
   }
-  launch_of(StepTeams<scalar, pieces>{log_lanes, static_cast<int>(problem.key_size), static_cast<int>(problem.memory_size)});
+  launch_of(
+      StepTeams<scalar, pieces>{
+          log_lanes,
+          static_cast<int>(problem.key_size),
+          static_cast<int>(problem.memory_size),
+          takes_vectors<scalar>(problem.query, problem.key_size),
+          takes_vectors<scalar>(problem.v, problem.key_size),
+          takes_vectors<scalar>(grad_context, problem.memory_size)});
 }
 
 // Shared memory of a streamed step: the stream and the rows that all rows meet, in whose place the results are merged.
@@ -65,7 +72,7 @@ void one_step_additive(const OneStep& call, Stream stream) {
     if (!is_streamed<scalar>(problem)) {
       return launch_one_step<scalar>(attend_one_step_additive<scalar>, call, false, stream);
     }
-    for_teams<scalar>(problem, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
+    for_teams<scalar>(problem, View{}, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
       const int64_t merged = std::max<int64_t>(kStepWarps * (problem.memory_size + 2), call.splits.count);
       const dim3 grid(problem.batch * call.splits.count);
       const size_t shared = streamed_size(teams, 2, merged);
@@ -80,7 +87,7 @@ void one_step_additive_backward(const OneStepBackward& call, Stream stream) {
     if (!is_streamed<scalar>(problem)) {
       return launch_one_step<scalar>(differentiate_one_step_additive<scalar>, call, true, stream);
     }
-    for_teams<scalar>(problem, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
+    for_teams<scalar>(problem, call.grad_context, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
       const dim3 grid(problem.batch * call.splits.count);
       const size_t shared = streamed_size(teams, 3, 2 * kStepWarps * problem.key_size);
       launch(differentiate_one_step_additive_rows<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);

@@ -24,13 +24,17 @@ struct StepTeams {
   static constexpr int kWords = pieces * kEach * sizeof(acc) / 4;  // registers of a row
   static constexpr int kRows = kWords < 16 ? 2 : 1;                // of a team at once: of a short one there is little to overlap
   static constexpr int kStages = kAheadPieces / (pieces * kRows);
-  static constexpr int kForwardBlocks = kWords > 16 ? 4 : 5;
-  static constexpr int kBackwardBlocks = pieces > 4 ? 2 : kWords > 16 ? 3 : 4;
+  // Blocks that a multiprocessor is to have registers for: rows of more bytes need fewer of them.
+  static constexpr int kForwardBlocks = pieces > 4 ? 3 : kWords > 16 ? 4 : 5;
+  static constexpr int kBackwardBlocks = pieces > 4 ? 2 : kWords > 16 || sizeof(scalar) > 2 ? 3 : 4;
   static_assert(kStages * kRows * pieces == kAheadPieces && kRows * kStages <= 32);
 
   int log_lanes;  // of a team; a warp where there is more than one piece
   int key_size;
   int memory_size;
+  bool query_by_vectors;
+  bool v_by_vectors;
+  bool grad_by_vectors;  // the context's, backward only
 
   __host__ __device__ __forceinline__ int lanes() const {
     return pieces > 1 ? kWarp : 1 << log_lanes;
@@ -67,11 +71,15 @@ struct StepTeams {
   }
 
   // A row that all rows meet, into shared memory [pieces * lanes] as it is stored, zeros behind it; all zeros where it is null.
-  __device__ __forceinline__ void bring(Vector16* to, const scalar* row, int64_t element, int size) const {
+  __device__ __forceinline__ void bring(Vector16* to, const scalar* row, int64_t element, int size, bool by_vectors) const {
     for (int i = threadIdx.x; i < pieces * lanes(); i += kStepBlock) {
-      acc x[kEach];
-      load_piece(x, row, element, i * kEach, row == nullptr ? 0 : size);
-      store16(to + i, pack<scalar>(x));
+      if (by_vectors) {
+        copy_async16(to + i, row + i * kEach, row != nullptr && i * kEach < size);
+      } else {
+        acc x[kEach];
+        load_piece(x, row, element, i * kEach, row == nullptr ? 0 : size);
+        store16(to + i, pack<scalar>(x));
+      }
     }
   }
 
@@ -137,15 +145,24 @@ struct StepStream {
   int count;    // of the split's steps, those behind which nothing is attended
   int due = 0;  // this team's first step of the stage that is due, from the split's first
   int stage = 0;
-  uint32_t attended = 0;  // [kStages][kRows]
+  const scalar* keys;      // of this team's first step to ask for, from the lane's first column on
+  const scalar* memories;  // likewise
+  uint32_t attended = 0;   // [kStages][kRows]
 
   __device__ __forceinline__
   StepStream(const Teams& teams, const Problem& problem, const Attendable& may_attend, const Place& place, int count)
-      : teams(teams), problem(problem), may_attend(may_attend), place(place), count(count), due(teams.team()) {
+      : teams(teams),
+        problem(problem),
+        may_attend(may_attend),
+        place(place),
+        count(count),
+        due(teams.team()),
+        keys(row_of<scalar>(problem.keys, place.b, place.begin + teams.team()) + teams.column(0)),
+        memories(row_of<scalar>(problem.memory, place.b, place.begin + teams.team()) + teams.column(0)) {
 #pragma unroll 1
     for (int n = 0; n < Teams::kStages; ++n) {
       ask_for_keys(0);
-      ask_for_memory(0);
+      ask_for_memory();
     }
     due = teams.team();
   }
@@ -175,11 +192,11 @@ struct StepStream {
       const uint32_t bit = 1u << (stage * Teams::kRows + r);
       attended = s < count && may_attend(place.begin + s) ? attended | bit : attended & ~bit;
     }
-    ask_for(0, problem.keys, teams.key_size, ahead);
+    ask_for(0, keys, problem.keys.row, teams.key_size);
   }
 
-  __device__ __forceinline__ void ask_for_memory(int ahead) {
-    ask_for(1, problem.memory, teams.memory_size, ahead);
+  __device__ __forceinline__ void ask_for_memory() {
+    ask_for(1, memories, problem.memory.row, teams.memory_size);
     due += teams.stride();
     stage = stage + 1 == Teams::kStages ? 0 : stage + 1;
   }
@@ -190,17 +207,16 @@ struct StepStream {
     return fifo + (2 * stage + which) * kStage + (r * Teams::kPieces + p) * kStepBlock + threadIdx.x;
   }
 
-  __device__ __forceinline__ void ask_for(int which, const View& view, int size, int ahead) const {
-    const scalar* first = row_of<scalar>(view, place.b, place.begin) + teams.column(0);
+  __device__ __forceinline__ void ask_for(int which, const scalar*& from, int64_t row, int size) const {
 #pragma unroll
     for (int r = 0; r < Teams::kRows; ++r) {
-      const scalar* row = first + (step(r) + ahead) * view.row;
 #pragma unroll
       for (int p = 0; p < Teams::kPieces; ++p) {
         if (teams.has(p, size)) {
-          copy_async16(slot(which, r, p), row + p * kWarp * Teams::kEach, attends(r) && teams.column(p) < size);
+          copy_async16(slot(which, r, p), from + p * kWarp * Teams::kEach, attends(r) && teams.column(p) < size);
         }
       }
+      from += teams.teams() * row;
     }
     commit_copies();
   }
@@ -242,7 +258,7 @@ __device__ __forceinline__ void streamed_scores(
 template <class acc, class Store>
 __device__ __forceinline__ void merge_columns(
     const acc* partials, int64_t count, int64_t stride, const acc* factors, int64_t size, const Store& store) {
-  constexpr int columns = 8;
+  constexpr int columns = sizeof(acc) == 8 ? 2 : 4;
   for (int64_t d0 = threadIdx.x; d0 < size; d0 += columns * kStepBlock) {
     acc sums[columns] = {};
 #pragma unroll 4
@@ -279,9 +295,11 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
   acc* scores = part_of<acc>(call.scores, place.b * problem.steps + place.begin);
   Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes]
   Vector16* v = query + pieces * teams.lanes();                                      // [pieces * lanes]
+  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, teams.key_size, teams.query_by_vectors);
+  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, teams.key_size, teams.v_by_vectors);
+  commit_copies();
   Stream stream(teams, problem, may_attend, place, steps);
-  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, teams.key_size);
-  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, teams.key_size);
+  wait_copies<Stream::kPending + 1>();
   sync_threads();  // query and v are there
 
   acc context[pieces][each] = {};
@@ -333,7 +351,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
         }
       }
     }
-    stream.ask_for_memory(ahead);
+    stream.ask_for_memory();
   }
 
   acc* sums = reinterpret_cast<acc*>(shared_memory());  // [warps][size]
@@ -442,34 +460,44 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
   Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes] each
   Vector16* v = query + pieces * teams.lanes();
   Vector16* grad = v + pieces * teams.lanes();
+  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, key_size, teams.query_by_vectors);
+  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, key_size, teams.v_by_vectors);
+  teams.bring(grad, grad_context, call.grad_context.element, memory_size, teams.grad_by_vectors);
+  commit_copies();
   Stream stream(teams, problem, may_attend, place, steps);
-  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, key_size);
-  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, key_size);
-  teams.bring(grad, grad_context, call.grad_context.element, memory_size);
+  acc context[pieces][each] = {};
+  if (grad_context != nullptr) {
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        const int d = teams.column(p) + i;
+        context[p][i] = d < memory_size ? static_cast<const acc*>(call.context)[place.b * memory_size + d] : acc(0);
+      }
+    }
+  }
   acc delta_weights = 0;
   if (has_grad_weights) {
     acc* of_warps = reinterpret_cast<acc*>(grad + pieces * teams.lanes());  // [kStepWarps]
     delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps);
   }
+  wait_copies<Stream::kPending + 1>();
   sync_threads();  // query, v and grad are there
 
   // g . c as g . m_s is summed: where a step has all the weight, c is m_s, and their difference 0 to the last bit.
   acc delta[rows] = {};
-  if (grad_context != nullptr) {
-    const acc* context = static_cast<const acc*>(call.context) + place.b * memory_size;
 #pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-      if (teams.has(p, memory_size)) {
-        acc g[each];
-        teams.load(g, grad, p);
+  for (int p = 0; p < pieces; ++p) {
+    if (teams.has(p, memory_size)) {
+      acc g[each];
+      teams.load(g, grad, p);
 #pragma unroll
-        for (int i = 0; i < each; ++i) {
-          delta[0] = fused(g[i], teams.column(p) < memory_size ? context[teams.column(p) + i] : acc(0), delta[0]);
-        }
+      for (int i = 0; i < each; ++i) {
+        delta[0] = fused(g[i], context[p][i], delta[0]);
       }
     }
-    teams.sum(delta);
   }
+  teams.sum(delta);
 
   acc to_query[pieces][each] = {}, to_v[pieces][each] = {};
   int s0 = 0;
@@ -512,7 +540,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
         }
       }
     }
-    stream.ask_for_memory(ahead);
+    stream.ask_for_memory();
     teams.sum(grad_score);
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
