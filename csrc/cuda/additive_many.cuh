@@ -155,7 +155,7 @@ class Brought {
 #pragma unroll
     for (int i = 0; i < Tile::kBrought; ++i) {
       const bool takes = is_query() ? first + i < problem.queries : at() < Tile::kQueries + Tile::kSteps && attended(first + i);
-      source.takes |= static_cast<uint32_t>(takes) << i;
+      source.takes |= static_cast<uint64_t>(takes) << i;
     }
     *source_of_thread() = source;
   }
@@ -181,10 +181,10 @@ class Brought {
   // The chunk from feature `first` on, which has arrived. Returns how this share of it can be summed, if not `direct`.
   __device__ __forceinline__ Factoring store(const Tile& tile, int64_t first, bool v_by_vectors, bool direct) const {
     Factoring factoring;
+    wait_copies<0>();
     if (at() >= Tile::kQueries + Tile::kSteps) {
       return factoring;
     }
-    wait_copies<0>();
     acc v[Tile::kEach], x[Tile::kBrought][Tile::kEach], largest = 0;  // a NaN stays in its row either way
     const scalar* all_v = static_cast<const scalar*>(problem_.v.data);
     unpack<scalar>(v, load_piece(all_v, problem_.v.element, first + piece(), problem_.key_size, v_by_vectors));
@@ -232,7 +232,7 @@ class Brought {
  private:
   struct alignas(16) Source {
     const scalar* from;
-    uint32_t takes;  // a bit a row
+    uint64_t takes;  // a bit a row
   };
   static_assert(sizeof(Source) == sizeof(Vector16));
 
@@ -295,7 +295,9 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
       }
       sync_threads();  // the chunk is there
     }
-    brought.start(a0 + Tile::kChunk, query_by_vectors, keys_by_vectors);
+    if (a0 + Tile::kChunk < problem.key_size) {
+      brought.start(a0 + Tile::kChunk, query_by_vectors, keys_by_vectors);
+    }
     if constexpr (kFactors<acc>) {
       if (by_four) {
         tile.template add_factored<4>(sums, row, column);

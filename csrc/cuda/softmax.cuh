@@ -62,53 +62,100 @@ struct RowTeam {
   }
 };
 
-// A thread's elements of a row: read(s), held or read anew.
-template <int held, class Read>
-class RowValues {
+// Which of a thread's elements of a row are attended. Asked for before any is read: conditions between the loads would make each
+// wait for the one before.
+template <int held>
+class AttendedValues {
  public:
-  __device__ __forceinline__ RowValues(int64_t steps, const Read& read) : steps_(steps), read_(read) {
+  __device__ __forceinline__ AttendedValues(const Attendable& may_attend, int64_t steps) : may_attend_(may_attend), steps_(steps) {
 #pragma unroll
     for (int i = 0; i < held; ++i) {
-      value_[i] = read(step(i));
+      bits_ |= static_cast<uint32_t>(may_attend(step(i))) << i;
     }
   }
-
-  // Where they are held, each becomes change(value).
-  template <class Change>
-  __device__ __forceinline__ void change_held(const Change& change) {
-#pragma unroll
-    for (int i = 0; i < held; ++i) {
-      value_[i] = change(value_[i]);
-    }
-  }
-
-  // body(s, value)
-  template <class Body>
-  __device__ __forceinline__ void for_each(const Body& body) const {
-    if constexpr (held > 0) {
-#pragma unroll
-      for (int i = 0; i < held; ++i) {
-        if (step(i) < steps_) {
-          body(step(i), value_[i]);
-        }
-      }
-    } else {
-      for (int64_t s = RowTeam<held>::rank(); s < steps_; s += kRowBlock) {
-        body(s, read_(s));
-      }
-    }
-  }
-
- private:
-  using Value = decltype(std::declval<Read>()(int64_t()));
 
   static __device__ __forceinline__ int step(int i) {
     return RowTeam<held>::rank() + i * kWarp;
   }
 
+  __device__ __forceinline__ bool is_there(int i) const {
+    return step(i) < steps_;
+  }
+
+  __device__ __forceinline__ bool operator[](int i) const {
+    return (bits_ >> i & 1) != 0;
+  }
+
+  // body(i, s, attended), where nothing is held with i = 0.
+  template <class Body>
+  __device__ __forceinline__ void for_each(const Body& body) const {
+    if constexpr (held > 0) {
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        if (is_there(i)) {
+          body(i, step(i), (*this)[i]);
+        }
+      }
+    } else {
+      for (int64_t s = RowTeam<held>::rank(); s < steps_; s += kRowBlock) {
+        body(0, s, may_attend_(s));
+      }
+    }
+  }
+
+ private:
+  const Attendable& may_attend_;
   int64_t steps_;
-  const Read& read_;
-  Value value_[held > 0 ? held : 1];
+  uint32_t bits_ = 0;
+};
+
+// A thread's elements of a row, held or read anew; or of the sum of two, the second of any stride.
+template <int held, class scalar>
+class RowValues {
+  using acc = accumulated_t<scalar>;
+
+ public:
+  // A row that is null is zeros, and so is what is not attended.
+  __device__ __forceinline__
+  RowValues(const AttendedValues<held>& attended, const acc* row, const scalar* other = nullptr, int64_t element = 0)
+      : row_(row), other_(other), element_(element) {
+    if (row != nullptr) {
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        value_[i] = attended[i] ? row[attended.step(i)] : acc(0);
+      }
+    }
+    if (other != nullptr) {
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        value_[i] += attended[i] ? to_acc(other[attended.step(i) * element]) : acc(0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ acc operator()(int i, int64_t s, bool attended) const {
+    if constexpr (held > 0) {
+      return value_[i];
+    } else {
+      return (row_ != nullptr && attended ? row_[s] : acc(0)) +
+             (other_ != nullptr && attended ? to_acc(other_[s * element_]) : acc(0));
+    }
+  }
+
+  // Where they are held, each becomes change(value, attended).
+  template <class Change>
+  __device__ __forceinline__ void change_held(const AttendedValues<held>& attended, const Change& change) {
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      value_[i] = change(value_[i], attended[i]);
+    }
+  }
+
+ private:
+  const acc* row_;
+  const scalar* other_;
+  int64_t element_;
+  acc value_[held > 0 ? held : 1] = {};
 };
 
 // A row of an output that may not be wanted.
@@ -138,24 +185,30 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
     return;  // a whole warp, which has no barrier before it; never a block
   }
   const Attendable may_attend(problem, row / problem.queries, row % problem.queries);
+  const AttendedValues<held> attended(may_attend, problem.steps);
+  RowValues<held, scalar> scores(attended, static_cast<const acc*>(call.scores) + first);
   const acc scale = static_cast<acc>(problem.scale);
-  const acc* scores = static_cast<const acc*>(call.scores) + first;
-  const auto read = [&](int64_t s) { return may_attend(s) ? scale * scores[s] : -kInfinity<acc>; };
-  RowValues<held, decltype(read)> values(problem.steps, read);
+  const auto scaled = [&](acc x, bool attends) { return attends ? scale * x : -kInfinity<acc>; };
   acc largest = -kInfinity<acc>;
-  values.for_each([&](int64_t, acc x) { largest = x > largest ? x : largest; });
+  attended.for_each([&](int i, int64_t s, bool attends) {
+    const acc x = scaled(scores(i, s, attends), attends);
+    largest = x > largest ? x : largest;
+  });
   largest = Team::max(largest);
   const acc shift = largest == -kInfinity<acc> ? 0 : largest;  // with nothing to attend, everything is exp(-inf) = 0
-  const auto exponential_of = [&](acc x) { return exponential(x - shift); };
+  const auto exponential_of = [&](acc x, bool attends) { return exponential(scaled(x, attends) - shift); };
+  scores.change_held(attended, exponential_of);
+  const auto value_of = [&](int i, int64_t s, bool attends) {
+    return held > 0 ? scores(i, s, attends) : exponential_of(scores(i, s, attends), attends);
+  };
   acc total = 0;
-  values.change_held(exponential_of);
-  values.for_each([&](int64_t, acc x) { total += held > 0 ? x : exponential_of(x); });
+  attended.for_each([&](int i, int64_t s, bool attends) { total += value_of(i, s, attends); });
   total = Team::sum(total);
   const acc factor = total == 0 ? 0 : 1 / total;
   const OutputRow<acc> weights(call.weights, first);
   const OutputRow<scalar> rounded(call.rounded, first);
-  values.for_each([&](int64_t s, acc x) {
-    const acc weight = (held > 0 ? x : exponential_of(x)) * factor;
+  attended.for_each([&](int i, int64_t s, bool attends) {
+    const acc weight = value_of(i, s, attends) * factor;
     weights.store(s, weight);
     if constexpr (!std::is_same_v<scalar, acc>) {
       rounded.store(s, weight);
@@ -170,9 +223,6 @@ template <class scalar, int held>
 __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const SoftmaxBackward call) {
   using acc = accumulated_t<scalar>;
   using Team = RowTeam<held>;
-  struct Pair {
-    acc weight, grad;
-  };
   const Problem& problem = call.problem;
   const int64_t row = Team::row(), first = row * problem.steps;
   if (row >= problem.batch * problem.queries) {
@@ -180,36 +230,38 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
   }
   const int64_t b = row / problem.queries, t = row % problem.queries;
   const Attendable may_attend(problem, b, t);
-  const acc scale = static_cast<acc>(problem.scale);
-  const acc* weights = call.weights == nullptr ? nullptr : static_cast<const acc*>(call.weights) + first;
-  const acc* scores = weights != nullptr ? nullptr : static_cast<const acc*>(call.scores) + first;
-  const acc logsumexp = weights != nullptr ? 0 : static_cast<const acc*>(call.logsumexp)[row];
-  const acc* from_context = call.grad_from_context == nullptr ? nullptr : static_cast<const acc*>(call.grad_from_context) + first;
+  const AttendedValues<held> attended(may_attend, problem.steps);
+  const bool recomputes = call.weights == nullptr;
+  RowValues<held, scalar> weights(attended, static_cast<const acc*>(recomputes ? call.scores : call.weights) + first);
   const scalar* grad_weights = call.grad_weights.data == nullptr ? nullptr : row_of<scalar>(call.grad_weights, b, t);
-  const auto read = [&](int64_t s) {
-    Pair pair{};
-    if (may_attend(s)) {
-      pair.weight = weights != nullptr ? weights[s] : exponential(scale * scores[s] - logsumexp);
-      pair.grad = from_context != nullptr ? from_context[s] : acc(0);
-      if (grad_weights != nullptr) {
-        pair.grad += to_acc(grad_weights[s * call.grad_weights.element]);
-      }
-    }
-    return pair;
+  const RowValues<held, scalar> grads(
+      attended,
+      call.grad_from_context == nullptr ? nullptr : static_cast<const acc*>(call.grad_from_context) + first,
+      grad_weights,
+      call.grad_weights.element);
+  const acc scale = static_cast<acc>(problem.scale);
+  const acc logsumexp = recomputes ? static_cast<const acc*>(call.logsumexp)[row] : 0;
+  const auto recomputed_weight = [&](acc score, bool attends) { return attends ? exponential(scale * score - logsumexp) : acc(0); };
+  if (recomputes) {
+    weights.change_held(attended, recomputed_weight);
+  }
+  const auto weight_of = [&](int i, int64_t s, bool attends) {
+    const acc x = weights(i, s, attends);
+    return held == 0 && recomputes ? recomputed_weight(x, attends) : x;
   };
-  const RowValues<held, decltype(read)> values(problem.steps, read);
   acc delta = 0;
-  values.for_each([&](int64_t, const Pair& x) { delta += x.weight * x.grad; });
+  attended.for_each([&](int i, int64_t s, bool attends) { delta += weight_of(i, s, attends) * grads(i, s, attends); });
   delta = Team::sum(delta);
   const OutputRow<acc> recomputed(call.recomputed, first), grad_scores(call.grad_scores, first);
   const int64_t halves = problem.queries * problem.steps;
   const OutputRow<scalar> rounded(call.rounded, (2 * b * problem.queries + t) * problem.steps);
-  values.for_each([&](int64_t s, const Pair& x) {
-    const acc grad_score = may_attend(s) ? scale * (x.weight * (x.grad - delta)) : acc(0);
-    recomputed.store(s, x.weight);
+  attended.for_each([&](int i, int64_t s, bool attends) {
+    const acc weight = weight_of(i, s, attends);
+    const acc grad_score = attends ? scale * (weight * (grads(i, s, attends) - delta)) : acc(0);
+    recomputed.store(s, weight);
     grad_scores.store(s, grad_score);
     if constexpr (!std::is_same_v<scalar, acc>) {
-      rounded.store(s, x.weight);
+      rounded.store(s, weight);
       rounded.store(s + halves, grad_score);
     }
   });
