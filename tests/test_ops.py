@@ -185,7 +185,9 @@ def test_halves_are_differentiated_as_they_were_accumulated(method: str) -> None
     first = torch.autograd.grad((context, weights), leaves, grads, retain_graph=True)
     again = torch.autograd.grad((context, weights), leaves, grads, create_graph=True)
     assert {grad.dtype for grad in (*first, *again)} == {torch.bfloat16}
-    torch.testing.assert_close(first, tuple(grad.detach() for grad in again))
+    # A GPU's products take halves: the gradients are as good as these, not as float32.
+    tolerance = {"rtol": 2**-6, "atol": 2**-6} if cases.KERNELS == "cuda" else {}
+    torch.testing.assert_close(first, tuple(grad.detach() for grad in again), **tolerance)
 
 
 def ranges(call: Callable[[], object]) -> set[str]:

@@ -188,8 +188,7 @@ void additive_scores(const AdditiveScores& call, Stream stream) {
               stream,
               call,
               takes_vectors<scalar>(problem.query, problem.key_size),
-              takes_vectors<scalar>(problem.keys, problem.key_size),
-              takes_vectors<scalar>(problem.v, problem.key_size));
+              takes_vectors<scalar>(problem.keys, problem.key_size));
         });
   });
 }

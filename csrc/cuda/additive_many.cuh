@@ -44,6 +44,45 @@ struct Factoring {
   bool by_two = true;
 };
 
+// What a chunk's features bring into all sums. Each pair of features has a place for v0 and one for 1/v1, the larger.
+template <class acc, int count>
+struct alignas(16) ScoresFeatures {
+  acc v[count];
+  acc factor[count];                      // of the queries' exponentials, feature by feature
+  uint64_t swaps[16 / sizeof(uint64_t)];  // a bit a pair: whether its first feature is the larger
+
+  // A lane a feature. Returns how the chunk can be summed for all it knows.
+  __device__ __forceinline__ Factoring fill(acc of_v) {
+    const int lane = threadIdx.x % kWarp;
+    Factoring factoring;
+    if constexpr (kFactors<acc>) {
+      const acc size = fabsf(of_v), of_other = shuffle_xor(size, 1);
+      const bool divides = lane % 2 == 0 ? size > of_other : !(of_other > size);  // NaN or not, one of the two
+      const acc inverse = reciprocal_approx(size < kLeastDivisor ? kLeastDivisor : of_v);
+      factoring.by_four = !divides || (size < kMostDivisorByFour && size * kMostDivisorByFour > 1);
+      factoring.by_two = size < kModerate;
+      uint32_t bits = lane % 2 == 0 && divides ? 1u << lane / 2 : 0;
+#pragma unroll
+      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+        bits |= shuffle_xor(bits, lanes);
+      }
+      if (lane < count) {
+        v[(lane & ~1) + divides] = divides ? inverse : of_v;
+        factor[lane] = divides ? inverse : acc(1);
+      }
+      if (lane == 0) {
+        swaps[0] = bits;
+      }
+      if (lane >= count) {
+        factoring = {};
+      }
+    } else if (lane < count) {
+      v[lane] = of_v;
+    }
+    return factoring;
+  }
+};
+
 // A block's queries and steps, threads being 8 x 16 with kRows x kColumns pairs each, and its two chunks of features: one is summed
 // while the next is on its way.
 template <class scalar, int rows_, int columns_>
@@ -61,15 +100,16 @@ struct ScoresTile {
   static constexpr int kNeighbours = kWarp / kBrought;
   static constexpr int kPieces = 4;
   static constexpr int kChunk = kPieces * kEach;
-  static constexpr int kBuffer = kChunk * (kStride + 1);
-  static constexpr size_t kShared = 2 * kBuffer * sizeof(acc) + (kBrought + 1) * kAdditiveThreads * sizeof(Vector16);
+  static constexpr size_t kBuffer = kChunk * kStride * sizeof(acc);
+  static constexpr size_t kBroughtSize = (kBrought + 1) * kAdditiveThreads * sizeof(Vector16);
+  static constexpr size_t kShared = 2 * kBuffer + 3 * sizeof(ScoresFeatures<acc, kChunk>) + kBroughtSize;
   static_assert((kQueries + kSteps) / kBrought * kPieces <= kAdditiveThreads);
 
-  acc* rows;  // [kChunk][kStride]: of a feature, all queries' and all steps'
-  acc* v;     // [kChunk]; factored: of a pair of features v0 and 1/v1
+  acc* rows;     // [kChunk][kStride]: of a feature, all queries' and all steps'
+  const acc* v;  // [kChunk]; factored: of a pair of features v0 and 1/v1
 
-  __device__ __forceinline__ ScoresTile(char* shared, int buffer)
-      : rows(reinterpret_cast<acc*>(shared) + buffer * kBuffer), v(rows + kChunk * kStride) {}
+  __device__ __forceinline__ ScoresTile(char* shared, int buffer, const ScoresFeatures<acc, kChunk>& features)
+      : rows(reinterpret_cast<acc*>(shared + buffer * kBuffer)), v(features.v) {}
 
   // v0/x0 + v1/x1 = (v0 x1' + x0) / (x0 x1') with x1' = x1/v1, for which q1 and 1 have been divided by v1.
   template <int count>
@@ -178,54 +218,51 @@ class Brought {
     commit_copies();
   }
 
-  // The chunk from feature `first` on, which has arrived. Returns how this share of it can be summed, if not `direct`.
-  __device__ __forceinline__ Factoring store(const Tile& tile, int64_t first, bool v_by_vectors, bool direct) const {
+  // The chunk, which has arrived. Returns how this share of it can be summed, if not `direct`.
+  __device__ __forceinline__ Factoring
+  store(const Tile& tile, const ScoresFeatures<acc, Tile::kChunk>& features, bool direct) const {
     Factoring factoring;
     wait_copies<0>();
     if (at() >= Tile::kQueries + Tile::kSteps) {
       return factoring;
     }
-    acc v[Tile::kEach], x[Tile::kBrought][Tile::kEach], largest = 0;  // a NaN stays in its row either way
-    const scalar* all_v = static_cast<const scalar*>(problem_.v.data);
-    unpack<scalar>(v, load_piece(all_v, problem_.v.element, first + piece(), problem_.key_size, v_by_vectors));
+    acc x[Tile::kBrought][Tile::kEach];
 #pragma unroll
     for (int i = 0; i < Tile::kBrought; ++i) {
       unpack<scalar>(x[i], load16(of_row(i)));
     }
+    acc* to = tile.rows + piece() * Tile::kStride + at();
+    if constexpr (kFactors<acc>) {
+      if (!direct) {
+        acc factor[Tile::kEach], largest = 0;  // a NaN stays in its row either way
+        load_shared(factor, features.factor + piece());
+        const auto swaps = static_cast<uint32_t>(features.swaps[0]) >> piece() / 2;
+#pragma unroll
+        for (int n = 0; n < Tile::kEach; ++n) {
+          const acc of_queries = is_query() ? factor[n] : acc(1);
+          acc of_feature[Tile::kBrought];
+#pragma unroll
+          for (int i = 0; i < Tile::kBrought; ++i) {
+            largest = fmaxf(largest, fabsf(x[i][n]));
+            of_feature[i] = exp2_approx(kTwoOverLn2 * x[i][n]) * of_queries;
+          }
+          const int place = n ^ static_cast<int>(swaps >> n / 2 & 1);
+          store_shared(to + place * Tile::kStride, of_feature);
+        }
+        factoring.by_four = largest < kFactorableByFour;
+        factoring.by_two = largest < kFactorableScores;
+        return factoring;
+      }
+    }
 #pragma unroll
     for (int n = 0; n < Tile::kEach; ++n) {
-      int slot = n;
-      acc of_feature[Tile::kBrought], of_v = v[n];
+      acc of_feature[Tile::kBrought];
 #pragma unroll
       for (int i = 0; i < Tile::kBrought; ++i) {
         of_feature[i] = x[i][n];
       }
-      if constexpr (kFactors<acc>) {
-        if (!direct) {
-          const acc size = fabsf(v[n]), of_other = fabsf(v[n ^ 1]);
-          const bool divides = n % 2 == 0 ? size > of_other : size >= of_other;
-          slot = (n & ~1) + divides;
-          acc factor = 1;
-          if (divides) {
-            of_v = reciprocal_approx(size < kLeastDivisor ? kLeastDivisor : v[n]);
-            factor = is_query() ? of_v : acc(1);
-            factoring.by_four = factoring.by_four && size < kMostDivisorByFour && size * kMostDivisorByFour > 1;
-          }
-          factoring.by_two = factoring.by_two && size < kModerate;
-#pragma unroll
-          for (int i = 0; i < Tile::kBrought; ++i) {
-            largest = fmaxf(largest, fabsf(of_feature[i]));
-            of_feature[i] = exp2_approx(kTwoOverLn2 * of_feature[i]) * factor;
-          }
-        }
-      }
-      store_shared(tile.rows + (piece() + slot) * Tile::kStride + at(), of_feature);
-      if (at() == 0) {
-        tile.v[piece() + slot] = of_v;
-      }
+      store_shared(to + n * Tile::kStride, of_feature);
     }
-    factoring.by_four = factoring.by_four && largest < kFactorableByFour;
-    factoring.by_two = factoring.by_two && largest < kFactorableScores;
     return factoring;
   }
 
@@ -258,7 +295,7 @@ class Brought {
 
   // Where row i is until it is stored, and what is behind: this thread's own. In registers they would take those of the sums.
   __device__ __forceinline__ Vector16* of_row(int i) const {
-    return reinterpret_cast<Vector16*>(shared_memory() + 2 * Tile::kBuffer * sizeof(acc)) + i * kAdditiveThreads + threadIdx.x;
+    return reinterpret_cast<Vector16*>(shared_memory() + 2 * Tile::kBuffer) + i * kAdditiveThreads + threadIdx.x;
   }
 
   __device__ __forceinline__ Source* source_of_thread() const {
@@ -268,9 +305,10 @@ class Brought {
 
 template <class scalar, int rows, int columns>
 __global__ void __launch_bounds__(kAdditiveThreads, 4)
-    additive_scores_tile(const AdditiveScores call, bool query_by_vectors, bool keys_by_vectors, bool v_by_vectors) {
+    additive_scores_tile(const AdditiveScores call, bool query_by_vectors, bool keys_by_vectors) {
   using acc = accumulated_t<scalar>;
   using Tile = ScoresTile<scalar, rows, columns>;
+  using Features = ScoresFeatures<acc, Tile::kChunk>;
   const Problem& problem = call.problem;
   const TilePlace<Tile> place(problem, blockIdx.x);
   const Attendable attended = Attendable::by_any(problem, place.b);
@@ -279,19 +317,46 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
   }
   const Brought<Tile, scalar> brought(problem, place, attended);
   brought.start(0, query_by_vectors, keys_by_vectors);
+  // Three in turn: while some warps are behind with a chunk, others store the next, and the one after that is made ready.
+  Features* features = reinterpret_cast<Features*>(shared_memory() + 2 * Tile::kBuffer + Tile::kBroughtSize);
+  const auto v_of_lane = [&](int64_t first) {
+    const int64_t a = first + threadIdx.x % kWarp;
+    const bool is_there = threadIdx.x % kWarp < Tile::kChunk && a < problem.key_size;
+    return is_there ? to_acc(static_cast<const scalar*>(problem.v.data)[a * problem.v.element]) : acc(0);
+  };
+  const bool is_first_warp = threadIdx.x < kWarp;
+  Factoring of_features;
+  acc next_v = 0;
+  if (is_first_warp) {
+    of_features = features[0].fill(v_of_lane(0));
+    next_v = v_of_lane(Tile::kChunk);
+  }
+  sync_threads();  // the first features are there
+
   const int row = threadIdx.x / Tile::kAcross * rows, column = threadIdx.x % Tile::kAcross * columns;
   acc sums[rows][columns] = {};
-  int buffer = 0;
+  int buffer = 0, ready = 0;
   for (int64_t a0 = 0; a0 < problem.key_size; a0 += Tile::kChunk) {
-    const Tile tile(shared_memory(), buffer);
+    Features& of_chunk = features[ready];
+    ready = ready == 2 ? 0 : ready + 1;
+    const Tile tile(shared_memory(), buffer, of_chunk);
     buffer = 1 - buffer;
+    Factoring mine = brought.store(tile, of_chunk, !kFactors<acc>);
+    if (is_first_warp) {
+      mine.by_four = mine.by_four && of_features.by_four;
+      mine.by_two = mine.by_two && of_features.by_two;
+      of_features = features[ready].fill(next_v);
+      next_v = v_of_lane(a0 + 2 * Tile::kChunk);
+    }
     // After the barrier the chunk is there, and the chunk before has been read, whose place the next one takes.
-    const Factoring mine = brought.store(tile, a0, v_by_vectors, !kFactors<acc>);
     const bool by_four = kFactors<acc> && !any_in_block(!mine.by_four);
     const bool by_two = kFactors<acc> && !by_four && !any_in_block(!mine.by_two);
     if (!by_four && !by_two) {
       if (kFactors<acc>) {
-        brought.store(tile, a0, v_by_vectors, true);
+        brought.store(tile, of_chunk, true);
+        if (threadIdx.x < Tile::kChunk) {
+          of_chunk.v[threadIdx.x] = v_of_lane(a0);
+        }
       }
       sync_threads();  // the chunk is there
     }
@@ -313,14 +378,13 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
 
   // Computed anew: the registers are the sums'.
   const TilePlace<Tile> there(problem, forgotten(blockIdx.x));
-  const int64_t end = Attendable::by_any(problem, there.b).end();
   const int64_t query0 = there.query0 + row, step0 = there.step0 + column;
   acc* out = static_cast<acc*>(call.scores) + (there.b * problem.queries + query0) * problem.steps + step0;
 #pragma unroll
   for (int i = 0; i < rows; ++i) {
 #pragma unroll
     for (int j = 0; j < columns; ++j) {
-      if (query0 + i < problem.queries && step0 + j < end) {
+      if (query0 + i < problem.queries && step0 + j < problem.steps) {
         out[i * problem.steps + j] = -2 * sums[i][j];
       }
     }

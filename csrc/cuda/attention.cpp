@@ -327,7 +327,8 @@ Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved
     multiply(of.grad_scores, *saved.grad_context, inputs.memory.mT());
     backward.grad_from_context = of.grad_scores.const_data_ptr();
   }
-  backward.grad_scores = of.grad_scores.mutable_data_ptr();
+  const bool takes_halves = call.is_of_halves() && call.is_dot();
+  backward.grad_scores = takes_halves && !gradients.scores.defined() ? nullptr : of.grad_scores.mutable_data_ptr();
   if (call.is_of_halves() && (call.is_dot() || gradients.memory.defined())) {
     of.both = call.empty({problem.batch, 2, problem.queries, problem.steps});
     backward.rounded = of.both.mutable_data_ptr();

@@ -122,6 +122,10 @@ __device__ __forceinline__ void store16(void* to, const Vector16& x) {
   *static_cast<uint4*>(to) = make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
 }
 
+__device__ __forceinline__ void store8(void* to, uint32_t first, uint32_t second) {
+  *static_cast<uint2*>(to) = make_uint2(first, second);
+}
+
 // Global memory that is read once, and that the launch does not write.
 __device__ __forceinline__ Vector16 load16_streaming(const void* from) {
   Vector16 x;
@@ -264,11 +268,31 @@ __device__ __forceinline__ Vector16 pack(const accumulated_t<scalar> (&from)[kLa
   return to;
 }
 
+// As many elements as make 16 bytes in the accumulation type, stored as T.
+template <class T>
+__device__ __forceinline__ void store_neighbours(T* to, const accumulated_t<T> (&x)[kLanes<accumulated_t<T>>]) {
+  if constexpr (sizeof(T) == 2) {
+    const auto pair = [&](int i) { return static_cast<uint32_t>(from_acc<T>(x[i + 1]).bits) << 16 | from_acc<T>(x[i]).bits; };
+    store8(to, pair(0), pair(2));
+  } else {
+    store16(to, pack<T>(x));
+  }
+}
+
 __device__ __forceinline__ float exponential(float x) {
   return expf(x);
 }
 
 __device__ __forceinline__ double exponential(double x) {
+  return exp(x);
+}
+
+// Of what is 0 at most: the error grows as the result vanishes.
+__device__ __forceinline__ float exponential_of_negative(float x) {
+  return exp2_approx(1.44269504f * x);
+}
+
+__device__ __forceinline__ double exponential_of_negative(double x) {
   return exp(x);
 }
 

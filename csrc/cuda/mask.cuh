@@ -32,6 +32,11 @@ class Attendable {
     return end_;
   }
 
+  // Whether something before the end is left out, too.
+  __device__ __forceinline__ bool is_masked() const {
+    return mask_ != nullptr;
+  }
+
   __device__ __forceinline__ bool operator()(int64_t s) const {
     return s < end_ && (mask_ == nullptr || mask_[s * stride_]);
   }

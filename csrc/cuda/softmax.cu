@@ -7,17 +7,29 @@
 namespace attn_ext::cuda {
 namespace {
 
-// launch_of(n): the elements of a row that a lane holds, or 0 for a block's row.
+bool are_aligned(auto... addresses) {
+  return ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
+}
+
+// launch_of(held, width): the elements of a row that a lane holds, and those that it takes at once; or 0 for a block's row.
 template <class acc, class Launch>
-void for_steps(int64_t steps, const Launch& launch_of) {
+void for_steps(int64_t steps, bool aligned, const Launch& launch_of) {
+  using std::integral_constant;
+  const auto launch_held = [&]<int held>(integral_constant<int, held> count) {
+    if (aligned && steps % kLanes<acc> == 0) {
+      launch_of(count, integral_constant<int, kLanes<acc>>());
+    } else {
+      launch_of(count, integral_constant<int, 1>());
+    }
+  };
   if (steps <= 4 * kWarp) {
-    launch_of(std::integral_constant<int, 4>());
+    launch_held(integral_constant<int, 4>());
   } else if (steps <= 16 * kWarp) {
-    launch_of(std::integral_constant<int, 16>());
+    launch_held(integral_constant<int, 16>());
   } else if (steps <= kMostHeld<acc> * kWarp) {
-    launch_of(std::integral_constant<int, kMostHeld<acc>>());
+    launch_held(integral_constant<int, kMostHeld<acc>>());
   } else {
-    launch_of(std::integral_constant<int, 0>());
+    launch_of(integral_constant<int, 0>(), integral_constant<int, 1>());
   }
 }
 
@@ -31,18 +43,27 @@ void launch_rows(auto kernel, int64_t rows, Stream stream, const auto&... argume
 }  // namespace
 
 void softmax(const Softmax& call, Stream stream) {
+  const bool aligned = are_aligned(call.scores, call.weights, call.rounded);
   for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
-    for_steps<accumulated_t<scalar>>(call.problem.steps, [&]<int held>(std::integral_constant<int, held>) {
-      launch_rows<held>(softmax_rows<scalar, held>, call.problem.batch * call.problem.queries, stream, call);
-    });
+    for_steps<accumulated_t<scalar>>(
+        call.problem.steps,
+        aligned,
+        [&]<int held, int width>(std::integral_constant<int, held>, std::integral_constant<int, width>) {
+          launch_rows<held>(softmax_rows<scalar, held, width>, call.problem.batch * call.problem.queries, stream, call);
+        });
   });
 }
 
 void softmax_backward(const SoftmaxBackward& call, Stream stream) {
+  const bool aligned =
+      are_aligned(call.weights, call.scores, call.grad_from_context, call.recomputed, call.grad_scores, call.rounded);
   for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
-    for_steps<accumulated_t<scalar>>(call.problem.steps, [&]<int held>(std::integral_constant<int, held>) {
-      launch_rows<held>(softmax_backward_rows<scalar, held>, call.problem.batch * call.problem.queries, stream, call);
-    });
+    for_steps<accumulated_t<scalar>>(
+        call.problem.steps,
+        aligned,
+        [&]<int held, int width>(std::integral_constant<int, held>, std::integral_constant<int, width>) {
+          launch_rows<held>(softmax_backward_rows<scalar, held, width>, call.problem.batch * call.problem.queries, stream, call);
+        });
   });
 }
 

@@ -62,120 +62,115 @@ struct RowTeam {
   }
 };
 
-// Which of a thread's elements of a row are attended. Asked for before any is read: conditions between the loads would make each
-// wait for the one before.
-template <int held>
-class AttendedValues {
+// A thread's elements of a row of up to 32 * held: `width` neighbours at a time, warp after warp.
+template <int held, int width>
+class HeldRow {
  public:
-  __device__ __forceinline__ AttendedValues(const Attendable& may_attend, int64_t steps) : may_attend_(may_attend), steps_(steps) {
+  __device__ __forceinline__ HeldRow(const Attendable& may_attend, int64_t steps)
+      : steps_(static_cast<int>(steps)), end_(static_cast<int>(may_attend.end())), may_attend_(may_attend) {}
+
+  // Whatever stands there where a step is not attended: conditions between the loads would make each wait for the one before. What
+  // begins before the end of the attended is written to the end of its 16 bytes.
+  template <class acc>
+  __device__ __forceinline__ void load(acc (&to)[held], const acc* row) const {
 #pragma unroll
-    for (int i = 0; i < held; ++i) {
-      bits_ |= static_cast<uint32_t>(may_attend(step(i))) << i;
-    }
-  }
-
-  static __device__ __forceinline__ int step(int i) {
-    return RowTeam<held>::rank() + i * kWarp;
-  }
-
-  __device__ __forceinline__ bool is_there(int i) const {
-    return step(i) < steps_;
-  }
-
-  __device__ __forceinline__ bool operator[](int i) const {
-    return (bits_ >> i & 1) != 0;
-  }
-
-  // body(i, s, attended), where nothing is held with i = 0.
-  template <class Body>
-  __device__ __forceinline__ void for_each(const Body& body) const {
-    if constexpr (held > 0) {
+    for (int i = 0; i < held; i += width) {
+      acc part[width];
 #pragma unroll
-      for (int i = 0; i < held; ++i) {
-        if (is_there(i)) {
-          body(i, step(i), (*this)[i]);
+      for (int n = 0; n < width; ++n) {
+        part[n] = 0;
+      }
+      if (step(i) < end_) {
+        if constexpr (width == 1) {
+          part[0] = row[step(i)];
+        } else {
+          unpack<acc>(part, load16(row + step(i)));
         }
       }
-    } else {
-      for (int64_t s = RowTeam<held>::rank(); s < steps_; s += kRowBlock) {
-        body(0, s, may_attend_(s));
-      }
-    }
-  }
-
- private:
-  const Attendable& may_attend_;
-  int64_t steps_;
-  uint32_t bits_ = 0;
-};
-
-// A thread's elements of a row, held or read anew; or of the sum of two, the second of any stride.
-template <int held, class scalar>
-class RowValues {
-  using acc = accumulated_t<scalar>;
-
- public:
-  // A row that is null is zeros, and so is what is not attended.
-  __device__ __forceinline__
-  RowValues(const AttendedValues<held>& attended, const acc* row, const scalar* other = nullptr, int64_t element = 0)
-      : row_(row), other_(other), element_(element) {
-    if (row != nullptr) {
 #pragma unroll
-      for (int i = 0; i < held; ++i) {
-        value_[i] = attended[i] ? row[attended.step(i)] : acc(0);
-      }
-    }
-    if (other != nullptr) {
-#pragma unroll
-      for (int i = 0; i < held; ++i) {
-        value_[i] += attended[i] ? to_acc(other[attended.step(i) * element]) : acc(0);
+      for (int n = 0; n < width; ++n) {
+        to[i + n] = part[n];
       }
     }
   }
 
-  __device__ __forceinline__ acc operator()(int i, int64_t s, bool attended) const {
-    if constexpr (held > 0) {
-      return value_[i];
-    } else {
-      return (row_ != nullptr && attended ? row_[s] : acc(0)) +
-             (other_ != nullptr && attended ? to_acc(other_[s * element_]) : acc(0));
-    }
-  }
-
-  // Where they are held, each becomes change(value, attended).
-  template <class Change>
-  __device__ __forceinline__ void change_held(const AttendedValues<held>& attended, const Change& change) {
+  // += a row of any stride.
+  template <class acc, class scalar>
+  __device__ __forceinline__ void add(acc (&to)[held], const scalar* row, int64_t element) const {
 #pragma unroll
     for (int i = 0; i < held; ++i) {
-      value_[i] = change(value_[i], attended[i]);
+      to[i] += step(i) < end_ ? to_acc(row[step(i) * element]) : acc(0);
+    }
+  }
+
+  // `nothing` where a step is not attended or the row is over.
+  template <class acc>
+  __device__ __forceinline__ void clear_unattended(acc (&x)[held], acc nothing) const {
+    if (may_attend_.is_masked()) {
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        x[i] = may_attend_(step(i)) ? x[i] : nothing;
+      }
+    } else if (end_ < kWarp * held) {
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        x[i] = step(i) < end_ ? x[i] : nothing;
+      }
+    }
+  }
+
+  // As T, which rounds; a row that is null is not wanted.
+  template <class T>
+  __device__ __forceinline__ void store(T* row, const accumulated_t<T> (&from)[held]) const {
+    if (row == nullptr) {
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < held; i += width) {
+      if (step(i) < steps_) {
+        if constexpr (width == 1) {
+          row[step(i)] = from_acc<T>(from[i]);
+        } else {
+          accumulated_t<T> part[width];
+#pragma unroll
+          for (int n = 0; n < width; ++n) {
+            part[n] = from[i + n];
+          }
+          store_neighbours(row + step(i), part);
+        }
+      }
     }
   }
 
  private:
-  const acc* row_;
-  const scalar* other_;
-  int64_t element_;
-  acc value_[held > 0 ? held : 1] = {};
-};
-
-// A row of an output that may not be wanted.
-template <class scalar>
-class OutputRow {
- public:
-  __device__ __forceinline__ OutputRow(void* to, int64_t first)
-      : row_(to == nullptr ? nullptr : static_cast<scalar*>(to) + first) {}
-
-  __device__ __forceinline__ void store(int64_t s, accumulated_t<scalar> x) const {
-    if (row_ != nullptr) {
-      row_[s] = from_acc<scalar>(x);
-    }
+  static __device__ __forceinline__ int step(int i) {
+    return i / width * (kWarp * width) + threadIdx.x % kWarp * width + i % width;
   }
 
- private:
-  scalar* row_;
+  int steps_, end_;
+  const Attendable& may_attend_;
 };
 
-template <class scalar, int held>
+// An output's row, or null.
+template <class T>
+__device__ __forceinline__ T* output_row(void* to, int64_t first) {
+  return to == nullptr ? nullptr : static_cast<T*>(to) + first;
+}
+
+template <class T>
+__device__ __forceinline__ void store_if_wanted(T* row, int64_t s, accumulated_t<T> x) {
+  if (row != nullptr) {
+    row[s] = from_acc<T>(x);
+  }
+}
+
+// A softmax from its largest element on, and its sum: exp(x - largest), with nothing to attend exp(-inf) = 0.
+template <class acc>
+__device__ __forceinline__ acc shift_of(acc largest) {
+  return largest == -kInfinity<acc> ? acc(0) : largest;
+}
+
+template <class scalar, int held, int width>
 __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call) {
   using acc = accumulated_t<scalar>;
   using Team = RowTeam<held>;
@@ -185,41 +180,62 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
     return;  // a whole warp, which has no barrier before it; never a block
   }
   const Attendable may_attend(problem, row / problem.queries, row % problem.queries);
-  const AttendedValues<held> attended(may_attend, problem.steps);
-  RowValues<held, scalar> scores(attended, static_cast<const acc*>(call.scores) + first);
   const acc scale = static_cast<acc>(problem.scale);
-  const auto scaled = [&](acc x, bool attends) { return attends ? scale * x : -kInfinity<acc>; };
-  acc largest = -kInfinity<acc>;
-  attended.for_each([&](int i, int64_t s, bool attends) {
-    const acc x = scaled(scores(i, s, attends), attends);
-    largest = x > largest ? x : largest;
-  });
-  largest = Team::max(largest);
-  const acc shift = largest == -kInfinity<acc> ? 0 : largest;  // with nothing to attend, everything is exp(-inf) = 0
-  const auto exponential_of = [&](acc x, bool attends) { return exponential(scaled(x, attends) - shift); };
-  scores.change_held(attended, exponential_of);
-  const auto value_of = [&](int i, int64_t s, bool attends) {
-    return held > 0 ? scores(i, s, attends) : exponential_of(scores(i, s, attends), attends);
-  };
-  acc total = 0;
-  attended.for_each([&](int i, int64_t s, bool attends) { total += value_of(i, s, attends); });
-  total = Team::sum(total);
-  const acc factor = total == 0 ? 0 : 1 / total;
-  const OutputRow<acc> weights(call.weights, first);
-  const OutputRow<scalar> rounded(call.rounded, first);
-  attended.for_each([&](int i, int64_t s, bool attends) {
-    const acc weight = value_of(i, s, attends) * factor;
-    weights.store(s, weight);
-    if constexpr (!std::is_same_v<scalar, acc>) {
-      rounded.store(s, weight);
+  const acc* scores = static_cast<const acc*>(call.scores) + first;
+  acc* weights = output_row<acc>(call.weights, first);
+  scalar* rounded = std::is_same_v<scalar, acc> ? nullptr : output_row<scalar>(call.rounded, first);
+  acc largest = -kInfinity<acc>, total = 0;
+  if constexpr (held > 0) {
+    const HeldRow<held, width> at(may_attend, problem.steps);
+    acc x[held];
+    at.load(x, scores);
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      x[i] *= scale;
     }
-  });
+    at.clear_unattended(x, -kInfinity<acc>);
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      largest = x[i] > largest ? x[i] : largest;
+    }
+    const acc shift = shift_of(largest = Team::max(largest));
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      x[i] = exponential_of_negative(x[i] - shift);
+      total += x[i];
+    }
+    total = Team::sum(total);
+    const acc factor = total == 0 ? 0 : 1 / total;
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      x[i] *= factor;
+    }
+    at.store(weights, x);
+    at.store(rounded, x);
+  } else {
+    const auto score = [&](int64_t s) { return may_attend(s) ? scale * scores[s] : -kInfinity<acc>; };
+    for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
+      const acc x = score(s);
+      largest = x > largest ? x : largest;
+    }
+    const acc shift = shift_of(largest = Team::max(largest));
+    for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
+      total += exponential_of_negative(score(s) - shift);
+    }
+    total = Team::sum(total);
+    const acc factor = total == 0 ? 0 : 1 / total;
+    for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
+      const acc weight = exponential_of_negative(score(s) - shift) * factor;
+      store_if_wanted(weights, s, weight);
+      store_if_wanted(rounded, s, weight);
+    }
+  }
   if (Team::rank() == 0) {
-    static_cast<acc*>(call.logsumexp)[row] = shift + logarithm(total);
+    static_cast<acc*>(call.logsumexp)[row] = shift_of(largest) + logarithm(total);
   }
 }
 
-template <class scalar, int held>
+template <class scalar, int held, int width>
 __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const SoftmaxBackward call) {
   using acc = accumulated_t<scalar>;
   using Team = RowTeam<held>;
@@ -230,41 +246,77 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
   }
   const int64_t b = row / problem.queries, t = row % problem.queries;
   const Attendable may_attend(problem, b, t);
-  const AttendedValues<held> attended(may_attend, problem.steps);
-  const bool recomputes = call.weights == nullptr;
-  RowValues<held, scalar> weights(attended, static_cast<const acc*>(recomputes ? call.scores : call.weights) + first);
-  const scalar* grad_weights = call.grad_weights.data == nullptr ? nullptr : row_of<scalar>(call.grad_weights, b, t);
-  const RowValues<held, scalar> grads(
-      attended,
-      call.grad_from_context == nullptr ? nullptr : static_cast<const acc*>(call.grad_from_context) + first,
-      grad_weights,
-      call.grad_weights.element);
   const acc scale = static_cast<acc>(problem.scale);
+  const bool recomputes = call.weights == nullptr;
+  const acc* weights = static_cast<const acc*>(recomputes ? call.scores : call.weights) + first;
   const acc logsumexp = recomputes ? static_cast<const acc*>(call.logsumexp)[row] : 0;
-  const auto recomputed_weight = [&](acc score, bool attends) { return attends ? exponential(scale * score - logsumexp) : acc(0); };
-  if (recomputes) {
-    weights.change_held(attended, recomputed_weight);
-  }
-  const auto weight_of = [&](int i, int64_t s, bool attends) {
-    const acc x = weights(i, s, attends);
-    return held == 0 && recomputes ? recomputed_weight(x, attends) : x;
-  };
+  const auto recomputed_weight = [&](acc score) { return exponential_of_negative(scale * score - logsumexp); };
+  const acc* from_context = call.grad_from_context == nullptr ? nullptr : static_cast<const acc*>(call.grad_from_context) + first;
+  const scalar* grad_weights = call.grad_weights.data == nullptr ? nullptr : row_of<scalar>(call.grad_weights, b, t);
+  // A weight of 0 passes nothing on, whatever came in.
+  const auto grad_score = [&](acc weight, acc grad, acc delta) { return weight != 0 ? scale * (weight * (grad - delta)) : acc(0); };
+  constexpr bool rounds = !std::is_same_v<scalar, acc>;
+  const int64_t rounded_first = (2 * b * problem.queries + t) * problem.steps;
+  acc* recomputed = output_row<acc>(call.recomputed, first);
+  acc* grad_scores = output_row<acc>(call.grad_scores, first);
+  scalar* rounded = rounds ? output_row<scalar>(call.rounded, rounded_first) : nullptr;
+  scalar* rounded_grads = rounded == nullptr ? nullptr : rounded + problem.queries * problem.steps;
   acc delta = 0;
-  attended.for_each([&](int i, int64_t s, bool attends) { delta += weight_of(i, s, attends) * grads(i, s, attends); });
-  delta = Team::sum(delta);
-  const OutputRow<acc> recomputed(call.recomputed, first), grad_scores(call.grad_scores, first);
-  const int64_t halves = problem.queries * problem.steps;
-  const OutputRow<scalar> rounded(call.rounded, (2 * b * problem.queries + t) * problem.steps);
-  attended.for_each([&](int i, int64_t s, bool attends) {
-    const acc weight = weight_of(i, s, attends);
-    const acc grad_score = attends ? scale * (weight * (grads(i, s, attends) - delta)) : acc(0);
-    recomputed.store(s, weight);
-    grad_scores.store(s, grad_score);
-    if constexpr (!std::is_same_v<scalar, acc>) {
-      rounded.store(s, weight);
-      rounded.store(s + halves, grad_score);
+  if constexpr (held > 0) {
+    const HeldRow<held, width> at(may_attend, problem.steps);
+    acc weight[held], grad[held] = {};
+    at.load(weight, weights);
+    if (from_context != nullptr) {
+      at.load(grad, from_context);
     }
-  });
+    if (grad_weights != nullptr) {
+      at.add(grad, grad_weights, call.grad_weights.element);
+    }
+    if (recomputes) {
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        weight[i] = recomputed_weight(weight[i]);
+      }
+    }
+    at.clear_unattended(weight, acc(0));
+    at.clear_unattended(grad, acc(0));
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      delta += weight[i] * grad[i];
+    }
+    delta = Team::sum(delta);
+    at.store(recomputed, weight);
+    at.store(rounded, weight);
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      grad[i] = grad_score(weight[i], grad[i], delta);
+    }
+    at.store(grad_scores, grad);
+    at.store(rounded_grads, grad);
+  } else {
+    const auto weight_of = [&](int64_t s) {
+      return !may_attend(s) ? acc(0) : recomputes ? recomputed_weight(weights[s]) : weights[s];
+    };
+    const auto grad_of = [&](int64_t s) {
+      acc grad = 0;
+      if (may_attend(s)) {
+        grad = from_context != nullptr ? from_context[s] : acc(0);
+        grad += grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element]) : acc(0);
+      }
+      return grad;
+    };
+    for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
+      delta += weight_of(s) * grad_of(s);
+    }
+    delta = Team::sum(delta);
+    for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
+      const acc weight = weight_of(s), grad = grad_score(weight, grad_of(s), delta);
+      store_if_wanted(recomputed, s, weight);
+      store_if_wanted(grad_scores, s, grad);
+      store_if_wanted(rounded, s, weight);
+      store_if_wanted(rounded_grads, s, grad);
+    }
+  }
 }
 
 // A warp a row. `by_vectors`: of memory and of the copy.

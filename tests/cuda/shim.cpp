@@ -842,6 +842,13 @@ void store16(void* to, const Vector16& x) {
   *static_cast<Vector16*>(to) = x;
 }
 
+void store8(void* to, uint32_t first, uint32_t second) {
+  executor().check_aligned(to, 8, __builtin_return_address(0));
+  executor().access<true>(to, 8, __builtin_return_address(0));
+  static_cast<uint32_t*>(to)[0] = first;
+  static_cast<uint32_t*>(to)[1] = second;
+}
+
 void store16_streaming(void* to, const Vector16& x) {
   executor().check_is_global(to, __builtin_return_address(0));
   executor().check_aligned(to, 16, __builtin_return_address(0));

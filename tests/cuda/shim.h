@@ -170,6 +170,7 @@ Half rounded_to_half(float x);
 Vector16 load16(const void* from);
 Vector16 load16_streaming(const void* from);
 void store16(void* to, const Vector16& x);
+void store8(void* to, uint32_t first, uint32_t second);
 void store16_streaming(void* to, const Vector16& x);
 
 // The copy is made by wait_copies, no sooner.
