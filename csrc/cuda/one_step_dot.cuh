@@ -71,29 +71,42 @@ struct Columns : LanesOfRow<scalar, pieces> {
   // sum_d g_d c_d of the team, as g . m_s is summed of a row m_s under way.
   __device__ __forceinline__ acc dot(const Vector16 (&grad)[pieces], const acc* context) const {
     acc sum[1] = {};
+    const auto add = [&](const Vector16& of_grad, const acc(&c)[kEach]) {
+      acc g[kEach];
+      unpack<scalar>(g, of_grad);
 #pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-      acc g[kEach], c[kEach];
-      unpack<scalar>(g, grad[p]);
-      if (query_by_vectors && column(p) < size) {
+      for (int i = 0; i < kEach; ++i) {
+        sum[0] = fused(g[i], c[i], sum[0]);
+      }
+    };
+    acc c[kEach];
+    if (query_by_vectors) {
+#pragma unroll
+      for (int p = 0; p < pieces; ++p) {
 #pragma unroll
         for (int i = 0; i < kEach; i += kLanes<acc>) {
           acc part[kLanes<acc>];
-          unpack<acc>(part, load16(context + column(p) + i));
+          unpack<acc>(part, column(p) < size ? load16(context + column(p) + i) : Vector16{});
 #pragma unroll
           for (int n = 0; n < kLanes<acc>; ++n) {
             c[i + n] = part[n];
           }
         }
-      } else {
+        add(grad[p], c);
+      }
+    } else {
+#pragma unroll 1  // so many single loads take too many registers
+      for (int p = 0; p < pieces; ++p) {
+        Vector16 of_grad = grad[0];
+#pragma unroll
+        for (int n = 1; n < pieces; ++n) {
+          of_grad = n == p ? grad[n] : of_grad;
+        }
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
           c[i] = column(p) + i < size ? context[column(p) + i] : acc(0);
         }
-      }
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        sum[0] = fused(g[i], c[i], sum[0]);
+        add(of_grad, c);
       }
     }
     this->sum_in_team(sum);
@@ -349,19 +362,12 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t first = place.b * problem.steps + place.begin;
   MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, steps_to_attend(place, may_attend), count, sums);
-  // All of this is asked for before any of it is waited for.
+  const acc delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps);
+  // Both are asked for before either is waited for.
   Vector16 query[pieces], grad[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   const bool has_grad = call.grad_context.data != nullptr;
   columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  const acc logsumexp = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
-  const acc delta = has_grad ? columns.dot(grad, static_cast<const acc*>(call.context) + place.b * columns.size) : acc(0);
-  const acc delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps);
-  acc* of_block = of_warps + kStepWarps;  // for registers are short: the log-sum-exp, and delta_weights
-  if (threadIdx.x == 0) {
-    of_block[0] = logsumexp;
-    of_block[1] = delta_weights;
-  }
   constexpr bool shares_query = kSharesQuery<scalar, pieces>;
   char* behind = reinterpret_cast<char*>(sums) + kStepShared<scalar, pieces, rows, depth>;
   Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
@@ -370,6 +376,13 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
     for (int p = 0; p < pieces; ++p) {
       store16(shared_query + p * kWarp, query[p]);
     }
+  }
+  const acc delta = has_grad ? columns.dot(grad, static_cast<const acc*>(call.context) + place.b * columns.size) : acc(0);
+  acc* of_block = of_warps + kStepWarps;  // for registers are short: the log-sum-exp, and delta in its two parts
+  if (threadIdx.x == 0) {
+    of_block[0] = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
+    of_block[1] = delta_weights;
+    of_block[2] = delta;
   }
   sync_threads();  // all of this is there
   const auto unpack_query = [&](acc(&to)[each], int p) {
@@ -413,7 +426,7 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
       if (memory.attends(r)) {
         weight = call.weights != nullptr ? static_cast<const acc*>(call.weights)[first + s]
                                          : exponential(fused(scale, sums_of_rows[r], acc(0)) - of_block[0]);  // the forward's score
-        grad_score = sums_of_rows[rows + r] - delta;
+        grad_score = sums_of_rows[rows + r] - of_block[2];
         if (grad_weights != nullptr) {
           grad_score += to_acc(grad_weights[s * call.grad_weights.element]) - of_block[1];
         }
