@@ -36,3 +36,22 @@ def test_many_queries(dtype: torch.dtype, T: int, S: int) -> None:
     problem = Case("additive", T=T, S=S, D=33, Dm=8, dtype=dtype, masking="lengths").problem()
     assert_accurate(problem)
     assert_same(problem.results(), problem.results())
+
+
+# Rows that one query's kernels hold in registers, and longer ones (of double, from 512 on; of others, 1024), and what vectors can read
+# and what they cannot.
+WIDE = [(1024, 1024), (512, 512), (256, 256), (128, 128), (64, 128), (16, 8), (8, 16), (8, 1024), (1024, 8), (520, 264)]
+WIDE += [(1032, 64), (64, 1032), (1027, 33), (33, 515), (513, 1025)]
+
+
+@pytest.mark.parametrize("sizes", WIDE, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("masking", ["none", "lengths+rows"])
+@pytest.mark.parametrize("loss", ["both", "context"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_one_query_of_wide_and_unequal_rows(dtype: torch.dtype, loss: str, masking: str, sizes: tuple[int, int]) -> None:
+    """One step, and so many that there are several splits."""
+    A, Dm = sizes
+    for S in (1, 130):
+        problem = Case("additive", B=3, T=1, S=S, D=A, Dm=Dm, dtype=dtype, masking=masking, loss=loss).problem()
+        assert_accurate(problem)
+        assert_same(problem.results(), problem.results())

@@ -100,6 +100,16 @@ def test_large_scores(dtype: torch.dtype, method: str, T: int, scale: float) -> 
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("sizes", [(40, 33), (200, 96), (40, 1024)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("T", [1, 3], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_dot_all_the_weight_on_one_step(dtype: torch.dtype, T: int, sizes: tuple[int, int], loss: str) -> None:
+    """It passes on nothing: what is left of g . m - g . c by a different order of summing, a large scale makes much of."""
+    S, D = sizes
+    assert_accurate(Case("dot", T=T, S=S, D=D, dtype=dtype, loss=loss, scale=3e4).problem())
+
+
 @pytest.mark.parametrize("T", [1, 50], ids="T={}".format)
 def test_gradient_of_v_where_tanh_is_small(T: int) -> None:
     """As after an initialisation: v's gradient is a sum of small terms, relative to which its error is to be small."""

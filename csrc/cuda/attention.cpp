@@ -17,7 +17,6 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -27,9 +26,6 @@
 namespace attn_ext::cuda {
 namespace {
 
-// Blocks of a one-step kernel that a multiprocessor has room for.
-constexpr int64_t kBlocks = 4;
-
 // In bytes that one multiprocessor reads meanwhile: what is worth a block, what it takes to merge splits, and what to begin another
 // wave of blocks.
 constexpr int64_t kLeastSplit = 16 << 10;
@@ -37,7 +33,7 @@ constexpr int64_t kMerge = 48 << 10;
 constexpr int64_t kWave = 32 << 10;
 
 // Steps of a split are a multiple of it where they are more: short of that a block's warps do not all have the same to do.
-constexpr int64_t kSplitSteps = 16;
+constexpr int64_t kSplitSteps = 8;
 
 // What every call begins with.
 class Call {
@@ -115,9 +111,10 @@ class Call {
 
   // The steps of a batch element in as many blocks as read them soonest: the busiest multiprocessor decides. `partial_size`
   // elements of a split's result wait for the merge.
-  Splits splits(int64_t partial_size) {
+  Splits splits(int64_t partial_size, bool backward) {
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const int64_t processors = multiprocessors(inputs_.query.device());
+    const int64_t at_once = processors * (is_dot() ? one_step_dot_blocks : one_step_additive_blocks)(problem_, backward);
     const int64_t columns = problem_.memory_size + (is_dot() ? 0 : problem_.key_size);
     const int64_t row = std::max<int64_t>(columns * width_of(problem_.dtype), 1);
     const int64_t most_steps = is_dot() ? problem_.steps : kMostSplitSteps;
@@ -125,13 +122,13 @@ class Call {
     Splits splits{};
     for (const int64_t waves : {0, 1, 2, 4}) {
       const int64_t useful = std::max<int64_t>(problem_.steps * row / kLeastSplit, 1);
-      const int64_t wanted = std::clamp<int64_t>(waves * kBlocks * processors / problem_.batch, 1, useful);
+      const int64_t wanted = std::clamp<int64_t>(waves * at_once / problem_.batch, 1, useful);
       int64_t steps = ceil_div(problem_.steps, wanted);
       steps = steps < kSplitSteps ? steps : ceil_div(steps, kSplitSteps) * kSplitSteps;
       steps = std::clamp<int64_t>(steps, 1, most_steps);
       const int64_t count = std::max<int64_t>(ceil_div(problem_.steps, steps), 1), blocks = problem_.batch * count;
       const int64_t cost =
-          ceil_div(blocks, processors) * steps * row + (count > 1 ? kMerge : 0) + ceil_div(blocks, kBlocks * processors) * kWave;
+          ceil_div(blocks, processors) * steps * row + (count > 1 ? kMerge : 0) + ceil_div(blocks, at_once) * kWave;
       if (cost < least) {
         least = cost;
         splits.steps = steps;
@@ -141,10 +138,6 @@ class Call {
     if (splits.count > 1) {
       partials_ = empty_exact({problem_.batch, splits.count, partial_size});
       splits.partials = partials_.mutable_data_ptr();
-      if (!is_dot()) {
-        tickets_ = at::zeros({problem_.batch}, inputs_.query.options().dtype(at::kInt));
-        splits.tickets = tickets_.mutable_data_ptr<int>();
-      }
     }
     return splits;
   }
@@ -161,7 +154,7 @@ class Call {
   Tensor lengths_;
   Problem problem_;
   Stream stream_;
-  Tensor tickets_, partials_;
+  Tensor partials_;
 };
 
 // result = a b, or result += a b, each [B, ...]. Halves' products may have a result of float32: all their bits.
@@ -209,7 +202,7 @@ void attend_once(Call& call, Outputs& outputs) {
   const Problem& problem = call.problem();
   OneStep step{};
   step.problem = problem;
-  step.splits = call.splits(problem.memory_size + 2);
+  step.splits = call.splits(problem.memory_size + 2, false);
   step.context = data_of(outputs.context);
   step.weights = data_of(outputs.weights);
   step.logsumexp = outputs.logsumexp.mutable_data_ptr();
@@ -263,7 +256,7 @@ void differentiate_once(Call& call, const Saved& saved, Gradients& gradients) {
   const OptionalTensor weights = contiguous(saved.weights);
   OneStepBackward step{};
   step.problem = problem;
-  step.splits = call.splits(problem.key_size);
+  step.splits = call.splits(problem.key_size, true);
   step.grad_context = view_of(saved.grad_context);
   step.grad_weights = view_of(saved.grad_weights);
   step.context = context.const_data_ptr();
@@ -273,15 +266,13 @@ void differentiate_once(Call& call, const Saved& saved, Gradients& gradients) {
   step.grad_query = data_of(gradients.query);
   step.grad_keys = data_of(gradients.keys);
   step.grad_memory = data_of(gradients.memory);
-  Tensor grad_v;  // [B, splits, A]
-  if (data_of(gradients.v) != nullptr) {
-    grad_v = call.empty_exact({problem.batch, step.splits.count, problem.key_size});
-    step.grad_v = grad_v.mutable_data_ptr();
+  step.grad_v = data_of(gradients.v);
+  Tensor partial_grad_v;
+  if (step.grad_v != nullptr) {
+    partial_grad_v = call.empty_exact({problem.batch, step.splits.count, problem.key_size});
+    step.partial_grad_v = partial_grad_v.mutable_data_ptr();
   }
   (call.is_dot() ? one_step_dot_backward : one_step_additive_backward)(step, call.stream());
-  if (grad_v.defined()) {
-    gradients.v.copy_(grad_v.sum(at::IntArrayRef({0, 1})));
-  }
 }
 
 void differentiate_scores(const Call& call, const Tensor& grad_scores, Gradients& gradients) {

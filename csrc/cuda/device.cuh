@@ -187,15 +187,6 @@ __device__ __forceinline__ void let_next_launch_begin() {
 #endif
 }
 
-// How many came before. What this block's threads wrote before a barrier before it is seen by the blocks that draw later numbers,
-// by all their threads after a barrier more. A launch leaves its counters at 0 again, for the next one or a graph's replay: whoever
-// draws the last number resets it.
-__device__ __forceinline__ int atomic_ticket(int* counter) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(__cvta_generic_to_global(counter)) : "memory");
-  return before;
-}
-
 #endif  // __CUDACC__
 
 __device__ __forceinline__ float to_acc(float x) {

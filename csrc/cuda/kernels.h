@@ -48,18 +48,21 @@ struct AttendedRows {
 };
 void attended_rows(const AttendedRows& call, Stream stream);
 
-// One query a batch element. A block takes `steps` source steps. What the blocks of a batch element leave is merged in their order:
-// of additive attention by the last one to arrive, of dot by a launch behind.
+// One query a batch element. A block takes `steps` source steps. What the blocks of a batch element leave is merged in their order,
+// by a launch behind.
 constexpr int64_t kMostSplitSteps = 1024;  // whose additive scores shared memory holds
 
 struct Splits {
   int64_t count;
   int64_t steps;   // of additive attention at most kMostSplitSteps
-  int* tickets;    // of additive attention: [B], zeros; null if count is 1
   void* partials;  // forward [B, count, memory_size + 2] acc, backward [B, count, key_size] acc; null if count is 1
 };
 
 // one_step_dot.cu, one_step_additive.cu
+
+// Blocks that a multiprocessor has room for at a time.
+int64_t one_step_dot_blocks(const Problem& problem, bool backward);
+int64_t one_step_additive_blocks(const Problem& problem, bool backward);
 
 struct OneStep {
   Problem problem;
@@ -88,7 +91,8 @@ struct OneStepBackward {
   void* grad_scores;      // [B, S] acc; each output may be null: not wanted
   void* grad_query;       // [B, key_size]
   void* grad_keys;        // [B, S, key_size], additive only
-  void* grad_v;           // [B, count, key_size] acc: one partial sum a block, additive only
+  void* grad_v;           // [key_size], additive only, and
+  void* partial_grad_v;   // [B, count, key_size] acc, where grad_v is wanted: scratch
   void* grad_memory;      // [B, S, memory_size]
 };
 void one_step_dot_backward(const OneStepBackward& call, Stream stream);

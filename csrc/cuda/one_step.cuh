@@ -1,5 +1,5 @@
-// What the kernels of one query a batch element share: a block's place, the way of rows to its threads, and the merge of partial
-// results, of a block's warps or of a batch element's splits, always in their order.
+// What the kernels of one query a batch element share: a block's place, the way of rows to its threads, their columns of a row, and
+// the merge of its warps' results, in their order.
 #pragma once
 
 #include "device.cuh"
@@ -11,7 +11,7 @@ namespace attn_ext::cuda {
 
 constexpr int kStepBlock = 128;
 constexpr int kStepWarps = kStepBlock / kWarp;
-constexpr int kStepBlocks = 4;  // that a multiprocessor has registers for
+constexpr int kStepBlocks = 4;  // that a multiprocessor is to have registers for, as a rule
 
 // Rows on their way from global into shared memory past the registers: `depth` slots, each of `pieces` vectors a thread. A thread
 // reads only what it has put there itself, so no barrier is needed; the threads' pieces lie side by side, free of bank conflicts.
@@ -72,12 +72,6 @@ struct Place {
         begin(split * splits.steps) {
     end = begin + splits.steps < problem.steps ? begin + splits.steps : problem.steps;
   }
-
-  // Whether this block is the batch element's last: what the others wrote is there.
-  __device__ __forceinline__ bool is_last(const Splits& splits) const {
-    sync_threads();  // the whole block's share is written
-    return any_in_block(threadIdx.x == 0 && atomic_ticket(splits.tickets + b) == splits.count - 1);
-  }
 };
 
 template <class acc>
@@ -94,35 +88,6 @@ struct Softmaxed {
     return total == 0 ? 0 : 1 / total;
   }
 };
-
-// `count` partial results, each `size` sums, its maximum and its total, in their order: their factors go to `factors`.
-template <class acc>
-__device__ __forceinline__ Softmaxed<acc> merge_softmaxes(const acc* partials, int64_t count, int64_t size, acc* factors) {
-  const int64_t stride = size + 2;
-  Softmaxed<acc> all;
-  for (int64_t n = 0; n < count; ++n) {
-    const acc largest = partials[n * stride + size];
-    all.largest = largest > all.largest ? largest : all.largest;
-  }
-  for (int64_t n = threadIdx.x; n < count; n += kStepBlock) {
-    factors[n] = exponential(partials[n * stride + size] - all.shift());
-  }
-  sync_threads();  // all factors are there
-  for (int64_t n = 0; n < count; ++n) {
-    all.total += factors[n] * partials[n * stride + size + 1];
-  }
-  return all;
-}
-
-template <class acc>
-__device__ __forceinline__ acc merged_column(const acc* partials, int64_t count, int64_t stride, const acc* factors, int64_t d) {
-  acc sum = 0;
-#pragma unroll 8
-  for (int64_t n = 0; n < count; ++n) {
-    sum += (factors == nullptr ? 1 : factors[n]) * partials[n * stride + d];
-  }
-  return sum;
-}
 
 template <class scalar>
 __device__ __forceinline__ void store_context(const OneStep& call, int64_t b, int64_t d, accumulated_t<scalar> context) {
@@ -159,102 +124,217 @@ __device__ __forceinline__ void finish_weights(
   }
 }
 
-template <class scalar>
-__device__ __forceinline__ void finish_weights(
-    const OneStep& call, const Place& place, const Softmaxed<accumulated_t<scalar>>& all) {
-  finish_weights<scalar>(call, place.b, all, threadIdx.x, kStepBlock);
+// A lane's columns: `pieces` times 16 bytes, the lanes' pieces taking turns along the row. A team of lanes has a row.
+template <class scalar, int pieces>
+struct LanesOfRow {
+  using acc = accumulated_t<scalar>;
+  static constexpr int kEach = kLanes<scalar>;
+
+  int log_lanes;  // of a team; a warp where there is more than one piece
+
+  __host__ __device__ __forceinline__ int lanes() const {
+    return pieces > 1 ? kWarp : 1 << log_lanes;
+  }
+
+  __device__ __forceinline__ int lane() const {
+    return threadIdx.x & (lanes() - 1);
+  }
+
+  __device__ __forceinline__ int team() const {
+    return pieces > 1 ? threadIdx.x / kWarp : threadIdx.x >> log_lanes;
+  }
+
+  __device__ __forceinline__ int teams() const {
+    return pieces > 1 ? kStepWarps : kStepBlock >> log_lanes;
+  }
+
+  __device__ __forceinline__ int piece(int p) const {
+    return p * lanes() + lane();
+  }
+
+  __device__ __forceinline__ int column(int p) const {
+    return piece(p) * kEach;
+  }
+
+  // The columns of a team, those beyond the row too.
+  __host__ __device__ __forceinline__ int width() const {
+    return pieces * lanes() * kEach;
+  }
+
+  static __device__ __forceinline__ void multiply(acc (&x)[pieces][kEach], acc factor) {
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        x[p][i] *= factor;
+      }
+    }
+  }
+
+  // Sums over the team, in each of its lanes and in the same bits.
+  template <int count>
+  __device__ __forceinline__ void sum_in_team(acc (&x)[count]) const {
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      if (distance < lanes()) {
+#pragma unroll
+        for (int n = 0; n < count; ++n) {
+          x[n] += shuffle_xor(x[n], distance);
+        }
+      }
+    }
+  }
+
+  // Sums over the teams of a warp, in each of them.
+  __device__ __forceinline__ acc sum_of_teams(acc x) const {
+    for (int distance = lanes(); distance < kWarp; distance *= 2) {
+      x += shuffle_xor(x, distance);
+    }
+    return x;
+  }
+
+  // The warps' sums, each times `factor`, to shared memory [kStepWarps][columns], whole pieces; complete after a barrier.
+  __device__ __forceinline__ void share(acc* sums, const acc (&x)[pieces][kEach], acc factor, int columns) const {
+    constexpr int of_vector = kLanes<acc>;
+    acc* to = sums + threadIdx.x / kWarp * columns;
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+#pragma unroll
+      for (int i = 0; i < kEach; i += of_vector) {
+        acc part[of_vector];
+#pragma unroll
+        for (int n = 0; n < of_vector; ++n) {
+          part[n] = sum_of_teams(x[p][i + n] * factor);
+        }
+        if (threadIdx.x % kWarp < lanes() && column(p) < columns) {
+          store16(to + column(p) + i, pack<acc>(part));
+        }
+      }
+    }
+  }
+};
+
+// Of the warps' sums [kStepWarps][columns].
+template <class acc>
+__device__ __forceinline__ acc shared_column(const acc* sums, int columns, int d) {
+  acc sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kStepWarps; ++warp) {
+    sum += sums[warp * columns + d];
+  }
+  return sum;
 }
 
-// From partial results with their factors to the outputs.
-template <class scalar>
-__device__ __forceinline__ void finish_step(
+// The split's result, of one split the outputs, from what the teams have: their softmaxes, and the sums of memory of them. Shared
+// memory: sums [kStepWarps][columns], where until now rows may have been under way, and of_warps [2 kStepWarps].
+template <class scalar, int pieces>
+__device__ __forceinline__ void finish_split(
     const OneStep& call,
     const Place& place,
-    const accumulated_t<scalar>* partials,
-    int64_t count,
-    const accumulated_t<scalar>* factors,
-    const Softmaxed<accumulated_t<scalar>>& all) {
-  const int64_t size = call.problem.memory_size;
-  for (int64_t d = threadIdx.x; d < size; d += kStepBlock) {
-    store_context<scalar>(call, place.b, d, merged_column(partials, count, size + 2, factors, d) * all.inverse());
-  }
-  finish_weights<scalar>(call, place, all);
-}
-
-// The splits' results to a batch element's, by a launch behind theirs: `parts` blocks a batch element, each of kStepBlock columns
-// and a share of the weights. Shared memory: [2 count + 2 kStepWarps].
-template <class scalar>
-__global__ void __launch_bounds__(kStepBlock) merge_one_step(const OneStep call, int parts) {
+    const LanesOfRow<scalar, pieces>& lanes,
+    int columns,
+    const Softmaxed<accumulated_t<scalar>>& mine,
+    const accumulated_t<scalar> (&context)[pieces][kLanes<scalar>],
+    accumulated_t<scalar>* sums,
+    accumulated_t<scalar>* of_warps) {
   using acc = accumulated_t<scalar>;
-  constexpr int early = 32 / sizeof(acc);
-  wait_for_last_launch();
-  const int64_t b = blockIdx.x / static_cast<unsigned>(parts), size = call.problem.memory_size, stride = size + 2;
-  const int part = blockIdx.x % parts, count = static_cast<int>(call.splits.count), warp = threadIdx.x / kWarp;
-  const int64_t d = static_cast<int64_t>(part) * kStepBlock + threadIdx.x;
-  const acc* partials = static_cast<const acc*>(call.splits.partials) + b * count * stride;  // [count][size + 2]
-  acc* factors = reinterpret_cast<acc*>(shared_memory());
-  acc* totals = factors + count;
-  acc* of_warps = totals + count;
-  // Everything that the first splits left is asked for before anything is waited for.
-  acc columns[early];
-#pragma unroll
-  for (int n = 0; n < early; ++n) {
-    columns[n] = n < count && d < size ? partials[n * stride + d] : acc(0);
-  }
-  Softmaxed<acc> all;
-  for (int n = threadIdx.x; n < count; n += kStepBlock) {
-    factors[n] = partials[n * stride + size];
-    totals[n] = partials[n * stride + size + 1];
-    all.largest = factors[n] > all.largest ? factors[n] : all.largest;
-  }
-  all.largest = warp_max(all.largest);
+  const int warp = threadIdx.x / kWarp, size = static_cast<int>(call.problem.memory_size);
+  Softmaxed<acc> all{warp_max(mine.largest), 0};
   if (threadIdx.x % kWarp == 0) {
     of_warps[warp] = all.largest;
   }
-  sync_threads();  // every warp's maximum is there
+  sync_threads();  // every warp's maximum and scores are there, and its rows have been read
 #pragma unroll
   for (int w = 0; w < kStepWarps; ++w) {
     all.largest = of_warps[w] > all.largest ? of_warps[w] : all.largest;
   }
-  for (int n = threadIdx.x; n < count; n += kStepBlock) {
-    factors[n] = exponential(factors[n] - all.shift());
-    all.total += factors[n] * totals[n];
-  }
-  all.total = warp_sum(all.total);
+  const acc factor = exponential(mine.largest - all.shift());
+  lanes.share(sums, context, factor, columns);
+  const acc total = lanes.sum_of_teams(mine.total * factor);
   if (threadIdx.x % kWarp == 0) {
-    of_warps[kStepWarps + warp] = all.total;
+    of_warps[kStepWarps + warp] = total;
   }
-  sync_threads();  // every warp's total is there, and all factors
-  all.total = 0;
+  sync_threads();  // every warp's sums are there
 #pragma unroll
   for (int w = 0; w < kStepWarps; ++w) {
     all.total += of_warps[kStepWarps + w];
   }
-  if (d < size) {
-    acc sum = 0;
-#pragma unroll
-    for (int n = 0; n < early; ++n) {
-      sum += n < count ? factors[n] * columns[n] : acc(0);
+  if (call.splits.count == 1) {
+    const acc inverse = all.inverse();
+    for (int d = threadIdx.x; d < size; d += kStepBlock) {
+      store_context<scalar>(call, place.b, d, shared_column(sums, columns, d) * inverse);
     }
-    if (count > early) {
-      sum += merged_column(partials + early * stride, count - early, stride, factors + early, d);
-    }
-    store_context<scalar>(call, b, d, sum * all.inverse());
+    finish_weights<scalar>(call, place.b, all, threadIdx.x, kStepBlock);
+    return;
   }
-  finish_weights<scalar>(call, b, all, d, static_cast<int64_t>(parts) * kStepBlock);
+  acc* to = static_cast<acc*>(call.splits.partials) + (place.b * call.splits.count + place.split) * int64_t{size + 2};
+  for (int d = threadIdx.x; d < size; d += kStepBlock) {
+    to[d] = shared_column(sums, columns, d);
+  }
+  if (threadIdx.x == 0) {
+    to[size] = all.largest;
+    to[size + 1] = all.total;
+  }
 }
 
-// The splits' partial gradients of a query likewise.
-template <class scalar>
-__global__ void __launch_bounds__(kStepBlock) merge_grad_query(const OneStepBackward call, int parts) {
-  using acc = accumulated_t<scalar>;
-  wait_for_last_launch();
-  const int64_t b = blockIdx.x / static_cast<unsigned>(parts), size = call.problem.key_size, count = call.splits.count;
-  const int64_t d = static_cast<int64_t>(blockIdx.x % parts) * kStepBlock + threadIdx.x;
-  const acc* partials = static_cast<const acc*>(call.splits.partials) + b * count * size;  // [count][size]
-  if (d < size) {
-    static_cast<scalar*>(call.grad_query)[b * size + d] = from_acc<scalar>(merged_column<acc>(partials, count, size, nullptr, d));
-  }
+// a b + c in one rounding, whatever stands around it: for sums that are to agree in every bit.
+__device__ __forceinline__ float fused(float a, float b, float c) {
+  return fmaf(a, b, c);
 }
+
+__device__ __forceinline__ double fused(double a, double b, double c) {
+  return fma(a, b, c);
+}
+
+// From the warps' results to the block's, in every thread; by way of shared memory [kStepWarps].
+template <class acc, class Combine>
+__device__ __forceinline__ acc combine_warps(acc of_warp, acc* of_warps, const Combine& combine) {
+  sync_threads();  // what stood there has been read
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[threadIdx.x / kWarp] = of_warp;
+  }
+  sync_threads();  // every warp's is there
+  acc all = of_warps[0];
+#pragma unroll
+  for (int warp = 1; warp < kStepWarps; ++warp) {
+    all = combine(all, of_warps[warp]);
+  }
+  return all;
+}
+
+template <class acc>
+__device__ __forceinline__ acc block_sum(acc x, acc* of_warps) {
+  return combine_warps(warp_sum(x), of_warps, [](acc a, acc b) { return a + b; });
+}
+
+template <class acc>
+__device__ __forceinline__ acc block_max(acc x, acc* of_warps) {
+  return combine_warps(warp_max(x), of_warps, [](acc a, acc b) { return a > b ? a : b; });
+}
+
+// sum_s a_s gw_s, of a whole batch element; 0 without gw. Apart from g . c, which is summed as g . m_s is: where a step has all the
+// weight, c is m_s and either difference is 0 to the last bit.
+template <class scalar>
+__device__ __forceinline__ accumulated_t<scalar> delta_of_weights(
+    const OneStepBackward& call, const Place& place, const Attendable& may_attend, accumulated_t<scalar>* of_warps) {
+  using acc = accumulated_t<scalar>;
+  if (call.grad_weights.data == nullptr) {
+    return 0;
+  }
+  const Problem& problem = call.problem;
+  const acc* weights = static_cast<const acc*>(call.weights) + place.b * problem.steps;
+  const scalar* grad = row_of<scalar>(call.grad_weights, place.b, 0);
+  acc sum = 0;
+#pragma unroll 4
+  for (int64_t s = threadIdx.x; s < problem.steps; s += kStepBlock) {
+    sum += may_attend(s) ? weights[s] * to_acc(grad[s * call.grad_weights.element]) : acc(0);
+  }
+  return block_sum(sum, of_warps);
+}
+
+// one_step_merge.cu, behind the kernels that let it begin: what the splits left to the outputs, where there are several, and
+// grad_v from all blocks' shares.
+void merge_splits(const OneStep& call, Stream stream);
+void merge_splits(const OneStepBackward& call, Stream stream);
 
 }  // namespace attn_ext::cuda

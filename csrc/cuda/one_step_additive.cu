@@ -48,7 +48,7 @@ void for_teams(const Problem& problem, const View& grad_context, const Launch& l
   }
   launch_of(
       StepTeams<scalar, pieces>{
-          log_lanes,
+          {log_lanes},
           static_cast<int>(problem.key_size),
           static_cast<int>(problem.memory_size),
           takes_vectors<scalar>(problem.query, problem.key_size),
@@ -56,15 +56,30 @@ void for_teams(const Problem& problem, const View& grad_context, const Launch& l
           takes_vectors<scalar>(grad_context, problem.memory_size)});
 }
 
-// Shared memory of a streamed step: the stream and the rows that all rows meet, in whose place the results are merged.
+// Shared memory of a streamed step: the stream, in whose place the results are merged, the rows that all rows meet, and what the
+// warps have of a number or two.
 template <class Teams>
-size_t streamed_size(const Teams& teams, int64_t rows, int64_t merged) {
+size_t streamed_size(const Teams& teams, int64_t rows) {
   using acc = typename Teams::acc;
-  const size_t met = rows * Teams::kPieces * teams.lanes() * sizeof(Vector16) + kStepWarps * sizeof(acc);
-  return std::max(StepStream<Teams>::kShared + met, merged * sizeof(acc));
+  const size_t met = rows * Teams::kPieces * teams.lanes() * sizeof(Vector16) + 2 * kStepWarps * sizeof(acc);
+  static_assert(2 * kStepWarps * most_one_step_columns(sizeof(typename Teams::scalar)) * sizeof(acc) <= StepStream<Teams>::kShared);
+  return StepStream<Teams>::kShared + met;
 }
 
 }  // namespace
+
+int64_t one_step_additive_blocks(const Problem& problem, bool backward) {
+  int64_t blocks = kStepBlocks;
+  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
+    if (is_streamed<scalar>(problem)) {
+      for_teams<scalar>(problem, View{}, [&]<int pieces>(const StepTeams<scalar, pieces>&) {
+        using Teams = StepTeams<scalar, pieces>;
+        blocks = backward ? Teams::kBackwardBlocks : Teams::kForwardBlocks;
+      });
+    }
+  });
+  return blocks;
+}
 
 void one_step_additive(const OneStep& call, Stream stream) {
   const Problem& problem = call.problem;
@@ -73,12 +88,12 @@ void one_step_additive(const OneStep& call, Stream stream) {
       return launch_one_step<scalar>(attend_one_step_additive<scalar>, call, false, stream);
     }
     for_teams<scalar>(problem, View{}, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
-      const int64_t merged = std::max<int64_t>(kStepWarps * (problem.memory_size + 2), call.splits.count);
       const dim3 grid(problem.batch * call.splits.count);
-      const size_t shared = streamed_size(teams, 2, merged);
+      const size_t shared = streamed_size(teams, 2);
       launch(attend_one_step_additive_rows<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
     });
   });
+  merge_splits(call, stream);
 }
 
 void one_step_additive_backward(const OneStepBackward& call, Stream stream) {
@@ -89,10 +104,11 @@ void one_step_additive_backward(const OneStepBackward& call, Stream stream) {
     }
     for_teams<scalar>(problem, call.grad_context, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
       const dim3 grid(problem.batch * call.splits.count);
-      const size_t shared = streamed_size(teams, 3, 2 * kStepWarps * problem.key_size);
+      const size_t shared = streamed_size(teams, 3);
       launch(differentiate_one_step_additive_rows<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
     });
   });
+  merge_splits(call, stream);
 }
 
 }  // namespace attn_ext::cuda

@@ -26,29 +26,17 @@ constexpr int kStepRows = 4;      // in flight
 
 template <class acc>
 struct AdditiveStepShared {
-  acc* panel;   // [kStepPanel], or as many factors as there are splits
+  acc* panel;   // [kStepPanel]
   acc* scores;  // [steps of a split]; backward: its weights
   acc* grads;   // [steps of a split], backward only: da, then de
 
   __device__ __forceinline__ explicit AdditiveStepShared(const Splits& splits)
-      : panel(reinterpret_cast<acc*>(shared_memory())),
-        scores(panel + (splits.count > kStepPanel ? splits.count : kStepPanel)),
-        grads(scores + splits.steps) {}
+      : panel(reinterpret_cast<acc*>(shared_memory())), scores(panel + kStepPanel), grads(scores + splits.steps) {}
 
   static size_t size(const Splits& splits, bool has_grads) {
-    const int64_t panel = splits.count > kStepPanel ? splits.count : kStepPanel;
-    return (panel + (has_grads ? 2 : 1) * splits.steps) * sizeof(acc);
+    return (kStepPanel + (has_grads ? 2 : 1) * splits.steps) * sizeof(acc);
   }
 };
-
-// a b + c in one rounding, whatever stands around it: for sums that are to agree in every bit.
-__device__ __forceinline__ float fused(float a, float b, float c) {
-  return fmaf(a, b, c);
-}
-
-__device__ __forceinline__ double fused(double a, double b, double c) {
-  return fma(a, b, c);
-}
 
 // Rows of a tensor, 16 bytes at a time.
 template <class scalar>
@@ -261,38 +249,13 @@ struct StepColumns {
   }
 };
 
-// From the warps' results to the block's, in every thread; by way of shared memory [kStepWarps].
-template <class acc, class Combine>
-__device__ __forceinline__ acc combine_warps(acc of_warp, acc* of_warps, const Combine& combine) {
-  sync_threads();  // what stood there has been read
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[threadIdx.x / kWarp] = of_warp;
-  }
-  sync_threads();  // every warp's is there
-  acc all = of_warps[0];
-#pragma unroll
-  for (int warp = 1; warp < kStepWarps; ++warp) {
-    all = combine(all, of_warps[warp]);
-  }
-  return all;
-}
-
-template <class acc>
-__device__ __forceinline__ acc block_sum(acc x, acc* of_warps) {
-  return combine_warps(warp_sum(x), of_warps, [](acc a, acc b) { return a + b; });
-}
-
-template <class acc>
-__device__ __forceinline__ acc block_max(acc x, acc* of_warps) {
-  return combine_warps(warp_max(x), of_warps, [](acc a, acc b) { return a > b ? a : b; });
-}
-
 template <class scalar>
-__global__ void __launch_bounds__(kStepBlock, 4)
+__global__ void __launch_bounds__(kStepBlock, kStepBlocks)
     attend_one_step_additive(const OneStep call, bool keys_by_vectors, bool memory_by_vectors) {
   using acc = accumulated_t<scalar>;
   using Rows = StepRows<scalar>;
   const Problem& problem = call.problem;
+  let_next_launch_begin();
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
   const AdditiveStepShared<acc> shared(call.splits);
@@ -350,35 +313,12 @@ __global__ void __launch_bounds__(kStepBlock, 4)
     });
   }
   if (splits == 1) {
-    finish_weights<scalar>(call, place, mine);
-    return;
-  }
-  if (threadIdx.x == 0) {
+    finish_weights<scalar>(call, place.b, mine, threadIdx.x, kStepBlock);
+  } else if (threadIdx.x == 0) {
     acc* behind = partials + place.split * (size + 2) + size;
     behind[0] = mine.largest;
     behind[1] = mine.total;
   }
-  if (place.is_last(call.splits)) {
-    const Softmaxed<acc> all = merge_softmaxes(partials, splits, size, shared.panel);
-    finish_step<scalar>(call, place, partials, splits, shared.panel, all);
-  }
-}
-
-// sum_s a_s gw_s, of a whole batch element.
-template <class scalar>
-__device__ __forceinline__ accumulated_t<scalar> delta_of_weights(
-    const OneStepBackward& call, const Place& place, const Attendable& may_attend, accumulated_t<scalar>* of_warps) {
-  using acc = accumulated_t<scalar>;
-  const Problem& problem = call.problem;
-  acc sum = 0;
-  if (call.grad_weights.data != nullptr) {
-    const acc* weights = static_cast<const acc*>(call.weights) + place.b * problem.steps;
-    const scalar* grad = row_of<scalar>(call.grad_weights, place.b, 0);
-    for (int64_t s = threadIdx.x; s < problem.steps; s += kStepBlock) {
-      sum += may_attend(s) ? weights[s] * to_acc(grad[s * call.grad_weights.element]) : acc(0);
-    }
-  }
-  return block_sum(sum, of_warps);
 }
 
 // shared.scores = a, shared.grads = de, of the split; complete after a barrier. On the way, dm.
@@ -481,12 +421,13 @@ __device__ __forceinline__ void grad_scores_of(
 }
 
 template <class scalar>
-__global__ void __launch_bounds__(kStepBlock, 4)
+__global__ void __launch_bounds__(kStepBlock, kStepBlocks)
     differentiate_one_step_additive(const OneStepBackward call, bool keys_by_vectors, bool memory_by_vectors) {
   using acc = accumulated_t<scalar>;
   using Rows = StepRows<scalar>;
   constexpr int each = Rows::kEach, rows = kStepRows / 2;
   const Problem& problem = call.problem;
+  let_next_launch_begin();
   const Place place(problem, call.splits);
   const AdditiveStepShared<acc> shared(call.splits);
   const int count = static_cast<int>(place.end - place.begin);
@@ -497,7 +438,7 @@ __global__ void __launch_bounds__(kStepBlock, 4)
   const Rows keys(problem.keys, place, size, keys_by_vectors);
   scalar* grad_keys = part_of<scalar>(call.grad_keys, (place.b * problem.steps + place.begin) * size);
   scalar* grad_query = part_of<scalar>(call.grad_query, place.b * size);
-  acc* grad_v = part_of<acc>(call.grad_v, (place.b * splits + place.split) * size);
+  acc* grad_v = part_of<acc>(call.partial_grad_v, (place.b * splits + place.split) * size);
   acc* partials = part_of<acc>(call.splits.partials, place.b * splits * size);  // [splits][size]
   const StepColumns columns(size, each);
   for (int64_t round = 0; round < columns.pieces; round += columns.width) {
@@ -546,11 +487,6 @@ __global__ void __launch_bounds__(kStepBlock, 4)
     });
     if (grad_v != nullptr) {
       columns.sum(shared.panel, to_v, round, size, [&](int64_t a, acc sum) { grad_v[a] = sum; });
-    }
-  }
-  if (grad_query != nullptr && splits > 1 && place.is_last(call.splits)) {
-    for (int64_t a = threadIdx.x; a < size; a += kStepBlock) {
-      grad_query[a] = from_acc<scalar>(merged_column<acc>(partials, splits, size, nullptr, a));
     }
   }
 }

@@ -14,13 +14,17 @@ namespace attn_ext::cuda {
 // Pieces of 16 bytes that a thread has under way of keys, and as many of memory: 32 KB a block.
 constexpr int kAheadPieces = 8;
 
-// The columns of a lane: `pieces` times 16 bytes, the lanes' pieces taking turns along the row.
+// A step's two rows, and a lane's columns of either.
 template <class scalar_, int pieces>
-struct StepTeams {
+struct StepTeams : LanesOfRow<scalar_, pieces> {
   using scalar = scalar_;
-  using acc = accumulated_t<scalar>;
+  using Lanes = LanesOfRow<scalar, pieces>;
+  using Lanes::kEach;
+  using Lanes::lanes;
+  using Lanes::piece;
+  using Lanes::teams;
+  using typename Lanes::acc;
   static constexpr int kPieces = pieces;
-  static constexpr int kEach = kLanes<scalar>;
   static constexpr int kWords = pieces * kEach * sizeof(acc) / 4;  // registers of a row
   static constexpr int kRows = kWords < 16 ? 2 : 1;                // of a team at once: of a short one there is little to overlap
   static constexpr int kStages = kAheadPieces / (pieces * kRows);
@@ -29,40 +33,15 @@ struct StepTeams {
   static constexpr int kBackwardBlocks = pieces > 4 ? 2 : kWords > 16 || sizeof(scalar) > 2 ? 3 : 4;
   static_assert(kStages * kRows * pieces == kAheadPieces && kRows * kStages <= 32);
 
-  int log_lanes;  // of a team; a warp where there is more than one piece
   int key_size;
   int memory_size;
   bool query_by_vectors;
   bool v_by_vectors;
   bool grad_by_vectors;  // the context's, backward only
 
-  __host__ __device__ __forceinline__ int lanes() const {
-    return pieces > 1 ? kWarp : 1 << log_lanes;
-  }
-
-  __device__ __forceinline__ int lane() const {
-    return threadIdx.x & (lanes() - 1);
-  }
-
-  __device__ __forceinline__ int team() const {
-    return pieces > 1 ? threadIdx.x / kWarp : threadIdx.x >> log_lanes;
-  }
-
-  __device__ __forceinline__ int teams() const {
-    return pieces > 1 ? kStepWarps : kStepBlock >> log_lanes;
-  }
-
   // Steps that the block takes at once.
   __device__ __forceinline__ int stride() const {
     return teams() * kRows;
-  }
-
-  __device__ __forceinline__ int piece(int p) const {
-    return p * lanes() + lane();
-  }
-
-  __device__ __forceinline__ int column(int p) const {
-    return piece(p) * kEach;
   }
 
   // Whether any lane has this piece of a row: the others' are zeros.
@@ -85,47 +64,6 @@ struct StepTeams {
 
   __device__ __forceinline__ void load(acc (&to)[kEach], const Vector16* row, int p) const {
     unpack<scalar>(to, load16(row + piece(p)));
-  }
-
-  // Sums over a team, in each of its lanes.
-  __device__ __forceinline__ void sum(acc (&x)[kRows]) const {
-#pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      if (distance < lanes()) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          x[r] += shuffle_xor(x[r], distance);
-        }
-      }
-    }
-  }
-
-  // Sums over the teams of a warp, in each of them.
-  __device__ __forceinline__ acc sum_of_teams(acc x) const {
-    for (int distance = lanes(); distance < kWarp; distance *= 2) {
-      x += shuffle_xor(x, distance);
-    }
-    return x;
-  }
-
-  // The warps' sums, each times `factor`, to shared memory [kStepWarps][size].
-  __device__ __forceinline__ void share(acc* sums, const acc (&x)[pieces][kEach], acc factor, int size) const {
-    constexpr int of_vector = kLanes<acc>;
-    acc* to = sums + threadIdx.x / kWarp * size;
-#pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-#pragma unroll
-      for (int i = 0; i < kEach; i += of_vector) {
-        acc part[of_vector];
-#pragma unroll
-        for (int n = 0; n < of_vector; ++n) {
-          part[n] = sum_of_teams(x[p][i + n] * factor);
-        }
-        if (threadIdx.x % kWarp < lanes() && column(p) < size) {
-          store16(to + column(p) + i, pack<acc>(part));
-        }
-      }
-    }
   }
 };
 
@@ -253,32 +191,6 @@ __device__ __forceinline__ void streamed_scores(
   }
 }
 
-// store(d, sum) of all columns of what the splits left, as merged_column has it. It is what a batch element waits for in the end:
-// many loads are under way at once.
-template <class acc, class Store>
-__device__ __forceinline__ void merge_columns(
-    const acc* partials, int64_t count, int64_t stride, const acc* factors, int64_t size, const Store& store) {
-  constexpr int columns = sizeof(acc) == 8 ? 2 : 4;
-  for (int64_t d0 = threadIdx.x; d0 < size; d0 += columns * kStepBlock) {
-    acc sums[columns] = {};
-#pragma unroll 4
-    for (int64_t n = 0; n < count; ++n) {
-      const acc factor = factors == nullptr ? acc(1) : factors[n];
-#pragma unroll
-      for (int c = 0; c < columns; ++c) {
-        const int64_t d = d0 + c * kStepBlock;
-        sums[c] += factor * (d < size ? partials[n * stride + d] : acc(0));
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < columns; ++c) {
-      if (d0 + c * kStepBlock < size) {
-        store(d0 + c * kStepBlock, sums[c]);
-      }
-    }
-  }
-}
-
 template <class scalar, int pieces>
 __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwardBlocks))
     attend_one_step_additive_rows(const OneStep call, const StepTeams<scalar, pieces> teams) {
@@ -287,6 +199,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
   using Stream = StepStream<Teams>;
   constexpr int rows = Teams::kRows, each = Teams::kEach;
   const Problem& problem = call.problem;
+  let_next_launch_begin();
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
   const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
@@ -309,7 +222,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
     const acc before = mine.largest;
     wait_copies<Stream::kPending>();
     streamed_scores(score, teams, stream, query, v, [](int, int, int, acc) {});
-    teams.sum(score);
+    teams.sum_in_team(score);
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       score[r] = stream.attends(r) ? -2 * static_cast<acc>(problem.scale) * score[r] : -kInfinity<acc>;
@@ -323,13 +236,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
     if (before != mine.largest) {
       const acc factor = exponential(before - shift);
       mine.total *= factor;
-#pragma unroll
-      for (int p = 0; p < pieces; ++p) {
-#pragma unroll
-        for (int i = 0; i < each; ++i) {
-          context[p][i] *= factor;
-        }
-      }
+      Teams::multiply(context, factor);
     }
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
@@ -354,58 +261,10 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
     stream.ask_for_memory();
   }
 
-  acc* sums = reinterpret_cast<acc*>(shared_memory());  // [warps][size]
-  acc* of_warps = sums + kStepWarps * size;             // [2][warps]
-  const int warp = threadIdx.x / kWarp;
-  Softmaxed<acc> all{warp_max(mine.largest), 0};
-  wait_copies<0>();  // the last ones are zeros: nobody has waited for them
-  sync_threads();    // the streams, in whose place the sums stand, have been read
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[warp] = all.largest;
-  }
-  sync_threads();  // every warp's maximum is there
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    all.largest = of_warps[w] > all.largest ? of_warps[w] : all.largest;
-  }
-  const acc factor = exponential(mine.largest - all.shift());
-  teams.share(sums, context, factor, size);
-  const acc total = teams.sum_of_teams(mine.total * factor);
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[kStepWarps + warp] = total;
-  }
-  sync_threads();  // every warp's sums and scores are there
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    all.total += of_warps[kStepWarps + w];
-  }
-  const int64_t count = call.splits.count;
-  if (count == 1) {
-    const acc inverse = all.inverse();
-    for (int d = threadIdx.x; d < size; d += kStepBlock) {
-      store_context<scalar>(call, place.b, d, merged_column<acc>(sums, kStepWarps, size, nullptr, d) * inverse);
-    }
-    finish_weights<scalar>(call, place, all);
-    return;
-  }
-  acc* of_splits = part_of<acc>(call.splits.partials, place.b * count * (size + 2));  // [count][size + 2]
-  acc* to = of_splits + place.split * (size + 2);
-  for (int d = threadIdx.x; d < size; d += kStepBlock) {
-    to[d] = merged_column<acc>(sums, kStepWarps, size, nullptr, d);
-  }
-  if (threadIdx.x == 0) {
-    to[size] = all.largest;
-    to[size + 1] = all.total;
-  }
-  if (place.is_last(call.splits)) {
-    acc* factors = sums;  // [count]
-    all = merge_softmaxes(of_splits, count, size, factors);
-    const acc inverse = all.inverse();
-    merge_columns(of_splits, count, size + 2, factors, size, [&](int64_t d, acc sum) {
-      store_context<scalar>(call, place.b, d, sum * inverse);
-    });
-    finish_weights<scalar>(call, place, all);
-  }
+  wait_copies<0>();                                                    // the last ones are zeros: nobody has waited for them
+  acc* sums = reinterpret_cast<acc*>(shared_memory());                 // [warps][size], in the streams' place
+  acc* of_warps = reinterpret_cast<acc*>(v + pieces * teams.lanes());  // [2][warps]
+  finish_split(call, place, teams, size, mine, context, sums, of_warps);
 }
 
 // 2h = -tanh from what a feature adds to a score.
@@ -425,6 +284,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
   using Stream = StepStream<Teams>;
   constexpr int rows = Teams::kRows, each = Teams::kEach;
   const Problem& problem = call.problem;
+  let_next_launch_begin();
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
   const int64_t first = place.b * problem.steps + place.begin;
@@ -497,7 +357,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
       }
     }
   }
-  teams.sum(delta);
+  teams.sum_in_team(delta);
 
   acc to_query[pieces][each] = {}, to_v[pieces][each] = {};
   int s0 = 0;
@@ -521,7 +381,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
         weight, teams, stream, query, v, [&](int r, int p, int i, acc term) { doubled[r][p][i] = doubled_centred(term); });
     stream.ask_for_keys(ahead);
     if (!has_weights) {
-      teams.sum(weight);
+      teams.sum_in_team(weight);
     }
     wait_copies<Stream::kPending>();
 #pragma unroll
@@ -541,14 +401,14 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
       }
     }
     stream.ask_for_memory();
-    teams.sum(grad_score);
+    teams.sum_in_team(grad_score);
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       if (!attends[r]) {
         weight[r] = 0;
       } else {
-        weight[r] =
-            has_weights ? static_cast<const acc*>(call.weights)[first + step[r]] : exponential(-2 * scale * weight[r] - logsumexp);
+        weight[r] = has_weights ? static_cast<const acc*>(call.weights)[first + step[r]]
+                                : exponential(fused(-2 * scale, weight[r], acc(0)) - logsumexp);  // the forward's score
       }
       grad_score[r] = scale * (weight[r] * ((grad_score[r] - delta[0]) + from_weights[r]));
       if (step[r] >= all_steps) {
@@ -626,11 +486,11 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
   sync_threads();  // every warp's is there
   const int64_t count = call.splits.count;
   acc* of_splits = part_of<acc>(call.splits.partials, place.b * count * key_size);  // [count][key_size]
-  acc* grad_v = part_of<acc>(call.grad_v, (place.b * count + place.split) * key_size);
+  acc* grad_v = part_of<acc>(call.partial_grad_v, (place.b * count + place.split) * key_size);
   scalar* grad_query = part_of<scalar>(call.grad_query, place.b * key_size);
   for (int a = threadIdx.x; a < key_size; a += kStepBlock) {
     if (grad_query != nullptr) {
-      const acc sum = merged_column<acc>(queries, kStepWarps, key_size, nullptr, a);
+      const acc sum = shared_column(queries, key_size, a);
       if (count == 1) {
         grad_query[a] = from_acc<scalar>(sum);
       } else {
@@ -638,12 +498,8 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
       }
     }
     if (grad_v != nullptr) {
-      grad_v[a] = merged_column<acc>(vs, kStepWarps, key_size, nullptr, a);
+      grad_v[a] = shared_column(vs, key_size, a);
     }
-  }
-  if (grad_query != nullptr && count > 1 && place.is_last(call.splits)) {
-    merge_columns<acc>(
-        of_splits, count, key_size, nullptr, key_size, [&](int64_t a, acc sum) { grad_query[a] = from_acc<scalar>(sum); });
   }
 }
 

@@ -7,7 +7,7 @@
 // A team of lanes, up to a warp, takes `rows` rows of memory at a time, of which each lane has its columns, and has those columns
 // of all sums in its registers. The team's next rows are under way to shared memory meanwhile, so loads never pause, and no barrier
 // stands before the teams' results are merged. What all rows meet, q and g, is kept as it is stored: of halves that is half the
-// registers, and so a multiprocessor has room for kStepBlocks blocks. Bound by memory.
+// registers, and so a multiprocessor has room for kDotBlocks blocks. Bound by memory.
 #pragma once
 
 #include "one_step.cuh"
@@ -16,33 +16,21 @@
 
 namespace attn_ext::cuda {
 
-// The columns of a lane: `pieces` times 16 bytes, the lanes' pieces taking turns along the row.
+// Blocks that a multiprocessor is to have registers for: long rows of double need fewer of them.
 template <class scalar, int pieces>
-struct Columns {
-  using acc = accumulated_t<scalar>;
-  static constexpr int kEach = kLanes<scalar>;
+constexpr int kDotBlocks = sizeof(scalar) == 8 && pieces > 4 ? 3 : kStepBlocks;
 
-  int lanes_of_team;  // a power of two; a warp where there is more than one piece
+// A row of memory, a lane's columns of it, and how it is read.
+template <class scalar, int pieces>
+struct Columns : LanesOfRow<scalar, pieces> {
+  using Lanes = LanesOfRow<scalar, pieces>;
+  using Lanes::column;
+  using Lanes::kEach;
+  using typename Lanes::acc;
+
   int size;
   bool by_vectors;        // the memory and its gradient
-  bool query_by_vectors;  // what has one row a batch element: the query, and a backward's gradient of the context
-
-  __device__ __forceinline__ int lanes() const {
-    return pieces > 1 ? kWarp : lanes_of_team;
-  }
-
-  __device__ __forceinline__ int lane() const {
-    return threadIdx.x % lanes();
-  }
-
-  __device__ __forceinline__ int column(int piece) const {
-    return (piece * lanes() + lane()) * kEach;
-  }
-
-  // The columns of a team, those beyond the row too.
-  __device__ __forceinline__ int width() const {
-    return pieces * lanes() * kEach;
-  }
+  bool query_by_vectors;  // what has one row a batch element: the query, and a backward's context and its gradient
 
   // Of a row of any strides, and zeros beyond it or where it is not `there`.
   __device__ __forceinline__ Vector16 gather(const scalar* row, int64_t element, int piece, bool there) const {
@@ -80,69 +68,49 @@ struct Columns {
     }
   }
 
-  static __device__ __forceinline__ void multiply(acc (&x)[pieces][kEach], acc factor) {
-#pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        x[p][i] *= factor;
-      }
-    }
-  }
-
-  // Sums over the team, in each of its lanes.
-  template <int count>
-  __device__ __forceinline__ void sum_in_team(acc (&x)[count]) const {
-#pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      if (distance < lanes()) {
-#pragma unroll
-        for (int n = 0; n < count; ++n) {
-          x[n] += shuffle_xor(x[n], distance);
-        }
-      }
-    }
-  }
-
-  // Sums over the teams of a warp, in each of them.
-  __device__ __forceinline__ acc sum_of_teams(acc x) const {
-    for (int distance = lanes(); distance < kWarp; distance *= 2) {
-      x += shuffle_xor(x, distance);
-    }
-    return x;
-  }
-
-  // The warps' sums, [kStepWarps][width()] of shared memory; complete after a barrier.
-  __device__ __forceinline__ void share(acc* sums, acc (&x)[pieces][kEach]) const {
-    constexpr int of_vector = kLanes<acc>;
-#pragma unroll
-    for (int p = 0; p < pieces; ++p) {
+  // sum_d g_d c_d of the team, as g . m_s is summed of a row m_s under way.
+  __device__ __forceinline__ acc dot(const Vector16 (&grad)[pieces], const acc* context) const {
+    acc sum[1] = {};
+    const auto add = [&](const Vector16& of_grad, const acc(&c)[kEach]) {
+      acc g[kEach];
+      unpack<scalar>(g, of_grad);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        x[p][i] = sum_of_teams(x[p][i]);
+        sum[0] = fused(g[i], c[i], sum[0]);
       }
-      if (threadIdx.x % kWarp < lanes()) {
+    };
+    acc c[kEach];
+    if (query_by_vectors) {
 #pragma unroll
-        for (int i = 0; i < kEach; i += of_vector) {
-          acc part[of_vector];
+      for (int p = 0; p < pieces; ++p) {
 #pragma unroll
-          for (int n = 0; n < of_vector; ++n) {
-            part[n] = x[p][i + n];
+        for (int i = 0; i < kEach; i += kLanes<acc>) {
+          acc part[kLanes<acc>];
+          unpack<acc>(part, column(p) < size ? load16(context + column(p) + i) : Vector16{});
+#pragma unroll
+          for (int n = 0; n < kLanes<acc>; ++n) {
+            c[i + n] = part[n];
           }
-          store16(sums + threadIdx.x / kWarp * width() + column(p) + i, pack<acc>(part));
         }
+        add(grad[p], c);
+      }
+    } else {
+#pragma unroll 1  // so many single loads take too many registers
+      for (int p = 0; p < pieces; ++p) {
+        Vector16 of_grad = grad[0];
+#pragma unroll
+        for (int n = 1; n < pieces; ++n) {
+          of_grad = n == p ? grad[n] : of_grad;
+        }
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          c[i] = column(p) + i < size ? context[column(p) + i] : acc(0);
+        }
+        add(of_grad, c);
       }
     }
-  }
-
-  // Of the warps' sums.
-  __device__ __forceinline__ acc shared_column(const acc* sums, int d) const {
-    acc sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kStepWarps; ++warp) {
-      sum += sums[warp * width() + d];
-    }
-    return sum;
+    this->sum_in_team(sum);
+    return sum[0];
   }
 };
 
@@ -166,7 +134,7 @@ class MemoryUnderWay {
       : problem_(problem),
         columns_(columns),
         under_way_(shared),
-        step_(threadIdx.x / columns.lanes()),
+        step_(columns.team()),
         count_(count),
         end_(end),
         mask_(static_cast<const bool*>(problem.mask.data)),
@@ -186,7 +154,7 @@ class MemoryUnderWay {
 
   // Whether there are rows at hand, of any team.
   __device__ __forceinline__ bool has_rows() const {
-    return step_ - static_cast<int>(threadIdx.x) / columns_.lanes() < count_;
+    return step_ - columns_.team() < count_;
   }
 
   __device__ __forceinline__ void wait() const {
@@ -279,7 +247,7 @@ class MemoryUnderWay {
 
   // A team's rows are so many steps apart, and elements.
   __device__ __forceinline__ int teams() const {
-    return kStepBlock / columns_.lanes();
+    return columns_.teams();
   }
 
   __device__ __forceinline__ int64_t stride() const {
@@ -308,7 +276,7 @@ constexpr int kStepShared = std::max<int>(
     RowsUnderWay<rows * pieces, depth>::kBytes, kStepWarps * kWarp * pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>));
 
 template <class scalar, int pieces, int rows, int depth>
-__global__ void __launch_bounds__(kStepBlock, kStepBlocks)
+__global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
     attend_one_step(const OneStep call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
   constexpr int each = kLanes<scalar>;
@@ -339,7 +307,7 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
         memory.unpack_piece(x, r, p);
 #pragma unroll
         for (int i = 0; i < each; ++i) {
-          parts[i % 2] += q[i] * x[i];
+          parts[i % 2] = fused(q[i], x[i], parts[i % 2]);
         }
       }
       score[r] = parts[0] + parts[1];
@@ -377,76 +345,11 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   }
   memory.finish();
 
-  const int warp = threadIdx.x / kWarp;
-  Softmaxed<acc> all{warp_max(mine.largest), 0};
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[warp] = all.largest;
-  }
-  sync_threads();  // every warp's maximum and scores are there, and its rows have been read
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    all.largest = of_warps[w] > all.largest ? of_warps[w] : all.largest;
-  }
-  const acc factor = exponential(mine.largest - all.shift());
-  Columns<scalar, pieces>::multiply(context, factor);
-  columns.share(sums, context);
-  const acc total = columns.sum_of_teams(mine.total * factor);
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[kStepWarps + warp] = total;
-  }
-  sync_threads();  // every warp's sums are there
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    all.total += of_warps[kStepWarps + w];
-  }
-  if (call.splits.count == 1) {
-    const acc inverse = all.inverse();
-    for (int d = threadIdx.x; d < columns.size; d += kStepBlock) {
-      store_context<scalar>(call, place.b, d, columns.shared_column(sums, d) * inverse);
-    }
-    finish_weights<scalar>(call, place.b, all, threadIdx.x, kStepBlock);
-    return;
-  }
-  const int64_t size = columns.size;
-  acc* to = static_cast<acc*>(call.splits.partials) + (place.b * call.splits.count + place.split) * (size + 2);
-  for (int d = threadIdx.x; d < columns.size; d += kStepBlock) {
-    to[d] = columns.shared_column(sums, d);
-  }
-  if (threadIdx.x == 0) {
-    to[size] = all.largest;
-    to[size + 1] = all.total;
-  }
-}
-
-// A thread's share of g . c + sum_s a_s gw_s, of a whole batch element.
-template <class scalar>
-__device__ __forceinline__ accumulated_t<scalar> share_of_delta(
-    const OneStepBackward& call, const Place& place, const Attendable& may_attend) {
-  using acc = accumulated_t<scalar>;
-  const Problem& problem = call.problem;
-  const int size = static_cast<int>(problem.memory_size);
-  acc sum = 0;
-  if (call.grad_context.data != nullptr) {
-    const acc* context = static_cast<const acc*>(call.context) + place.b * problem.memory_size;
-    const scalar* grad = row_of<scalar>(call.grad_context, place.b, 0);
-#pragma unroll 8
-    for (int d = threadIdx.x; d < size; d += kStepBlock) {
-      sum += context[d] * to_acc(grad[d * call.grad_context.element]);
-    }
-  }
-  if (call.grad_weights.data != nullptr) {
-    const acc* weights = static_cast<const acc*>(call.weights) + place.b * problem.steps;
-    const scalar* grad_weights = row_of<scalar>(call.grad_weights, place.b, 0);
-#pragma unroll 4
-    for (int64_t s = threadIdx.x; s < problem.steps; s += kStepBlock) {
-      sum += may_attend(s) ? weights[s] * to_acc(grad_weights[s * call.grad_weights.element]) : acc(0);
-    }
-  }
-  return sum;
+  finish_split(call, place, columns, columns.width(), mine, context, sums, of_warps);
 }
 
 template <class scalar, int pieces, int rows, int depth>
-__global__ void __launch_bounds__(kStepBlock, kStepBlocks)
+__global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
     differentiate_one_step(const OneStepBackward call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
   constexpr int each = kLanes<scalar>;
@@ -459,17 +362,12 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t first = place.b * problem.steps + place.begin;
   MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, steps_to_attend(place, may_attend), count, sums);
-  // All of this is asked for before any of it is waited for.
+  const acc delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps);
+  // Both are asked for before either is waited for.
   Vector16 query[pieces], grad[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   const bool has_grad = call.grad_context.data != nullptr;
   columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  const acc logsumexp = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
-  acc delta = warp_sum(share_of_delta<scalar>(call, place, may_attend));
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[threadIdx.x / kWarp] = delta;
-    of_warps[kStepWarps + threadIdx.x / kWarp] = logsumexp;  // from now on there: registers are short
-  }
   constexpr bool shares_query = kSharesQuery<scalar, pieces>;
   char* behind = reinterpret_cast<char*>(sums) + kStepShared<scalar, pieces, rows, depth>;
   Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
@@ -479,12 +377,14 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
       store16(shared_query + p * kWarp, query[p]);
     }
   }
-  sync_threads();  // every warp's share of delta is there, and the query
-  delta = 0;
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    delta += of_warps[w];
+  const acc delta = has_grad ? columns.dot(grad, static_cast<const acc*>(call.context) + place.b * columns.size) : acc(0);
+  acc* of_block = of_warps + kStepWarps;  // for registers are short: the log-sum-exp, and delta in its two parts
+  if (threadIdx.x == 0) {
+    of_block[0] = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
+    of_block[1] = delta_weights;
+    of_block[2] = delta;
   }
+  sync_threads();  // all of this is there
   const auto unpack_query = [&](acc(&to)[each], int p) {
     unpack<scalar>(to, shares_query ? load16(shared_query + p * kWarp) : query[p]);
   };
@@ -495,7 +395,7 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   Columns<scalar, pieces>::clear(grad_query);
   for (; memory.has_rows(); memory.advance()) {
     memory.wait();
-    acc products[2 * rows] = {};  // q . m, then g . m
+    acc products[3 * rows] = {};  // q . m in two parts, as the forward has it, and g . m
 #pragma unroll
     for (int p = 0; p < pieces; ++p) {
       acc q[each], g[each];
@@ -507,21 +407,30 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
         memory.unpack_piece(x, r, p);
 #pragma unroll
         for (int i = 0; i < each; ++i) {
-          products[r] += q[i] * x[i];
-          products[rows + r] += g[i] * x[i];
+          products[i % 2 * rows + r] = fused(q[i], x[i], products[i % 2 * rows + r]);
+          products[2 * rows + r] = fused(g[i], x[i], products[2 * rows + r]);
         }
       }
     }
-    columns.sum_in_team(products);
+    acc sums_of_rows[2 * rows];
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      sums_of_rows[r] = products[r] + products[rows + r];
+      sums_of_rows[rows + r] = products[2 * rows + r];
+    }
+    columns.sum_in_team(sums_of_rows);
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       const int s = memory.step(r);
       acc weight = 0, grad_score = 0;
       if (memory.attends(r)) {
         weight = call.weights != nullptr ? static_cast<const acc*>(call.weights)[first + s]
-                                         : exponential(scale * products[r] - of_warps[kStepWarps + threadIdx.x / kWarp]);
-        grad_score = products[rows + r] + (grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element]) : acc(0));
-        grad_score = scale * (weight * (grad_score - delta));
+                                         : exponential(fused(scale, sums_of_rows[r], acc(0)) - of_block[0]);  // the forward's score
+        grad_score = sums_of_rows[rows + r] - of_block[2];
+        if (grad_weights != nullptr) {
+          grad_score += to_acc(grad_weights[s * call.grad_weights.element]) - of_block[1];
+        }
+        grad_score = scale * (weight * grad_score);
       }
       const bool is_there = s < count;
       scalar* grad_row =
@@ -556,13 +465,13 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   }
 
   sync_threads();  // every warp's rows have been read
-  columns.share(sums, grad_query);
+  columns.share(sums, grad_query, 1, columns.width());
   sync_threads();  // every warp's sums are there
   const int64_t splits = call.splits.count, size = columns.size;
   scalar* to = static_cast<scalar*>(call.grad_query) + place.b * size;
   acc* partials = static_cast<acc*>(call.splits.partials) + (place.b * splits + place.split) * size;
   for (int d = threadIdx.x; d < columns.size; d += kStepBlock) {
-    const acc sum = columns.shared_column(sums, d);
+    const acc sum = shared_column(sums, columns.width(), d);
     if (splits == 1) {
       to[d] = from_acc<scalar>(sum);
     } else {

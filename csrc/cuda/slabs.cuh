@@ -1,4 +1,4 @@
-// out = sum over n of slabs[n], in their order. Bound by reading the slabs.
+// out = sum over n of slabs[n], always in the same order. Bound by reading the slabs.
 #pragma once
 
 #include "device.cuh"
@@ -7,29 +7,55 @@ namespace attn_ext::cuda {
 
 constexpr int kSlabThreads = 256;
 
-// A block has 256 / groups elements; each group of its threads sums every groups-th slab, so that many short slabs are read by
-// many.
+// Blocks that share a sum, and the groups of each one's threads: it has 256 / groups elements, and each group sums every groups-th
+// slab, so that many short slabs are read by many.
+struct SlabBlocks {
+  unsigned count;
+  int groups;
+};
+
+// A block's elements. Shared memory where there are several groups: [kSlabThreads] acc.
 template <class scalar>
-__global__ void __launch_bounds__(kSlabThreads)
-    sum_slabs(scalar* out, const accumulated_t<scalar>* slabs, int64_t count, int64_t size, int groups) {
+__device__ __forceinline__ void sum_slabs_by(
+    scalar* out, const accumulated_t<scalar>* slabs, int64_t count, int64_t size, int groups, unsigned block) {
   using acc = accumulated_t<scalar>;
+  constexpr int at_once = 64 / sizeof(acc);  // loads under way
   const int width = kSlabThreads / groups, group = threadIdx.x / width;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
+  const int64_t at = static_cast<int64_t>(block) * width + threadIdx.x % width;
   acc sum = 0;
-  for (int64_t n = group; at < size && n < count; n += groups) {
-    sum += slabs[n * size + at];
+  if (at < size) {
+    for (int64_t n = group; n < count; n += at_once * groups) {
+      acc x[at_once];
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        x[i] = n + i * groups < count ? slabs[(n + i * groups) * size + at] : acc(0);
+      }
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        sum += x[i];
+      }
+    }
   }
   if (groups > 1) {
     acc* sums = reinterpret_cast<acc*>(shared_memory());  // [groups][width]
     sums[threadIdx.x] = sum;
     sync_threads();  // every group's is there
-    for (int other = 1; group == 0 && other < groups; ++other) {
-      sum += sums[other * width + threadIdx.x];
+    if (group == 0) {
+#pragma unroll 8
+      for (int other = 1; other < groups; ++other) {
+        sum += sums[other * width + threadIdx.x];
+      }
     }
   }
   if (group == 0 && at < size) {
     out[at] = from_acc<scalar>(sum);
   }
+}
+
+template <class scalar>
+__global__ void __launch_bounds__(kSlabThreads)
+    sum_slabs(scalar* out, const accumulated_t<scalar>* slabs, int64_t count, int64_t size, int groups) {
+  sum_slabs_by(out, slabs, count, size, groups, blockIdx.x);
 }
 
 }  // namespace attn_ext::cuda

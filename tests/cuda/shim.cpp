@@ -144,17 +144,6 @@ struct Thread {
   std::vector<Copy> copies;
 };
 
-struct Ticket {
-  const int* counter;
-  uint32_t epoch;
-  uint16_t thread;
-};
-
-struct Block {
-  uint32_t first_epoch;
-  std::vector<Ticket> tickets;
-};
-
 const char* name_of(Meeting meeting) {
   constexpr const char* names[] = {"sync_threads", "any_in_block", "sync_warp", "shuffle_xor", "shuffle_down", "shuffle"};
   return names[static_cast<int>(meeting)];
@@ -260,7 +249,6 @@ class Executor {
     gridDim = grid;
     blockDim = block;
     launch_epoch_ = epoch_ + 1;
-    blocks_.clear();
     if (pages_.size() > kMostPages) {
       pages_.clear();  // what earlier launches did is in order
       recent_pages_ = {};
@@ -382,14 +370,6 @@ class Executor {
     });
   }
 
-  int take_ticket(int* counter, const void* caller) {
-    check_aligned(counter, sizeof(int), caller);
-    caller_ = caller;
-    check_global(counter, sizeof(int));
-    blocks_.back().tickets.push_back({counter, epoch_, static_cast<uint16_t>(thread_)});
-    return (*counter)++;
-  }
-
  private:
   static constexpr size_t kMostPages = 1 << 14;
   using CellPage = std::array<Cell, kPage / kCellBytes>;
@@ -422,7 +402,7 @@ class Executor {
   void run_block(const dim3& block) {
     blockIdx = block;
     ++epoch_;
-    blocks_.push_back({epoch_, {}});
+    block_epoch_ = epoch_;
     warp_epochs_.fill(0);
     arrived_.fill(0);
     std::memset(shared_, 0xff, shared_bytes_);
@@ -613,31 +593,16 @@ class Executor {
 
   // Whether this thread may rely on an earlier access being over.
   bool ordered(const Access& before) const {
-    if (before.epoch < blocks_.back().first_epoch) {
-      return before.epoch < launch_epoch_ || passed_on(before);
+    if (before.epoch < block_epoch_) {
+      return before.epoch < launch_epoch_;
     }
     const int warp = thread_ / kWarp;
     return before.epoch < epoch_ || before.who == thread_ || (warp_of(before) == warp && before.warp_epoch < warp_epochs_[warp]);
   }
 
-  // Another block's access is over if it drew a ticket afterwards, and this block a later one.
-  bool passed_on(const Access& before) const {
-    const auto behind = [](uint32_t epoch, const Block& block) { return epoch < block.first_epoch; };
-    const Block& other = *(std::upper_bound(blocks_.begin(), blocks_.end(), before.epoch, behind) - 1);
-    for (const Ticket& given : other.tickets) {
-      for (const Ticket& taken : blocks_.back().tickets) {
-        if (given.counter == taken.counter && (before.who == given.thread || before.epoch < given.epoch) &&
-            (taken.thread == thread_ || taken.epoch < epoch_)) {
-          return true;
-        }
-      }
-    }
-    return false;
-  }
-
   template <bool write, bool is_shared>
   void log(Cell& cell, const void* at, size_t bytes) {
-    const bool of_this_block = cell.write.epoch >= blocks_.back().first_epoch;
+    const bool of_this_block = cell.write.epoch >= block_epoch_;
     if (is_shared && of_this_block && cell.write.who >= kCopy) {
       complain<write>(at, bytes, ", where the copy of thread " + to_string(cell.write.who - kCopy) + " is under way");
     }
@@ -648,7 +613,7 @@ class Executor {
       complain<write>(at, bytes, ", which " + name(cell.write) + " has written with no barrier since");
     }
     if constexpr (write) {
-      if ((!is_shared || cell.read.epoch >= blocks_.back().first_epoch) && !ordered(cell.read)) {
+      if ((!is_shared || cell.read.epoch >= block_epoch_) && !ordered(cell.read)) {
         complain<write>(at, bytes, ", which " + name(cell.read) + " has read with no barrier since");
       }
       cell.write = now();
@@ -671,7 +636,7 @@ class Executor {
     const std::string who = access.who < kLanesOf   ? "thread " + to_string(access.who)
                             : access.who < kSeveral ? "more than one lane of warp " + to_string(access.who - kLanesOf)
                                                     : "more than one warp";
-    return who + (access.epoch < blocks_.back().first_epoch ? " of another block" : "");
+    return who + (access.epoch < block_epoch_ ? " of another block" : "");
   }
 
   // Uniform enough below any n that occurs.
@@ -692,7 +657,7 @@ class Executor {
   void (*body_)(const void*) = nullptr;
   const void* arguments_ = nullptr;
   uint32_t launch_epoch_ = 0;
-  std::vector<Block> blocks_;
+  uint32_t block_epoch_ = 0;
 
   // The block: `ready_` may run, the others wait or are done.
   std::vector<Thread> threads_;
@@ -862,10 +827,6 @@ void copy_async16(void* to, const void* from, bool there) {
 
 void commit_copies() {
   executor().commit_copies();
-}
-
-int atomic_ticket(int* counter) {
-  return executor().take_ticket(counter, __builtin_return_address(0));
 }
 
 }  // namespace attn_ext::cuda

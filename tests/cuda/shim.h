@@ -5,7 +5,7 @@
 // other. A launch throws std::runtime_error that names the kernel where
 //   - not every thread of the block comes to the same barrier, or not every lane of the warp to the same shuffle,
 //   - shared memory is read that this block has not written, or touched outside the size that was asked for,
-//   - two threads touch the same memory, one of them writing, and no barrier (or ticket, between blocks) stands between them,
+//   - two threads touch the same memory, one of them writing, and no barrier stands between them,
 //   - a copy_async16 is touched before its wait_copies,
 //   - an address is not aligned as the GPU needs it, null, or (where ASan's runtime is loaded) nobody's.
 // Accesses through plain pointers are seen when the kernels are compiled with -fsanitize=thread: shim.cpp answers to its hooks, in
@@ -185,7 +185,5 @@ void wait_copies() {
 inline void wait_for_last_launch() {}
 
 inline void let_next_launch_begin() {}
-
-int atomic_ticket(int* counter);
 
 }  // namespace attn_ext::cuda
