@@ -552,11 +552,15 @@ class GradientBlock {
   // The chunk from step0 on, under way.
   __device__ __forceinline__ void start(const Problem& problem, const Tile& tile, int step0) const {
     if (grads_by_vectors_) {
-      by_threads<Tile::kQueries * kPiecesOfGrads>([&](int i) {
-        const int t = i / kPiecesOfGrads, s = i % kPiecesOfGrads * kLanes<acc>;
-        const bool there = t < queries_ && step0 + s < end_step;
-        copy_async16(tile.grad_scores + t * Tile::kSteps + s, grads_ + (there ? t * problem.steps + step0 + s : 0), there);
-      });
+      constexpr int stride = kAdditiveThreads / kPiecesOfGrads;
+      const int s = threadIdx.x % kPiecesOfGrads * kLanes<acc>, first = threadIdx.x / kPiecesOfGrads;
+      const acc* from = grads_ + first * problem.steps + step0 + s;
+      acc* to = tile.grad_scores + first * Tile::kSteps + s;
+      const int queries = step0 + s < end_step ? queries_ : 0;
+#pragma unroll 1
+      for (int t = first; t < Tile::kQueries; t += stride, from += stride * problem.steps, to += stride * Tile::kSteps) {
+        copy_async16(to, from, t < queries);
+      }
     } else {
       by_threads<Tile::kQueries * Tile::kSteps>([&](int i) {
         const int t = i / Tile::kSteps, s = i % Tile::kSteps;
@@ -600,10 +604,21 @@ class GradientBlock {
   // The gradients of the chunk from step0 on: of each step value(s).
   template <class Value>
   __device__ __forceinline__ void store_keys(int64_t size, int step0, const Value& value) const {
-    const int lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int end = end_step - step0 < Tile::kSteps ? end_step - step0 : Tile::kSteps;
-    for (int s = threadIdx.x / kWarp; has(lane) && s < end; s += kAdditiveWarps) {
-      store_gradient<scalar>(key_slab_, 0, grad_keys_, (step0 + s) * size + lane, value(s));
+    if (!has(lane)) {
+      return;
+    }
+    if (key_slab_ != nullptr) {
+      acc* to = key_slab_ + (step0 + warp) * size + lane;
+      for (int s = warp; s < end; s += kAdditiveWarps, to += kAdditiveWarps * size) {
+        *to = value(s);
+      }
+    } else if (grad_keys_ != nullptr) {
+      scalar* to = grad_keys_ + (step0 + warp) * size + lane;
+      for (int s = warp; s < end; s += kAdditiveWarps, to += kAdditiveWarps * size) {
+        *to = from_acc<scalar>(value(s));
+      }
     }
   }
 

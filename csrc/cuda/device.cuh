@@ -113,6 +113,15 @@ __device__ __forceinline__ Half rounded_to_half(float x) {
   return y;
 }
 
+// Where the rounding counts: no part of a multiply-add.
+__device__ __forceinline__ float product(float a, float b) {
+  return __fmul_rn(a, b);
+}
+
+__device__ __forceinline__ double product(double a, double b) {
+  return __dmul_rn(a, b);
+}
+
 __device__ __forceinline__ Vector16 load16(const void* from) {
   const uint4 x = *static_cast<const uint4*>(from);
   return {x.x, x.y, x.z, x.w};

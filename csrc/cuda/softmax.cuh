@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
     at.load(x, scores);
 #pragma unroll
     for (int i = 0; i < held; ++i) {
-      x[i] *= scale;
+      x[i] = product(scale, x[i]);
     }
     at.clear_unattended(x, -kInfinity<acc>);
 #pragma unroll
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
     at.store(weights, x);
     at.store(rounded, x);
   } else {
-    const auto score = [&](int64_t s) { return may_attend(s) ? scale * scores[s] : -kInfinity<acc>; };
+    const auto score = [&](int64_t s) { return may_attend(s) ? product(scale, scores[s]) : -kInfinity<acc>; };
     for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
       const acc x = score(s);
       largest = x > largest ? x : largest;
@@ -250,7 +250,8 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
   const bool recomputes = call.weights == nullptr;
   const acc* weights = static_cast<const acc*>(recomputes ? call.scores : call.weights) + first;
   const acc logsumexp = recomputes ? static_cast<const acc*>(call.logsumexp)[row] : 0;
-  const auto recomputed_weight = [&](acc score) { return exponential_of_negative(scale * score - logsumexp); };
+  // The forward's score to the bit: where all the weight is on one step, it is 1.
+  const auto recomputed_weight = [&](acc score) { return exponential_of_negative(product(scale, score) - logsumexp); };
   const acc* from_context = call.grad_from_context == nullptr ? nullptr : static_cast<const acc*>(call.grad_from_context) + first;
   const scalar* grad_weights = call.grad_weights.data == nullptr ? nullptr : row_of<scalar>(call.grad_weights, b, t);
   // A weight of 0 passes nothing on, whatever came in.

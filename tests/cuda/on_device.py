@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Not by a mode: under one, calls do not go the shortest way to the ops. And before the tests are imported.
     for name, factory in list(factories()):
         setattr(torch, name, moved(factory))
+    # torch.compile keeps a number that changes open by way of a tensor on the CPU, made by these factories.
+    torch._dynamo.config.specialize_float = True
     from tests import cases
 
     cases.KERNELS = torch.device(DEVICE).type
