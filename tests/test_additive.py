@@ -48,7 +48,9 @@ WIDE += [(1032, 64), (64, 1032), (1027, 33), (33, 515), (513, 1025)]
 @pytest.mark.parametrize("masking", ["none", "lengths+rows"])
 @pytest.mark.parametrize("loss", ["both", "context"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_one_query_of_wide_and_unequal_rows(dtype: torch.dtype, loss: str, masking: str, sizes: tuple[int, int]) -> None:
+def test_one_query_of_wide_and_unequal_rows(
+    dtype: torch.dtype, loss: str, masking: str, sizes: tuple[int, int]
+) -> None:
     """One step, and so many that there are several splits."""
     A, Dm = sizes
     for S in (1, 130):
