@@ -38,8 +38,8 @@ def test_many_queries(dtype: torch.dtype, T: int, S: int) -> None:
     assert_same(problem.results(), problem.results())
 
 
-# Rows that one query's kernels hold in registers, and longer ones (of double, from 512 on; of others, 1024), and what vectors can read
-# and what they cannot.
+# Rows that one query's kernels hold in registers, and longer ones (of double, from 512 on; of others, 1024), and what
+# vectors can read and what they cannot.
 WIDE = [(1024, 1024), (512, 512), (256, 256), (128, 128), (64, 128), (16, 8), (8, 16), (8, 1024), (1024, 8), (520, 264)]
 WIDE += [(1032, 64), (64, 1032), (1027, 33), (33, 515), (513, 1025)]
 

@@ -106,7 +106,7 @@ def test_large_scores(dtype: torch.dtype, method: str, T: int, scale: float) -> 
 @pytest.mark.parametrize("T", [1, 3], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_dot_all_the_weight_on_one_step(dtype: torch.dtype, T: int, sizes: tuple[int, int], loss: str) -> None:
-    """It passes on nothing: what is left of g . m - g . c by a different order of summing, a large scale makes much of."""
+    """It passes on nothing: a large scale makes much of what another order of summing would leave of g . m - g . c."""
     if cases.KERNELS == "cpu":
         pytest.skip("the CPU's kernels sum g . c in an order of their own: 1e-7 of it, times the scale, is left")
     S, D = sizes
