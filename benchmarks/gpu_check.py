@@ -100,7 +100,9 @@ def run(
 
 
 def last_lines(said: str, count: int = 12) -> list[str]:
-    return [line.rstrip()[:300] for line in said.splitlines() if line.strip()][-count:]
+    # Frames of a C++ exception would push out what it says.
+    lines = [line.rstrip()[:300] for line in said.splitlines()]
+    return [line for line in lines if line and not line.startswith("frame #")][-count:]
 
 
 def verdict_of(status: int | None, limit: float) -> str:
