@@ -75,8 +75,8 @@ class Workload:
         seconds = {"memory": self.bytes / ceilings.bytes}
         if self.method == "additive":
             products /= 2
-            # The floor that was asked for: two features to a reciprocal, though the kernel has four. A backward's multiply-adds
-            # are the more: seven to an element.
+            # The floor that was asked for: two features to a reciprocal, though the kernel has four. A backward's
+            # multiply-adds are the more: seven to an element.
             seconds["special functions"] = elements / 2 / ceilings.special
             if backward:
                 seconds["instructions"] = 7 * elements / ceilings.instructions

@@ -296,6 +296,12 @@ __device__ __forceinline__ double exponential_of_negative(double x) {
   return exp(x);
 }
 
+// What is taken off a softmax's scores: with nothing to attend, everything is exp(-inf) = 0.
+template <class acc>
+__device__ __forceinline__ acc shift_of(acc largest) {
+  return largest == -kInfinity<acc> ? acc(0) : largest;
+}
+
 // The plain one: tanh.approx is good to 2^-11 only.
 __device__ __forceinline__ float tanh_of(float x) {
   return tanhf(x);

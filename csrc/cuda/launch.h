@@ -60,27 +60,13 @@ void launch_as(
   check(cudaLaunchKernelEx(&config, kernel, arguments...), address);
 }
 
-template <class... Parameters>
-void launch(
-    void (*kernel)(Parameters...),
-    dim3 grid,
-    int threads,
-    size_t shared_bytes,
-    cudaStream_t stream,
-    std::type_identity_t<Parameters>... arguments) {
-  launch_as(false, kernel, grid, threads, shared_bytes, stream, arguments...);
+void launch(auto kernel, const auto&... rest) {
+  launch_as(false, kernel, rest...);
 }
 
 // A kernel that calls wait_for_last_launch before it touches anything, behind one that calls let_next_launch_begin.
-template <class... Parameters>
-void launch_behind(
-    void (*kernel)(Parameters...),
-    dim3 grid,
-    int threads,
-    size_t shared_bytes,
-    cudaStream_t stream,
-    std::type_identity_t<Parameters>... arguments) {
-  launch_as(begins_early(), kernel, grid, threads, shared_bytes, stream, arguments...);
+void launch_behind(auto kernel, const auto&... rest) {
+  launch_as(begins_early(), kernel, rest...);
 }
 
 }  // namespace attn_ext::cuda

@@ -79,9 +79,8 @@ struct Softmaxed {
   acc largest = -kInfinity<acc>;
   acc total = 0;
 
-  // With nothing to attend, everything is exp(-inf) = 0.
   __device__ __forceinline__ acc shift() const {
-    return largest == -kInfinity<acc> ? 0 : largest;
+    return shift_of(largest);
   }
 
   __device__ __forceinline__ acc inverse() const {
@@ -213,6 +212,22 @@ struct LanesOfRow {
     }
   }
 };
+
+// launch_of(pieces, log_lanes): the lanes and their pieces that hold a row. A short one is less than a warp's.
+template <class scalar, int pieces = 1, class Launch>
+void for_lanes_of_row(int64_t size, const Launch& launch_of) {
+  constexpr int64_t of_lane = int64_t{pieces} * kLanes<scalar>;
+  if constexpr (kWarp * of_lane < most_one_step_columns(sizeof(scalar))) {
+    if (size > kWarp * of_lane) {
+      return for_lanes_of_row<scalar, 2 * pieces>(size, launch_of);
+    }
+  }
+  int log_lanes = 0;
+  while (size > of_lane << log_lanes) {
+    ++log_lanes;
+  }
+  launch_of(std::integral_constant<int, pieces>(), log_lanes);
+}
 
 // Of the warps' sums [kStepWarps][columns].
 template <class acc>

@@ -32,28 +32,20 @@ bool is_streamed(const Problem& problem) {
          takes_vectors<scalar>(problem.memory, problem.memory_size);
 }
 
-// launch_of(teams): the lanes and their pieces that hold the longer of a step's rows. A short row is less than a warp's.
-template <class scalar, int pieces = 1, class Launch>
+// launch_of(teams): how the longer of a step's rows is held.
+template <class scalar, class Launch>
 void for_teams(const Problem& problem, const View& grad_context, const Launch& launch_of) {
-  constexpr int64_t of_lane = int64_t{pieces} * kLanes<scalar>;
-  const int64_t size = std::max(problem.key_size, problem.memory_size);
-  if constexpr (kWarp * of_lane < most_one_step_columns(sizeof(scalar))) {
-    if (size > kWarp * of_lane) {
-      return for_teams<scalar, 2 * pieces>(problem, grad_context, launch_of);
-    }
-  }
-  int log_lanes = 0;
-  while (size > of_lane << log_lanes) {
-    ++log_lanes;
-  }
-  launch_of(
-      StepTeams<scalar, pieces>{
-          {log_lanes},
-          static_cast<int>(problem.key_size),
-          static_cast<int>(problem.memory_size),
-          takes_vectors<scalar>(problem.query, problem.key_size),
-          takes_vectors<scalar>(problem.v, problem.key_size),
-          takes_vectors<scalar>(grad_context, problem.memory_size)});
+  const int64_t longer = std::max(problem.key_size, problem.memory_size);
+  for_lanes_of_row<scalar>(longer, [&]<int pieces>(std::integral_constant<int, pieces>, int log_lanes) {
+    launch_of(
+        StepTeams<scalar, pieces>{
+            {log_lanes},
+            static_cast<int>(problem.key_size),
+            static_cast<int>(problem.memory_size),
+            takes_vectors<scalar>(problem.query, problem.key_size),
+            takes_vectors<scalar>(problem.v, problem.key_size),
+            takes_vectors<scalar>(grad_context, problem.memory_size)});
+  });
 }
 
 // Shared memory of a streamed step: the stream, in whose place the results are merged, the rows that all rows meet, and what the

@@ -72,12 +72,6 @@ struct StepRows {
   }
 };
 
-// An output's part of a block, null where it is not wanted.
-template <class T>
-__device__ __forceinline__ T* part_of(void* output, int64_t first) {
-  return output == nullptr ? nullptr : static_cast<T*>(output) + first;
-}
-
 // Into an output's row.
 template <class scalar>
 __device__ __forceinline__ void store_piece(

@@ -12,26 +12,18 @@ namespace {
 // A thread's pieces under way, those that it computes with among them: 32 KB a block.
 constexpr int kUnderWay = 16;
 
-// launch_of(columns, rows, depth): the lanes and their pieces that hold a row. A short row is less than a warp's.
-template <class scalar, int pieces = 1, class Launch>
+// launch_of(columns, rows, depth): how a row is held.
+template <class scalar, class Launch>
 void for_columns(const Problem& problem, bool query_by_vectors, const Launch& launch_of) {
-  constexpr int64_t of_lane = int64_t{pieces} * kLanes<scalar>;
   const int64_t size = problem.memory_size;
-  if constexpr (kWarp * of_lane < most_one_step_columns(sizeof(scalar))) {
-    if (size > kWarp * of_lane) {
-      return for_columns<scalar, 2 * pieces>(problem, query_by_vectors, launch_of);
-    }
-  }
-  int log_lanes = 0;
-  while (size > of_lane << log_lanes) {
-    ++log_lanes;
-  }
-  // Shuffles of several rows overlap; of long rows a warp has enough to do with one.
-  constexpr int rows = std::clamp(4 / pieces, 1, 4);
-  constexpr int depth = std::max(kUnderWay / (rows * pieces), 2);
-  const Columns<scalar, pieces> columns{
-      {log_lanes}, static_cast<int>(size), takes_vectors<scalar>(problem.memory, size), query_by_vectors};
-  launch_of.template operator()<pieces, rows, depth>(columns);
+  for_lanes_of_row<scalar>(size, [&]<int pieces>(std::integral_constant<int, pieces>, int log_lanes) {
+    // Shuffles of several rows overlap; of long rows a warp has enough to do with one.
+    constexpr int rows = std::clamp(4 / pieces, 1, 4);
+    constexpr int depth = std::max(kUnderWay / (rows * pieces), 2);
+    const Columns<scalar, pieces> columns{
+        {log_lanes}, static_cast<int>(size), takes_vectors<scalar>(problem.memory, size), query_by_vectors};
+    launch_of.template operator()<pieces, rows, depth>(columns);
+  });
 }
 
 }  // namespace

@@ -151,23 +151,11 @@ class HeldRow {
   const Attendable& may_attend_;
 };
 
-// An output's row, or null.
-template <class T>
-__device__ __forceinline__ T* output_row(void* to, int64_t first) {
-  return to == nullptr ? nullptr : static_cast<T*>(to) + first;
-}
-
 template <class T>
 __device__ __forceinline__ void store_if_wanted(T* row, int64_t s, accumulated_t<T> x) {
   if (row != nullptr) {
     row[s] = from_acc<T>(x);
   }
-}
-
-// A softmax from its largest element on, and its sum: exp(x - largest), with nothing to attend exp(-inf) = 0.
-template <class acc>
-__device__ __forceinline__ acc shift_of(acc largest) {
-  return largest == -kInfinity<acc> ? acc(0) : largest;
 }
 
 template <class scalar, int held, int width>
@@ -182,8 +170,8 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
   const Attendable may_attend(problem, row / problem.queries, row % problem.queries);
   const acc scale = static_cast<acc>(problem.scale);
   const acc* scores = static_cast<const acc*>(call.scores) + first;
-  acc* weights = output_row<acc>(call.weights, first);
-  scalar* rounded = std::is_same_v<scalar, acc> ? nullptr : output_row<scalar>(call.rounded, first);
+  acc* weights = part_of<acc>(call.weights, first);
+  scalar* rounded = std::is_same_v<scalar, acc> ? nullptr : part_of<scalar>(call.rounded, first);
   acc largest = -kInfinity<acc>, total = 0;
   if constexpr (held > 0) {
     const HeldRow<held, width> at(may_attend, problem.steps);
@@ -258,9 +246,9 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
   const auto grad_score = [&](acc weight, acc grad, acc delta) { return weight != 0 ? scale * (weight * (grad - delta)) : acc(0); };
   constexpr bool rounds = !std::is_same_v<scalar, acc>;
   const int64_t rounded_first = (2 * b * problem.queries + t) * problem.steps;
-  acc* recomputed = output_row<acc>(call.recomputed, first);
-  acc* grad_scores = output_row<acc>(call.grad_scores, first);
-  scalar* rounded = rounds ? output_row<scalar>(call.rounded, rounded_first) : nullptr;
+  acc* recomputed = part_of<acc>(call.recomputed, first);
+  acc* grad_scores = part_of<acc>(call.grad_scores, first);
+  scalar* rounded = rounds ? part_of<scalar>(call.rounded, rounded_first) : nullptr;
   scalar* rounded_grads = rounded == nullptr ? nullptr : rounded + problem.queries * problem.steps;
   acc delta = 0;
   if constexpr (held > 0) {

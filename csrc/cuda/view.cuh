@@ -12,6 +12,12 @@ __device__ __forceinline__ const scalar* row_of(const View& view, int64_t b, int
   return static_cast<const scalar*>(view.data) + b * view.batch + row * view.row;
 }
 
+// An output from its element `first` on, null where it is not wanted.
+template <class T>
+__device__ __forceinline__ T* part_of(void* output, int64_t first) {
+  return output == nullptr ? nullptr : static_cast<T*>(output) + first;
+}
+
 // Whether every row of `size` elements is whole vectors that lie on 16 bytes.
 template <class scalar>
 bool takes_vectors(const View& view, int64_t size) {
