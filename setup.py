@@ -59,6 +59,9 @@ def cuda_decision() -> tuple[bool, str]:
         obstacle = f"{CUDA_HOME} has no working nvcc"
     elif toolkit.split(".")[0] != built_for.split(".")[0]:
         obstacle = f"the CUDA toolkit is {toolkit}, but PyTorch {torch.__version__} is built for CUDA {built_for}"
+    elif not any(Path(path, "cuda_runtime.h").exists() for path in include_paths("cuda")):
+        # An nvcc on the PATH may be a script that calls the toolkit's.
+        obstacle = f"{CUDA_HOME} has nvcc but no cuda_runtime.h (set CUDA_HOME to the toolkit's folder)"
     if flag("FORCE_CUDA"):
         if obstacle is not None:
             sys.exit(f"attn_ext: FORCE_CUDA is set, but {obstacle}")

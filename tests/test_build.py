@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 import attn_ext
 from attn_ext import backend
-from tests.processes import PACKAGE, info
+from tests.processes import PACKAGE, info, python
 
 KERNELS = {"AVX2": "avx2", "AVX512": "avx512"}
 
@@ -53,3 +54,22 @@ def test_info_of_the_reference() -> None:
     lines = info(PACKAGE.parent, ATTN_EXT_BACKEND="reference")
     assert lines["backend"] == "reference"
     assert lines["cpu tensors run"] == "reference, as chosen"
+
+
+@pytest.mark.parametrize("has_headers", [False, True])
+def test_an_nvcc_without_its_toolkit_is_no_cuda(tmp_path: Path, has_headers: bool) -> None:
+    """The CPU is built for all the same: an nvcc on the PATH may be a script that calls one somewhere else."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.0'\n")
+    nvcc.chmod(0o755)
+    if has_headers:
+        (tmp_path / "include").mkdir()
+        (tmp_path / "include" / "cuda_runtime.h").touch()
+    program = f"""
+import runpy, sys, torch, torch.utils.cpp_extension as extension
+torch.version.cuda, extension.CUDA_HOME, sys.argv = "13.0", {str(tmp_path)!r}, ["setup.py", "--version"]
+runpy.run_path("setup.py")
+"""
+    said = python("-c", program, cwd=PACKAGE.parent, ATTN_EXT_CPU_ONLY="", FORCE_CUDA="").stdout
+    assert "attn_ext: CUDA yes" in said if has_headers else "has nvcc but no cuda_runtime.h" in said
