@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from tests.cuda import is_of_reference
+
 DEVICE = os.environ.get("ATTN_EXT_TEST_DEVICE", "cuda")
 
 # functorch compiles code of its own that names the factories.
@@ -55,9 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def is_other(item: pytest.Item) -> bool:
-        of_reference = "[reference" in item.nodeid or "-reference" in item.nodeid  # runs no kernel
         of_cpu = item.get_closest_marker("cpu") is not None and torch.device(DEVICE).type != "cpu"
-        return of_reference or of_cpu or getattr(item, "originalname", item.name) in OTHERS
+        return is_of_reference(item.nodeid) or of_cpu or getattr(item, "originalname", item.name) in OTHERS
 
     others = [item for item in items if is_other(item)]
     config.hook.pytest_deselected(items=others)

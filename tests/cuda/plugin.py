@@ -14,6 +14,7 @@ import pytest
 import torch  # noqa: F401 - its libraries, for the one below
 
 from tests import cases
+from tests.cuda import is_of_reference
 from tests.cuda.compiler import host_library
 
 # Ahead of attn_ext._C, whose own entry points it takes the place of: the linker finds the first of a name.
@@ -34,9 +35,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def is_wanted(item: pytest.Item) -> bool:
-        of_ops = "[reference" not in item.nodeid and "-reference" not in item.nodeid  # the others run no kernel
         drawn = zlib.crc32(item.nodeid.encode()) % config.getoption("sample") == 0
-        return of_ops and drawn and getattr(item, "originalname", item.name) not in OTHERS
+        return not is_of_reference(item.nodeid) and drawn and getattr(item, "originalname", item.name) not in OTHERS
 
     config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
     items[:] = [item for item in items if is_wanted(item)]
