@@ -86,8 +86,8 @@ inline Vec<float> add_quotient(const Vec<float>& sum, const Vec<float>& numerato
 // 1 + exp(2 (q + k)), with the exponent limited to `limit`: what is lost of 1 / (1 + E) is at most exp(-limit). Keeps a NaN.
 template <class acc>
 inline Vec<acc> direct_denominator(const Vec<acc>& query, const Vec<acc>& key, acc limit) {
-  const Vec<acc> sum = query + key;
-  return Vec<acc>(1) + exponential<acc>(at::vec::clamp_max(sum + sum, Vec<acc>(limit)));
+  const Vec<acc> sum = at::vec::clamp(query + key, Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2));
+  return Vec<acc>(1) + exponential<acc>(sum, 2);
 }
 
 // numerators[0] / denominators[0] = the sum of all their quotients.
@@ -146,13 +146,13 @@ inline Vec<acc> share_denominator(Vec<acc> (&x)[shared]) {
   return numerators[0];
 }
 
-// to[a] = exp(2 from[a]), scaled by `scale(exponentials, a)`, and ones from there to `end`, whole vectors; the largest |2 from[a]|
+// to[a] = exp(2 from[a]), scaled by `scale(exponentials, a)`, and ones from there to `end`, whole vectors; the largest |from[a]|
 // goes into `magnitudes`. A NaN may drop out of that: it makes its row's results NaN on either way.
 template <class acc, class Scale>
 inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t end, Vec<acc>& magnitudes, const Scale& scale) {
   for (int64_t a = 0; a < size; a += Vec<acc>::size()) {
-    const auto x = Vec<acc>::loadu(from + a, std::min<int64_t>(Vec<acc>::size(), size - a)) * Vec<acc>(2);
-    scale(exponential_in_range(x), a).store(to + a);
+    const auto x = Vec<acc>::loadu(from + a, std::min<int64_t>(Vec<acc>::size(), size - a));
+    scale(exponential<acc>(x, 2), a).store(to + a);
     magnitudes = at::vec::maximum(magnitudes, x.abs());
   }
   std::fill(to + size, to + end, acc(1));
@@ -196,7 +196,7 @@ class Exponentials {
       address_[i] = rows_ + i * stride_;
       take_exponentials(rows_ + i * stride_, rows[i], size_, stride_, magnitudes, scale);
     }
-    range_ = largest(magnitudes);
+    range_ = 2 * largest(magnitudes);
   }
 
   void find(int64_t b, const Tile& tile) {
@@ -282,7 +282,7 @@ class AdditiveScore {
       load_row(row, p.dtype, p.keys, i / p.steps, i % p.steps, p.key_size);
       Vec<acc> magnitudes(0);
       take_exponentials(row, row, p.key_size, stride, magnitudes, kUnscaled);
-      row[stride - kPreparedLine] = largest(magnitudes);
+      row[stride - kPreparedLine] = 2 * largest(magnitudes);
     }
   }
 
@@ -686,7 +686,7 @@ class OneQueryAdditive {
     if (is_prepared_) {
       Vec<acc> magnitudes(0);
       take_exponentials(query_exponentials_, query_, size_, shared_size_, magnitudes, kUnscaled);
-      query_range_ = largest(magnitudes);
+      query_range_ = 2 * largest(magnitudes);
     }
     load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
     std::fill(v_ + size_, v_ + shared_size_, acc(0));

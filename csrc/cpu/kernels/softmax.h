@@ -21,8 +21,7 @@ acc exponentials(acc* row, int64_t count, acc subtract) {
   Vec<acc> total(0);
   const Vec<acc> shift(subtract);
   for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
-    const Vec<acc> x = Vec<acc>::loadu(row + j) - shift;
-    const Vec<acc> p = Vec<acc>::blendv(exponential(x), Vec<acc>(0), x < Vec<acc>(kSmallestExponent<acc>));
+    const Vec<acc> p = exponential_from(kSmallestExponent<acc>, Vec<acc>::loadu(row + j) - shift);
     p.store(row + j);
     total = total + p;
   }

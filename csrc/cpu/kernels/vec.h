@@ -36,53 +36,63 @@ constexpr int64_t whole_vectors(int64_t count) {
   return (count + lanes - 1) / lanes * lanes;
 }
 
-// exp(x) to 1 ulp where it is a normal number, anything elsewhere.
+// exp(factor x) where it is a normal number, anything elsewhere; a NaN stays one. Of floats to 1 ulp of what some x within 2e-8 of
+// this one has, as if x had been rounded once more.
 template <class acc>
-inline Vec<acc> exponential_in_range(const Vec<acc>& x) {
-  return x.exp();
+inline Vec<acc> exponential(const Vec<acc>& x, acc factor = 1) {
+  return (x * Vec<acc>(factor)).exp();
 }
 
-// exp(x) to 1 ulp for x from -87 on. Less gives the smallest normal or, from PyTorch's, a subnormal, which costs a microcode
-// assist; too much saturates where there is no scalef.
+// exp(x), 0 for an x below `least`.
 template <class acc>
-inline Vec<acc> exponential(const Vec<acc>& x) {
-  return x.exp();
+inline Vec<acc> exponential_from(acc least, const Vec<acc>& x) {
+  return Vec<acc>::blendv(exponential(x), Vec<acc>(0), x < Vec<acc>(least));
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-// PyTorch's is a call for every vector, which empties all registers around it. Cephes' polynomial, Cody and Waite's reduction.
-template <>
-inline Vec<float> exponential_in_range(const Vec<float>& x) {
+// PyTorch's is a call for every vector, which empties all registers around it.
+struct PowerOfTwo {
+  Vec<float> significand;
+  Vec<float> exponent;  // a whole number
+  Vec<float> shifted;   // the exponent is in its lowest bits
+};
+
+// exp(factor x) = 2^n 2^r with n + r = x factor log2(e), |r| <= 1/2. The sum is taken exactly but for the rounding of that factor,
+// in whose stead others take ln(2) apart into two numbers. 2^r is a minimax polynomial.
+inline PowerOfTwo power_of_two(const Vec<float>& x, float factor) {
   using at::vec::fmadd;
-  using at::vec::fnmadd;
-#if defined(CPU_CAPABILITY_AVX512)
-  const Vec<float> n = _mm512_roundscale_ps(x * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const Vec<float> n = _mm256_round_ps(x * Vec<float>(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#endif
-  const Vec<float> r = fnmadd(n, Vec<float>(-2.12194440e-4f), fnmadd(n, Vec<float>(0.693359375f), x));
-  Vec<float> p(1.9875691500e-4f);
-  for (const float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+  const Vec<float> scale(factor * 1.44269504f), shift(0x1.8p23f);
+  const Vec<float> shifted = fmadd(x, scale, shift);
+  const Vec<float> n = shifted - shift;
+  const Vec<float> r = at::vec::fmsub(x, scale, n);
+  Vec<float> p(1.53533620e-4f);
+  for (const float coefficient : {1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f, 1.0f}) {
     p = fmadd(p, r, Vec<float>(coefficient));
   }
-  p = fmadd(p, r * r, r + Vec<float>(1));
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_scalef_ps(p, n);
-#else
-  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return p * Vec<float>(_mm256_castsi256_ps(exponent));
-#endif
+  return {p, n, shifted};
 }
 
-// The operand order keeps a NaN.
-template <>
-inline Vec<float> exponential(const Vec<float>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return exponential_in_range(Vec<float>(_mm512_min_ps(_mm512_set1_ps(89), _mm512_max_ps(_mm512_set1_ps(-87.3f), x))));
-#else
-  return exponential_in_range(Vec<float>(_mm256_min_ps(_mm256_set1_ps(88.3f), _mm256_max_ps(_mm256_set1_ps(-87.3f), x))));
-#endif
+template <>
+inline Vec<float> exponential(const Vec<float>& x, float factor) {
+  const auto power = power_of_two(x, factor);
+  return _mm512_scalef_ps(power.significand, power.exponent);
 }
+
+template <>
+inline Vec<float> exponential_from(float least, const Vec<float>& x) {
+  const auto power = power_of_two(x, 1);
+  const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(kept, power.significand, power.exponent);
+}
+#else
+template <>
+inline Vec<float> exponential(const Vec<float>& x, float factor) {
+  const auto power = power_of_two(x, factor);
+  const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(power.shifted), _mm256_set1_epi32(127));
+  return power.significand * Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+}
+#endif
 #endif
 
 template <class acc>
