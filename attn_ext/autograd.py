@@ -16,7 +16,7 @@ from attn_ext import reference
 def library() -> torch.library.Library:
     """Completes the compiled ops, once they are loaded; what is registered lives as long as the object."""
     library = torch.library.Library("attn_ext", "IMPL")
-    for function in (reference.dot_attention, reference.additive_attention):
+    for function in (reference.dot_attention, reference.keyed_dot_attention, reference.additive_attention):
         name = f"{function.__name__}_backward"
         op = getattr(torch.ops.attn_ext, name).default
         library.impl(name, _differentiable_backward(op, function), "Autograd")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_autocast_enabled
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.overrides import has_torch_function
 
 from attn_ext import backend, checks, reference
@@ -35,6 +35,9 @@ def _slow_on_cpu() -> tuple[torch.dtype, ...]:
 
 
 _SLOW_ON_CPU = _slow_on_cpu()
+# What a tensor of keys costs, and hiding a memory's rows before its projection, in the multiply-adds of products that
+# take as long: a call, and for each element of the memory. Measured on CPU.
+_KEYS, _HIDING = (1 << 18, 12), (1 << 21, 64)
 _OPS = torch.ops.attn_ext
 # What an op, or a look at what is no tensor, says to wrong arguments.
 REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
@@ -104,10 +107,10 @@ def luong_attention(
     arguments.mask(mask)
     scale = arguments.scale(scale)
     arguments.flag("need_weights", need_weights)
-    query_weight, key_weight = split_weight(memory, method, weight)
+    query, keys = project(query, memory, method, weight, bias, lengths, mask)
     return attend(
-        project_query(query, query_weight),
-        project_keys(memory, key_weight, bias, lengths, mask),
+        query,
+        keys,
         v,
         memory,
         lengths=lengths,
@@ -208,7 +211,7 @@ def attend(
     scale: float,
     need_weights: bool,
 ) -> Attended:
-    """Checked and projected arguments, in the backend in force: dot without `keys`, additive with them."""
+    """Checked and projected arguments, in the backend in force: additive with a `v`, dot products without."""
     if backend.fused_runs_on(query.device.type):
         return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
     options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
@@ -216,6 +219,8 @@ def attend(
     with torch.autocast(query.device.type, enabled=False) if autocast_enabled(query) else nullcontext():
         if keys is None:
             return reference.dot_attention(query, memory, **options)
+        if v is None:
+            return reference.keyed_dot_attention(query, keys, memory, **options)
         return reference.additive_attention(query, keys, v, memory, **options)
 
 
@@ -248,14 +253,17 @@ def attend_unchecked(
             return None
         if type(need_weights) is not bool:
             return None
-        if method is not None:
+        if method is None:
+            if (keys is None) != (v is None):
+                return None
+        else:
             if not _has_its_parameters(method, weight, v, bias):
                 return None
-            query_weight, key_weight = split_weight(memory, method, weight)
-            keys = project_keys(memory, key_weight, bias, lengths, mask)
-            query = project_query(query, query_weight)
+            query, keys = project(query, memory, method, weight, bias, lengths, mask)
         if keys is None:
             return backend.calls.dot_attention(query, memory, lengths, mask, scale, need_weights)
+        if v is None:
+            return backend.calls.keyed_dot_attention(query, keys, memory, lengths, mask, scale, need_weights)
         return backend.calls.additive_attention(query, keys, v, memory, lengths, mask, scale, need_weights)
     except REFUSALS:
         return None
@@ -294,6 +302,10 @@ def _fused(
 ) -> Attended:
     if keys is None:
         context, weights, *_ = _OPS.dot_attention.default(query, memory, lengths, mask, scale, need_weights, False)
+    elif v is None:
+        context, weights, *_ = _OPS.keyed_dot_attention.default(
+            query, keys, memory, lengths, mask, scale, need_weights, False
+        )
     else:
         context, weights, *_ = _OPS.additive_attention.default(
             query, keys, v, memory, lengths, mask, scale, need_weights, False
@@ -349,6 +361,40 @@ def split_weight(memory: Tensor, method: str, weight: Tensor | None) -> tuple[Te
     return weight.split([weight.shape[1] - size, size], dim=1)
 
 
+def project(
+    query: Tensor,
+    memory: Tensor,
+    method: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The query, and the keys that it meets: None where the memory is its own.
+
+    General's (weight q) . m is q . (weight^T m) too: whichever rows are the fewer are projected.
+    """
+    if method == "general" and _has_fewer_keys(query, memory, weight, lengths, mask):
+        return query, project_keys(memory, weight.t(), None, lengths, mask)
+    query_weight, key_weight = split_weight(memory, method, weight)
+    return project_query(query, query_weight), project_keys(memory, key_weight, bias, lengths, mask)
+
+
+def _has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor, lengths: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether general attention costs less by way of keys [B, S, Dq] than by queries projected to [B, T, Dm].
+
+    On a GPU, whose products cost little beside a tensor more to read and to write, it is not known to.
+    """
+    # An exported program is for all sizes.
+    if not query.is_cpu or query.dim() != 3 or memory.dim() != 3 or is_exporting():
+        return False
+    B, T, Dq = query.shape
+    _, S, Dm = memory.shape
+    saved = B * ((T - S) * Dq * Dm + T * S * (Dm - Dq))  # the scores are products of Dm, or of Dq
+    costs = (_KEYS, _HIDING) if _hides_rows(weight, lengths, mask) else (_KEYS,)
+    return saved > sum(call + element * B * S * Dm for call, element in costs)
+
+
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, but of float32 on a processor without products of `features`' type: there PyTorch's own are slower."""
     dtype = features.dtype
@@ -370,14 +416,18 @@ def project_query(query: Tensor, query_weight: Tensor | None) -> Tensor:
 def project_keys(
     memory: Tensor, key_weight: Tensor | None, bias: Tensor | None, lengths: Tensor | None, mask: Tensor | None
 ) -> Tensor | None:
-    """The keys that concat's queries meet: Wm m + bias, [B, S, A]; None where the memory is its own keys."""
+    """The keys that queries meet: key_weight m + bias, [B, S, A]; None where the memory is its own keys."""
     if key_weight is None:
         return None
-    # The gradient of Wm is a sum over all rows: 0 * NaN would reach it from rows that nobody may attend.
-    allowed = reference.allowed_positions(memory, lengths, mask)
-    if allowed is not None:
+    if _hides_rows(key_weight, lengths, mask):
+        allowed = reference.allowed_positions(memory, lengths, mask)
         memory = memory.masked_fill(~allowed.any(dim=1).unsqueeze(-1), 0.0)
     return linear(memory, key_weight, bias)
+
+
+def _hides_rows(key_weight: Tensor, lengths: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether rows that nobody may attend are to be zeros: NaN there would reach the weight's gradient, as 0 * NaN."""
+    return (lengths is not None or mask is not None) and torch.is_grad_enabled() and key_weight.requires_grad
 
 
 def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") -> None:

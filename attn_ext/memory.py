@@ -108,10 +108,14 @@ class AttentionMemory:
         if not is_compiling() and backend.fused_runs_on(query.device.type) and self._is_step(query):
             context, weights = self._attend_step(_OPS.memory_attention.default, query, need_weights)
             return context, weights if need_weights else None
-        query_weight, _ = functional.split_weight(self.memory, self.method, self.weight)
+        if self.method == "general":
+            query, keys = functional.project(query, self.memory, "general", self.weight, None, self.lengths, self.mask)
+        else:
+            query_weight, _ = functional.split_weight(self.memory, self.method, self.weight)
+            query, keys = functional.project_query(query, query_weight), self.keys
         return functional.attend(
-            functional.project_query(query, query_weight),
-            self.keys,
+            query,
+            keys,
             self.v,
             self.memory,
             lengths=self.lengths,

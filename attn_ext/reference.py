@@ -20,10 +20,27 @@ def dot_attention(
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """score = scale * q . m  (Luong 2015, eq. 8, dot), then :func:`_attend`."""
-    allowed = allowed_positions(memory, lengths, mask)
+    return keyed_dot_attention(
+        query, memory, memory, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights
+    )
+
+
+def keyed_dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """score = scale * q . k, then :func:`_attend`: general's (Luong 2015, eq. 8), q . (weight^T m), by its keys."""
+    allowed = allowed_positions(values, lengths, mask)
     q = _steps(query)
-    m = _without_unattended_rows(memory.to(q.dtype), allowed)
-    scores = torch.matmul(q, m.transpose(1, 2)) * scale  # [B, T, S]
+    k = _without_unattended_rows(keys.to(q.dtype), allowed)
+    m = k if values is keys else _without_unattended_rows(values.to(q.dtype), allowed)
+    scores = torch.matmul(q, k.transpose(1, 2)) * scale  # [B, T, S]
     return _attend(scores, m, allowed, query, need_weights)
 
 

@@ -51,8 +51,8 @@ def parts(method: str, shape: Shape, direction: str) -> list[Part]:
 
 
 def projections(method: str, shape: Shape) -> float:
-    """FLOP of the forward pass's, of queries and keys."""
-    rows = {"dot": 0, "general": shape.B * shape.T, "concat": shape.B * (shape.T + shape.S)}[method]
+    """FLOP of the forward pass's, of queries and keys: general's are of either."""
+    rows = {"dot": 0, "general": shape.B * min(shape.T, shape.S), "concat": shape.B * (shape.T + shape.S)}[method]
     return 2.0 * rows * shape.H * shape.H
 
 

@@ -1,6 +1,8 @@
 // The arguments of the ops, as they pass from ops.cpp to a device's entry points.
 #pragma once
 
+#include "problem.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <array>
@@ -11,16 +13,20 @@ namespace attn_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// One of the ops on its inputs: dot has neither keys nor v.
+// One of the ops on its inputs: additive has keys and v, keyed dot only keys, dot neither.
 struct Inputs {
   const Tensor& query;            // [B, T, Dq], additive [B, T, A]; without the T here, there is none in any tensor [B, T, ...]
-  const Tensor* keys;             // [B, S, A]
+  const Tensor* keys;             // [B, S, Dq], additive [B, S, A]
   const Tensor* v;                // [A]
-  const Tensor& memory;           // [B, S, Dm]; additive's values
+  const Tensor& memory;           // [B, S, Dm]; with keys, the values
   const OptionalTensor& lengths;  // [B] int64
   const OptionalTensor& mask;     // [B, S] or [B, T, S] bool
   double scale;
   const Tensor* prepared_keys = nullptr;  // [B, S, prepared size], what prepare_keys made of the keys
+
+  Method method() const {
+    return v != nullptr ? Method::Additive : keys != nullptr ? Method::KeyedDot : Method::Dot;
+  }
 };
 
 // Allocated by ops.cpp, contiguous; weights has no elements where they are not asked for.
@@ -48,7 +54,7 @@ struct Gradients {
   Tensor keys;
   Tensor v;
   Tensor memory;
-  Tensor scores{};  // [B, T, S] in the accumulation type: of q . m, or v . tanh(q + k)
+  Tensor scores{};  // [B, T, S] in the accumulation type: of q . m, q . k, or v . tanh(q + k)
 };
 
 // A device's way in.

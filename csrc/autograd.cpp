@@ -148,15 +148,18 @@ struct Op<name, scored, std::index_sequence<i...>> {
 };
 
 constexpr char kDot[] = "attn_ext::dot_attention";
+constexpr char kKeyedDot[] = "attn_ext::keyed_dot_attention";
 constexpr char kAdditive[] = "attn_ext::additive_attention";
 
 using Dot = Op<kDot, 2, std::make_index_sequence<2>>;            // query, memory
+using KeyedDot = Op<kKeyedDot, 2, std::make_index_sequence<3>>;  // query, keys; values
 using Additive = Op<kAdditive, 3, std::make_index_sequence<4>>;  // query, keys, v; values
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(attn_ext, Autograd, m) {
   m.impl("dot_attention", Dot::forward);
+  m.impl("keyed_dot_attention", KeyedDot::forward);
   m.impl("additive_attention", Additive::forward);
 }
 

@@ -31,6 +31,21 @@ Attended dot_attention(
   return attended(std::move(context), std::move(weights), need_weights);
 }
 
+Attended keyed_dot_attention(
+    const Tensor& query,
+    const Tensor& keys,
+    const Tensor& values,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights) {
+  static const auto op =
+      find<Forwards(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, bool, bool)>(
+          "attn_ext::keyed_dot_attention");
+  auto [context, weights, logsumexp, exact] = op.call(query, keys, values, lengths, mask, scale, need_weights, false);
+  return attended(std::move(context), std::move(weights), need_weights);
+}
+
 Attended additive_attention(
     const Tensor& query,
     const Tensor& keys,
@@ -87,6 +102,7 @@ Attended memory_attention(
 // Other threads of Python run meanwhile; what the ops refuse becomes Python's ValueError and TypeError, as torch.ops would have it.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("dot_attention", torch::wrap_pybind_function_no_gil(dot_attention));
+  m.def("keyed_dot_attention", torch::wrap_pybind_function_no_gil(keyed_dot_attention));
   m.def("additive_attention", torch::wrap_pybind_function_no_gil(additive_attention));
   m.def("memory_attention", torch::wrap_pybind_function_no_gil(memory_attention));
 }

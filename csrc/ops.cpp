@@ -1,7 +1,6 @@
 // Every op's schema, registration and argument checks: the only file that says what exists.
 #include "cuda/build.h"
 #include "dispatch.h"
-#include "problem.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -110,6 +109,8 @@ Sizes<Size> check(const Inputs& inputs) {
   } else {
     check_argument<Size>("values", memory, type, query, {B, S, memory_size});
     check_argument<Size>("keys", *inputs.keys, type, query, {B, S, size});
+  }
+  if (inputs.v != nullptr) {
     check_argument<Size>("v", *inputs.v, type, query, {size});
   }
   if (inputs.prepared_keys != nullptr) {
@@ -231,6 +232,40 @@ std::tuple<Tensor, Tensor> dot_attention_backward(
       {grad_context, grad_weights, context, weights, logsumexp},
       {wanted_like<Size>(wanted[0], query), {}, {}, wanted_like<Size>(wanted[1], memory)});
   return {or_empty<Size>(gradients.query, query), or_empty<Size>(gradients.memory, memory)};
+}
+
+template <class Size>
+Forwards keyed_dot_attention(
+    const Tensor& query,
+    const Tensor& keys,
+    const Tensor& values,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights,
+    bool need_exact) {
+  return forward<Size>({query, &keys, nullptr, values, lengths, mask, scale}, need_weights, need_exact);
+}
+
+template <class Size>
+std::tuple<Tensor, Tensor, Tensor> keyed_dot_attention_backward(
+    const OptionalTensor& grad_context,
+    const OptionalTensor& grad_weights,
+    const Tensor& query,
+    const Tensor& keys,
+    const Tensor& values,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    const Tensor& context,
+    const OptionalTensor& weights,
+    const Tensor& logsumexp,
+    std::array<bool, 3> wanted) {
+  const Gradients gradients = backward<Size>(
+      {query, &keys, nullptr, values, lengths, mask, scale},
+      {grad_context, grad_weights, context, weights, logsumexp},
+      {wanted_like<Size>(wanted[0], query), wanted_like<Size>(wanted[1], keys), {}, wanted_like<Size>(wanted[2], values)});
+  return {or_empty<Size>(gradients.query, query), or_empty<Size>(gradients.keys, keys), or_empty<Size>(gradients.memory, values)};
 }
 
 template <class Size>
@@ -386,6 +421,8 @@ template <class Size>
 void implement(torch::Library& m) {
   m.impl("dot_attention", dot_attention<Size>);
   m.impl("dot_attention_backward", dot_attention_backward<Size>);
+  m.impl("keyed_dot_attention", keyed_dot_attention<Size>);
+  m.impl("keyed_dot_attention_backward", keyed_dot_attention_backward<Size>);
   m.impl("additive_attention", additive_attention<Size>);
   m.impl("additive_attention_backward", additive_attention_backward<Size>);
   m.impl("prepare_keys", prepare_keys<Size>);
@@ -396,10 +433,11 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-// B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; additive: query [B, T, A], keys [B, S, A], v [A], values
-// [B, S, D]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query [B, D] is one decoder step: no result has the T then.
-// weights has no elements if need_weights is false, nor has a gradient that is not wanted. need_exact: of halves, exact is
-// [context, weights] as they were accumulated, in float32, which a backward takes; where they were not rounded there is none.
+// B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; keyed: query [B, T, D], keys [B, S, D], values [B, S, Dm];
+// additive: query [B, T, A], keys [B, S, A], v [A], values [B, S, Dm]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query
+// [B, D] is one decoder step: no result has the T then. weights has no elements if need_weights is false, nor has a gradient that
+// is not wanted. need_exact: of halves, exact is [context, weights] as they were accumulated, in float32, which a backward takes;
+// where they were not rounded there is none.
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
       "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights, bool need_exact)"
@@ -408,6 +446,13 @@ TORCH_LIBRARY(attn_ext, m) {
       "dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor memory, Tensor? lengths,"
       " Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp, bool[2] wanted)"
       " -> (Tensor grad_query, Tensor grad_memory)");
+  m.def(
+      "keyed_dot_attention(Tensor query, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, float scale,"
+      " bool need_weights, bool need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
+  m.def(
+      "keyed_dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor values,"
+      " Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp, bool[3] wanted)"
+      " -> (Tensor grad_query, Tensor grad_keys, Tensor grad_values)");
   m.def(
       "additive_attention(Tensor query, Tensor keys, Tensor v, Tensor values, Tensor? lengths, Tensor? mask, float scale,"
       " bool need_weights, bool need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");

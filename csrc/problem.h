@@ -12,6 +12,9 @@ constexpr int64_t width_of(Dtype dtype) {
   return dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2;
 }
 
+// What a query's score with a source step is: q . m, q . k, or v . tanh(q + k).
+enum class Method { Dot, KeyedDot, Additive };
+
 // A tensor as [batch, row, element]: strides in elements, 0 along what it has not or repeats.
 struct View {
   const void* data = nullptr;
@@ -31,20 +34,26 @@ constexpr Size prepared_size(const Size& key_size) {
 
 struct Problem {
   Dtype dtype;
+  Method method;
   int64_t batch;        // B
   int64_t queries;      // T
   int64_t steps;        // S
-  int64_t key_size;     // Dq of dot, A of additive
+  int64_t key_size;     // Dq of dot products, A of additive
   int64_t memory_size;  // Dm
   double scale;
   View query;                        // [B, T, key_size]
-  View keys;                         // [B, S, key_size], additive only
+  View keys;                         // [B, S, key_size], of dot the memory itself
   View prepared_keys;                // [B, S, prepared_size(key_size)] acc, additive only; data may be null
   View v;                            // [key_size] (along element), additive only
   View memory;                       // [B, S, memory_size]
   const int64_t* lengths = nullptr;  // [B]
   View mask;                         // [B, S] (row stride 0) or [B, T, S] bool
   bool mask_per_query = false;
+
+  // One query a batch element is bound by reading the memory, and has kernels of its own, but for keyed dot products.
+  bool is_one_query() const {
+    return queries == 1 && method != Method::KeyedDot;
+  }
 };
 
 }  // namespace attn_ext

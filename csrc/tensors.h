@@ -2,9 +2,13 @@
 #pragma once
 
 #include "attention.h"
-#include "problem.h"
 
 namespace attn_ext {
+
+// As the ops' names begin.
+inline const char* name_of(Method method) {
+  return method == Method::Dot ? "dot" : method == Method::KeyedDot ? "keyed_dot" : "additive";
+}
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -41,6 +45,7 @@ inline void* data_of(const Tensor& output) {
 inline Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
   Problem problem{};
   problem.dtype = dtype_of(inputs.query);
+  problem.method = inputs.method();
   problem.batch = inputs.query.size(0);
   problem.queries = inputs.query.dim() == 3 ? inputs.query.size(1) : 1;
   problem.steps = inputs.memory.size(1);
@@ -51,10 +56,12 @@ inline Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
   problem.memory = view_of(inputs.memory);
   if (inputs.keys != nullptr) {
     problem.keys = view_of(*inputs.keys);
+  }
+  if (inputs.v != nullptr) {
     problem.v = view_of(*inputs.v);
-    if (inputs.prepared_keys != nullptr) {
-      problem.prepared_keys = view_of(*inputs.prepared_keys);
-    }
+  }
+  if (inputs.prepared_keys != nullptr) {
+    problem.prepared_keys = view_of(*inputs.prepared_keys);
   }
   if (lengths.defined()) {
     problem.lengths = lengths.const_data_ptr<int64_t>();

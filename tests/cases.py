@@ -13,14 +13,25 @@ import torch
 from torch import Tensor
 
 import attn_ext
+from attn_ext import functional
+
+
+def keyed_dot_attention(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float | None = None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The op beneath general attention of more queries than steps."""
+    options = {"lengths": None, "mask": None, "need_weights": True} | options
+    return functional.attend(query, keys, None, values, scale=1.0 if scale is None else scale, **options)
+
 
 FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "dot": attn_ext.dot_attention,
     "additive": attn_ext.additive_attention,
     "general": partial(attn_ext.luong_attention, method="general"),
     "concat": partial(attn_ext.luong_attention, method="concat"),
+    "keyed_dot": keyed_dot_attention,
 }
-METHODS = tuple(FUNCTIONS)
+METHODS = ("dot", "additive", "general", "concat")  # the public ones
 MASKINGS = ("none", "lengths", "rows", "pairs", "lengths+rows", "lengths+pairs")
 # What the loss is made of; "no_weights" also asks for none.
 LOSSES = {"both": ("context", "weights"), "context": ("context",), "weights": ("weights",), "no_weights": ("context",)}
@@ -64,6 +75,12 @@ class Case:
             tensors = {"query": normal(B, T, D, spread=2 * _over_root(Dm)), "memory": normal(B, S, Dm)}
             if self.method == "general":
                 tensors["weight"] = normal(Dm, D, spread=_over_root(D))
+        elif self.method == "keyed_dot":
+            tensors = {
+                "query": normal(B, T, D, spread=2 * _over_root(D)),
+                "keys": normal(B, S, D),
+                "values": normal(B, S, Dm),
+            }
         elif self.method == "additive":
             tensors = {"query": normal(B, T, D), "keys": normal(B, S, D), "values": normal(B, S, Dm)}
         else:
@@ -161,7 +178,8 @@ def rounding_noise(dtype: torch.dtype, largest: float) -> float:
     accumulation = torch.promote_types(dtype, torch.float32)  # halves sum in float32
     noise = torch.finfo(dtype).eps * largest + 32 * torch.finfo(accumulation).eps * (1 + largest)
     if KERNELS == "cuda" and dtype != accumulation:
-        noise += torch.finfo(dtype).eps / 4  # a GPU's products take weights, and their gradients, as halves
+        # A GPU's products take weights and the gradients of scores, whose sums are of order 1, as halves: half an eps.
+        noise += torch.finfo(dtype).eps / 2
     return noise
 
 

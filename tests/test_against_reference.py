@@ -16,7 +16,7 @@ from tests.cases import DTYPES, LOSSES, MASKINGS, METHODS, Case, assert_accurate
 S_SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 257)
 D_SIZES = (1, 3, 8, 15, 16, 17, 64, 100, 513)
 T_SIZES = (1, 2, 5, 33, 65)
-OPS = ("dot", "additive")
+OPS = ("dot", "keyed_dot", "additive")
 
 
 def full_grid(method: str, dtype: torch.dtype) -> list[Case]:
@@ -107,8 +107,9 @@ def test_empty(method: str, sizes: tuple[int, int, int], masking: str) -> None:
 @pytest.mark.parametrize("masking", ["none", "lengths", "pairs"])
 def test_no_features(masking: str) -> None:
     """Scores of D = 0 are all 0: the weights are uniform."""
-    for case in (Case("dot", D=0, masking=masking), Case("additive", D=0, masking=masking), Case("additive", Dm=0)):
-        assert_accurate(case.problem())
+    for op in OPS:
+        assert_accurate(Case(op, D=0, masking=masking).problem())
+        assert_accurate(Case(op, Dm=0).problem())
 
 
 @pytest.mark.parametrize("masking", MASKINGS)

@@ -15,9 +15,13 @@ from tests.cases import DTYPES, LOSSES, Case, short, spoiled
 
 pytestmark = pytest.mark.fused
 
-NAMES = {"dot": "dot_attention", "additive": "additive_attention"}
+NAMES = {"dot": "dot_attention", "keyed_dot": "keyed_dot_attention", "additive": "additive_attention"}
 # The ops take their tensors by position.
-TENSORS = {"dot": ("query", "memory"), "additive": ("query", "keys", "v", "values")}
+TENSORS = {
+    "dot": ("query", "memory"),
+    "keyed_dot": ("query", "keys", "values"),
+    "additive": ("query", "keys", "v", "values"),
+}
 
 
 def op(method: str, direction: str) -> Any:
@@ -158,10 +162,14 @@ def test_halves_are_rounded_where_they_are_written(
     assert wide[3] == []
     assert logsumexp.dtype == torch.float32
     # Products of halves take the context from rounded weights.
-    pairs = (method, dtype, torch.ops.attn_ext.cpu_capability()) == ("dot", torch.bfloat16, "avx512_bf16") and T >= 16
     on_gpu = cases.KERNELS == "cuda"
+    if on_gpu:
+        from_rounded = T > 1 or method == "keyed_dot"
+    else:
+        has_pairs = (dtype, torch.ops.attn_ext.cpu_capability()) == (torch.bfloat16, "avx512_bf16")
+        from_rounded = has_pairs and method != "additive" and T >= 16
     tolerance = {"rtol": 1e-5, "atol": 1e-5 if on_gpu else 1e-6}
-    of_context = {"rtol": 2**-8, "atol": 2**-8} if (T > 1 if on_gpu else pairs) else tolerance
+    of_context = {"rtol": 2**-8, "atol": 2**-8} if from_rounded else tolerance
     tolerances = (of_context, tolerance)
     for result, exact, truth, tolerance in zip(rounded, unrounded, wide, tolerances, strict=False):
         assert exact.dtype == torch.float32
@@ -203,11 +211,11 @@ def ranges(call: Callable[[], object]) -> set[str]:
 
 @pytest.mark.parametrize("T", [1, 5, 70], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("function", ["dot", "general", "additive", "concat"])
+@pytest.mark.parametrize("function", ["dot", "keyed_dot", "general", "additive", "concat"])
 def test_the_fused_kernels_run(function: str, dtype: torch.dtype, T: int) -> None:
     """By name: the forward kernel, and with gradients the backward kernel; none under "reference"."""
-    problem = Case(function, T=T, S=37, D=20, dtype=dtype, masking="lengths").problem()
-    name = "dot_attention" if function in ("dot", "general") else "additive_attention"
+    problem = Case(function, T=T, S=77, D=20, dtype=dtype, masking="lengths").problem()
+    name = NAMES[{"general": "dot", "concat": "additive"}.get(function, function)]
     capability = f"[{torch.ops.attn_ext.cpu_capability()}]" if cases.KERNELS == "cpu" else ""
     forward, backward = (f"attn_ext::{cases.KERNELS}::{name}_{d}{capability}" for d in ("forward", "backward"))
     assert ranges(lambda: problem.function(**problem.tensors, **problem.options)) == {forward}
@@ -224,7 +232,11 @@ def test_the_reference_differentiates_twice(method: str) -> None:
 
 
 # Each size here is told by at least two arguments, but for these: the size of `values` in the forward pass.
-FREE = {("additive", "forward", 3, "size 5 in dim 2"), ("additive", "forward", 3, "size 7 in dim 2")}
+FREE = {
+    (method, "forward", position, f"size {size} in dim 2")
+    for method, position in (("keyed_dot", 2), ("additive", 3))
+    for size in (5, 7)
+}
 
 
 def test_nothing_crashes(method: str, direction: str) -> None:
@@ -309,7 +321,7 @@ def test_no_gradient_comes_back(method: str) -> None:
 
 # The ops of a decoder loop's steps, which AttentionMemory calls.
 
-STEP_OPS = ("prepare_keys", "step_attention", "step_attention_backward", "additive_scores_backward")
+each_step_method = pytest.mark.parametrize("method", ["dot", "additive"])
 
 
 def step_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
@@ -333,6 +345,7 @@ def step_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
     return calls
 
 
+@each_step_method
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
 def test_opcheck_of_steps(method: str, masking: str, dtype: torch.dtype) -> None:
@@ -340,6 +353,7 @@ def test_opcheck_of_steps(method: str, masking: str, dtype: torch.dtype) -> None
         opcheck(getattr(torch.ops.attn_ext, name).default, args)
 
 
+@each_step_method
 @pytest.mark.parametrize(
     "sizes", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (1, 1, 1, 1), (1, 70, 40, 33)], ids=str
 )
@@ -349,6 +363,7 @@ def test_opcheck_of_sizes_of_steps(method: str, sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.numerics
+@each_step_method
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("masking", ["none", "lengths", "rows", "pairs", "lengths+pairs"])
 @pytest.mark.parametrize("T", [1, 2, 7, 70], ids="T={}".format)
@@ -393,6 +408,7 @@ def test_steps_and_the_rest_make_the_whole(method: str, T: int, masking: str, lo
     torch.testing.assert_close(grad_memory, expected[-1], **close)
 
 
+@each_step_method
 def test_nothing_crashes_in_a_step(method: str) -> None:
     """As for the ops themselves. What keys alone tell the size of, nothing contradicts."""
     accepted = []

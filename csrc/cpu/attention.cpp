@@ -65,15 +65,14 @@ void run_items(
   });
 }
 
-const Kernels& kernels_for(const Inputs& inputs, const Problem& problem, const Plan& plan) {
-  const auto kernels = inputs.keys == nullptr ? capability().dot : capability().additive;
-  return kernels(problem.dtype, problem.queries, plan.chunk);
+const Kernels& kernels_for(const Problem& problem, const Plan& plan) {
+  const auto kernels = problem.method == Method::Additive ? capability().additive : capability().dot;
+  return kernels(problem.dtype, problem.is_one_query(), plan.chunk);
 }
 
 // What a profiler shows: which op ran, and the compilation of its kernel.
 std::string name_of(const Inputs& inputs, const char* direction) {
-  const char* op = inputs.keys == nullptr ? "dot" : "additive";
-  return c10::str("attn_ext::cpu::", op, "_attention_", direction, "[", capability().name, "]");
+  return c10::str("attn_ext::cpu::", name_of(inputs.method()), "_attention_", direction, "[", capability().name, "]");
 }
 
 Tensor contiguous(const OptionalTensor& tensor) {
@@ -100,7 +99,7 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
     call.grad_v = data_of(grad_v);
   }
   if (items > 0) {
-    const Kernels& kernels = kernels_for(inputs, call.problem, call.plan);
+    const Kernels& kernels = kernels_for(call.problem, call.plan);
     const int64_t merges = call.plan.splits * call.plan.chunks > 1 ? items : 0;
     run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
   }
@@ -123,7 +122,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   }
   const bool rounds = outputs.context.scalar_type() != outputs.logsumexp.scalar_type();
   Tensor unrounded;  // weights that grow tile by tile, and are scaled at last
-  const bool grow = call.problem.queries > 1 && call.problem.steps > call.plan.tile;
+  const bool grow = !call.problem.is_one_query() && call.problem.steps > call.plan.tile;
   if (rounds && call.weights != nullptr && !outputs.exact_weights.defined() && grow) {
     unrounded = at::empty(outputs.weights.sizes(), outputs.logsumexp.options());
   }
@@ -132,7 +131,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   for (const Tensor* output : {&outputs.context, &outputs.weights, &outputs.exact_context, &outputs.exact_weights, &unrounded}) {
     use_huge_pages(*output);
   }
-  const Kernels& kernels = kernels_for(inputs, call.problem, call.plan);
+  const Kernels& kernels = kernels_for(call.problem, call.plan);
   const int64_t merges = call.plan.splits > 1 ? call.plan.groups(call.problem) : 0;
   run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge, merges);
 }
@@ -163,7 +162,7 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
     return;
   }
   use_huge_pages(prepared);
-  const Kernels& kernels = capability().additive(call.dtype, 1, 1);
+  const Kernels& kernels = capability().additive(call.dtype, true, 1);
   const int64_t grain = std::max<int64_t>(kGrain / (kTanhCost * std::max<int64_t>(call.key_size, 1)), 1);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels.prepare(call, begin, end); });
 }

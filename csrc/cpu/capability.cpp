@@ -9,24 +9,24 @@ namespace attn_ext::cpu {
 
 // setup.py compiles kernels/ once for each of these.
 namespace DEFAULT {
-const Kernels& dot_kernels(Dtype, int64_t, int64_t);
-const Kernels& additive_kernels(Dtype, int64_t, int64_t);
+const Kernels& dot_kernels(Dtype, bool, int64_t);
+const Kernels& additive_kernels(Dtype, bool, int64_t);
 }  // namespace DEFAULT
 
 #if defined(__x86_64__)
 namespace AVX2 {
-const Kernels& dot_kernels(Dtype, int64_t, int64_t);
-const Kernels& additive_kernels(Dtype, int64_t, int64_t);
+const Kernels& dot_kernels(Dtype, bool, int64_t);
+const Kernels& additive_kernels(Dtype, bool, int64_t);
 }  // namespace AVX2
 
 namespace AVX512 {
-const Kernels& dot_kernels(Dtype, int64_t, int64_t);
-const Kernels& additive_kernels(Dtype, int64_t, int64_t);
+const Kernels& dot_kernels(Dtype, bool, int64_t);
+const Kernels& additive_kernels(Dtype, bool, int64_t);
 }  // namespace AVX512
 
 namespace AVX512_BF16 {
-const Kernels& dot_kernels(Dtype, int64_t, int64_t);
-const Kernels& additive_kernels(Dtype, int64_t, int64_t);
+const Kernels& dot_kernels(Dtype, bool, int64_t);
+const Kernels& additive_kernels(Dtype, bool, int64_t);
 }  // namespace AVX512_BF16
 #endif
 

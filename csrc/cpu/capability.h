@@ -8,9 +8,9 @@ namespace attn_ext::cpu {
 struct Capability {
   const char* name;
   const char* torch_name;
-  bool (*runs)();                                                // where PyTorch's capability is `torch_name`
-  const Kernels& (*dot)(Dtype, int64_t queries, int64_t chunk);  // T, and how many of them at a time
-  const Kernels& (*additive)(Dtype, int64_t queries, int64_t chunk);
+  bool (*runs)();  // where PyTorch's capability is `torch_name`
+  const Kernels& (*dot)(Dtype, bool one_query, int64_t chunk);
+  const Kernels& (*additive)(Dtype, bool one_query, int64_t chunk);
 };
 
 // PyTorch's own choice, so that ATEN_CPU_CAPABILITY is obeyed, and what the processor has beyond it. Made once.

@@ -24,19 +24,19 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 inline int64_t work_of_step(const Problem& problem) {
-  const int64_t score = problem.keys.data == nullptr ? problem.key_size : kTanhCost * problem.key_size;
+  const int64_t score = problem.method == Method::Additive ? kTanhCost * problem.key_size : problem.key_size;
   return problem.queries * (score + problem.memory_size);
 }
 
 // A tile of memory stays in the second-level cache from the scores to the context: 256 KiB of it, half as much where a few queries
-// pass by keys and their exponentials too. Many queries' dot products find in that cache the panels that they pack, however long
+// pass by keys too. Many queries' dot products find in that cache the panels that they pack, however long
 // the tile is: it is as long as they are deep.
 inline int64_t tile_of(const Problem& problem, int64_t chunk) {
-  const bool many = chunk >= kMany, is_dot = problem.keys.data == nullptr;
-  if (many && is_dot) {
+  const bool many = chunk >= kMany;
+  if (many && problem.method != Method::Additive) {
     return kTile;
   }
-  const int64_t size = (many || is_dot ? 1 << 18 : 1 << 17) / sizeof(float);
+  const int64_t size = (many || problem.method == Method::Dot ? 1 << 18 : 1 << 17) / sizeof(float);
   const int64_t row = std::max<int64_t>({problem.memory_size, problem.key_size, 1});
   return std::clamp<int64_t>(size / row / 32 * 32, 32, kShortTile);
 }
@@ -48,7 +48,7 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads) {
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
   plan.tile = tile_of(problem, plan.chunk);
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
-  const int64_t row = problem.memory_size + (problem.keys.data == nullptr ? 0 : problem.key_size);
+  const int64_t row = problem.memory_size + (problem.method == Method::Dot ? 0 : problem.key_size);
   plan.is_large = problem.batch * problem.steps * row * width_of(problem.dtype) >= kLargeMemory;
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;

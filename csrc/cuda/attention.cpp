@@ -1,9 +1,9 @@
 // CUDA's entry points: which kernels make up a call, and the matrix products between them, which are ATen's.
 //
-// One query a batch element is bound by reading the memory, and has a kernel of its own. With more, of keys k (dot: m itself)
+// One query a batch element is bound by reading the memory, and has a kernel of its own. With more, of keys k
 //
 //   forward    e = q k^T;  a = softmax(e);  c = a m
-//   backward   da = g m^T;  de = softmax_backward(a, da + gw);  dq = de k;  dm = a^T g + de^T q
+//   backward   da = g m^T;  de = softmax_backward(a, da + gw);  dq = de k;  dk = de^T q;  dm = a^T g, + dk where k = m
 //
 // where additive scores and their gradients have kernels in the place of the products with q and k. Products of halves are summed
 // in float32, scores are not rounded, and a and de are before they meet k, m, g and q: once, as the results are.
@@ -46,7 +46,7 @@ class Call {
         problem_(problem_of(inputs, lengths_)),
         stream_(current_stream(inputs.query.device())) {
     if (profiled_.isActive()) {
-      profiled_.before(c10::str("attn_ext::cuda::", is_dot() ? "dot" : "additive", "_attention_", direction));
+      profiled_.before(c10::str("attn_ext::cuda::", name_of(problem_.method), "_attention_", direction));
     }
   }
 
@@ -59,7 +59,16 @@ class Call {
   }
 
   bool is_dot() const {
-    return inputs_.keys == nullptr;
+    return problem_.method != Method::Additive;
+  }
+
+  bool is_its_own_keys() const {
+    return problem_.method == Method::Dot;
+  }
+
+  // What dot products' queries meet.
+  const Tensor& keys() const {
+    return is_its_own_keys() ? inputs_.memory : *inputs_.keys;
   }
 
   // Kernels are spared the empty.
@@ -69,7 +78,7 @@ class Call {
 
   bool is_one_step() const {
     const size_t element = inputs_.query.element_size();
-    return problem_.queries == 1 && (!is_dot() || problem_.memory_size <= most_one_step_columns(element));
+    return problem_.is_one_query() && (!is_dot() || problem_.memory_size <= most_one_step_columns(element));
   }
 
   bool is_of_halves() const {
@@ -99,14 +108,17 @@ class Call {
   // q k^T, or v . tanh(q + k), of every query and step.
   void scores(Tensor& to) const;
 
-  // The memory as products with weights of 0 may meet it.
-  Tensor attended_memory() const {
+  // The memory's rows, or the keys', as products with weights of 0 may meet them.
+  Tensor attended(const Tensor& rows) const {
     if (problem_.lengths == nullptr && (problem_.mask.data == nullptr || problem_.mask_per_query)) {
-      return inputs_.memory;
+      return rows;
     }
-    Tensor rows = empty(inputs_.memory.sizes());
-    attended_rows({problem_, rows.mutable_data_ptr()}, stream_);
-    return rows;
+    Problem problem = problem_;
+    problem.memory = view_of(rows);
+    problem.memory_size = rows.size(2);
+    Tensor of_these = empty(rows.sizes());
+    attended_rows({problem, of_these.mutable_data_ptr()}, stream_);
+    return of_these;
   }
 
   // The steps of a batch element in as many blocks as read them soonest: the busiest multiprocessor decides. `partial_size`
@@ -176,7 +188,7 @@ void multiply(Tensor& result, const Tensor& a, const Tensor& b, bool adds = fals
 
 void Call::scores(Tensor& to) const {
   if (is_dot()) {
-    multiply(to, inputs_.query, inputs_.memory.mT());
+    multiply(to, inputs_.query, keys().mT());
   } else {
     additive_scores({problem_, to.mutable_data_ptr()}, stream_);
   }
@@ -216,7 +228,7 @@ void attend_once(Call& call, Outputs& outputs) {
   (call.is_dot() ? one_step_dot : one_step_additive)(step, call.stream());
 }
 
-void attend(const Call& call, Outputs& outputs) {
+void attend(const Call& call, const Inputs& inputs, Outputs& outputs) {
   const Problem& problem = call.problem();
   const bool rounds = call.is_of_halves(), has_weights = outputs.weights.numel() > 0;
   Tensor& exact_weights = rounds ? outputs.exact_weights : outputs.weights;
@@ -236,7 +248,7 @@ void attend(const Call& call, Outputs& outputs) {
        outputs.logsumexp.mutable_data_ptr()},
       call.stream());
 
-  multiply(outputs.context, rounds ? rounded : scores, call.attended_memory());
+  multiply(outputs.context, rounds ? rounded : scores, call.attended(inputs.memory));
   if (outputs.exact_context.defined()) {
     outputs.exact_context.copy_(outputs.context);  // a backward of many queries has no use for more
   }
@@ -330,11 +342,11 @@ Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved
 
 void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& saved, const Coefficients& of, Tensor& grad_memory) {
   const bool has_grad = saved.grad_context.has_value();
-  if (!has_grad && !call.is_dot()) {
+  if (!has_grad && !call.is_its_own_keys()) {
     grad_memory.zero_();
   } else if (call.is_of_halves()) {
     // One product, so that nothing is rounded on the way.
-    if (has_grad && call.is_dot()) {
+    if (has_grad && call.is_its_own_keys()) {
       multiply(grad_memory, of.both.flatten(1, 2).mT(), at::cat({*saved.grad_context, inputs.query}, 1));
     } else {
       multiply(grad_memory, of.both.select(1, has_grad ? 0 : 1).mT(), has_grad ? *saved.grad_context : inputs.query);
@@ -343,7 +355,7 @@ void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& s
     if (has_grad) {
       multiply(grad_memory, of.weights.mT(), *saved.grad_context);
     }
-    if (call.is_dot()) {
+    if (call.is_its_own_keys()) {
       multiply(grad_memory, of.grad_scores.mT(), inputs.query, has_grad);
     }
   }
@@ -351,10 +363,16 @@ void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& s
 
 void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   const Coefficients of = coefficients_of(call, inputs, saved, gradients);
-  if (!call.is_dot()) {
+  if (call.is_dot()) {
+    const Tensor grad_scores = call.is_of_halves() ? of.both.select(1, 1) : of.grad_scores;
+    if (gradients.query.defined()) {
+      multiply(gradients.query, grad_scores, call.attended(call.keys()));
+    }
+    if (gradients.keys.defined()) {
+      multiply(gradients.keys, grad_scores.mT(), inputs.query);
+    }
+  } else {
     differentiate_scores(call, of.grad_scores, gradients);
-  } else if (gradients.query.defined()) {
-    multiply(gradients.query, call.is_of_halves() ? of.both.select(1, 1) : of.grad_scores, call.attended_memory());
   }
   if (gradients.memory.defined()) {
     differentiate_memory(call, inputs, saved, of, gradients.memory);
@@ -386,7 +404,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
     const Tensor query = with_queries(inputs.query);
     forward({query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale}, of_queries);
   } else {
-    attend(call, outputs);
+    attend(call, inputs, outputs);
   }
 }
 

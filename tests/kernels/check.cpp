@@ -46,18 +46,18 @@ class Random {
 };
 
 Op random_op(Random& random) {
-  const bool additive = random.chance(0.5);
+  const Method method = random.of({Method::Additive, Method::Additive, Method::Dot, Method::KeyedDot});
   const Dtype dtype = random.of({Dtype::Float, Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half});
   const int64_t B = random.upto(1, 3);
   const int64_t T = random.chance(0.5) ? 1 : random.chance(0.7) ? random.upto(2, 40) : random.upto(41, 300);
   const int64_t S = random.chance(0.2) ? random.upto(0, 3) : random.chance(0.7) ? random.upto(4, 90) : random.upto(91, 600);
   const int64_t D = random.chance(0.2) ? 32 * random.upto(1, 6) : random.chance(0.8) ? random.upto(1, 70) : random.upto(71, 300);
-  const int64_t Dm = !additive ? D : random.chance(0.3) ? 32 * random.upto(1, 6) : random.upto(1, 70);
+  const int64_t Dm = method == Method::Dot ? D : random.chance(0.3) ? 32 * random.upto(1, 6) : random.upto(1, 70);
   const auto array = [&](int64_t rows, int64_t size) {
     return Array(dtype, B, rows, size, random.upto(0, 3), random.of({1, 1, 2}));
   };
   Op op{
-      .additive = additive,
+      .method = method,
       .dtype = dtype,
       .exact_type = dtype == Dtype::Double ? Dtype::Double : Dtype::Float,
       .B = B,
@@ -73,8 +73,8 @@ Op random_op(Random& random) {
       .v = Array(dtype, 1, 1, D)};
   // With the largest, the guard leaves the factored exponentials.
   const double size = random.of({0.02, 1.0, 1.0, 10.0, 60.0});
-  op.query.fill(random.normals(additive ? size : 1 / std::sqrt(static_cast<double>(D))));
-  op.keys.fill(random.normals(size));
+  op.query.fill(random.normals(op.is_additive() ? size : 1 / std::sqrt(static_cast<double>(D))));
+  op.keys.fill(random.normals(op.is_additive() ? size : 1));
   op.memory.fill(random.normals(1));
   op.v.fill(random.normals(1 / std::sqrt(static_cast<double>(D))));
   if (random.chance(0.4)) {
@@ -145,7 +145,7 @@ struct Truth {
     each([&](int64_t s) {
       for (int64_t i = 0; i < c.D; ++i) {
         const double q = c.query.at(b, t, i);
-        e[s] += c.additive ? c.v.at(0, 0, i) * std::tanh(q + c.keys.at(b, s, i)) : q * c.memory.at(b, s, i);
+        e[s] += c.is_additive() ? c.v.at(0, 0, i) * std::tanh(q + c.keys.at(b, s, i)) : q * keys(c).at(b, s, i);
       }
       e[s] *= c.scale;
       row_max = std::max(row_max, e[s]);
@@ -173,24 +173,28 @@ struct Truth {
       }
       for (int64_t i = 0; i < c.D; ++i) {
         const double q = c.query.at(b, t, i);
-        if (c.additive) {
+        if (c.is_additive()) {
           const double tanh = std::tanh(q + c.keys.at(b, s, i)), inner = de * c.v.at(0, 0, i) * (1 - tanh * tanh);
           grad_query[at * c.D + i] += inner;
           grad_keys[(b * c.S + s) * c.D + i] += inner;
           grad_v[i] += de * tanh;
         } else {
-          grad_query[at * c.D + i] += de * c.memory.at(b, s, i);
-          grad_memory[(b * c.S + s) * c.D + i] += de * q;
+          grad_query[at * c.D + i] += de * keys(c).at(b, s, i);
+          (c.has_keys() ? grad_keys : grad_memory)[(b * c.S + s) * c.D + i] += de * q;
         }
       }
     });
+  }
+
+  static const Array& keys(const Op& c) {
+    return c.has_keys() ? c.keys : c.memory;
   }
 };
 
 Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   Plan plan{};
-  plan.tile = 32 * random.upto(1, (p.keys.data == nullptr ? kTile : kShortTile) / 32);
+  plan.tile = 32 * random.upto(1, (p.method == Method::Additive ? kShortTile : kTile) / 32);
   plan.chunk = std::clamp<int64_t>(random.of({most_queries, random.upto(1, 24)}), 1, std::min(most_queries, p.queries));
   plan.chunks = std::max<int64_t>(ceil_div(p.queries, plan.chunk), 1);
   const int64_t tiles = std::max<int64_t>(ceil_div(p.steps, plan.tile), 1);
@@ -277,7 +281,7 @@ bool check(uint64_t seed) {
 
   const int64_t prepared = prepared_size(c.D);
   Array prepared_keys(c.exact_type, c.B, c.S, prepared);
-  if (c.additive && random.chance(0.3)) {
+  if (c.is_additive() && random.chance(0.3)) {
     const Preparation preparation{c.dtype, c.S, c.D, c.keys.view(), prepared_keys.data()};
     c.kernels(f.plan).prepare(preparation, 0, c.B * c.S);
     f.problem.prepared_keys = prepared_keys.view();
@@ -285,13 +289,13 @@ bool check(uint64_t seed) {
   const int64_t merges = f.plan.splits > 1 ? f.plan.groups(f.problem) : 0;
   const Kernels& forward = c.kernels(f.plan);
   run_items(f, random, forward.forward_slot, forward.forward, forward.merge, merges);
-  const double score_slack = c.additive ? 4 : 1;
+  const double score_slack = c.is_additive() ? 4 : 1;
   checker.compare("context", context.values(), truth.context, c.dtype, score_slack);
   if (f.weights != nullptr) {
     checker.compare("weights", weights.values(), truth.weights, c.dtype, score_slack);
   }
   Doubles expected_logsumexp = truth.logsumexp;
-  for (int64_t i = 0; c.additive && i < c.B * c.T; ++i) {  // without the sum of v, which cancels
+  for (int64_t i = 0; c.is_additive() && i < c.B * c.T; ++i) {  // without the sum of v, which cancels
     for (int64_t a = 0; a < c.D; ++a) {
       expected_logsumexp[i] -= c.scale * c.v.at(0, 0, a);
     }
@@ -319,10 +323,12 @@ bool check(uint64_t seed) {
   b.grad_query = random.chance(0.8) ? grad_query.data() : nullptr;
   b.grad_scores = random.chance(0.5) && c.S > 0 ? grad_scores.data() : nullptr;
   b.grad_memory = random.chance(0.8) && c.S > 0 ? grad_memory.data() : nullptr;
-  const bool of_keys = c.additive && random.chance(0.7);
+  const bool of_keys = c.has_keys() && random.chance(0.7), of_v = c.is_additive() && of_keys;
   Array grad_v(c.exact_type, 1, b.plan.items(b.problem), c.D);
   if (of_keys) {
     b.grad_keys = c.S > 0 ? grad_keys.data() : nullptr;
+  }
+  if (of_v) {
     b.grad_v = grad_v.data();
   }
   const int64_t items = b.plan.items(b.problem);
@@ -339,10 +345,10 @@ bool check(uint64_t seed) {
   if (b.grad_memory != nullptr) {
     checker.compare("grad memory", grad_memory.values(), truth.grad_memory, c.dtype, slack, truth.grad_size);
   }
-  if (of_keys) {
-    if (b.grad_keys != nullptr) {
-      checker.compare("grad keys", grad_keys.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
-    }
+  if (b.grad_keys != nullptr) {
+    checker.compare("grad keys", grad_keys.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
+  }
+  if (of_v) {
     Doubles total(c.D);
     for (int64_t item = 0; item < items; ++item) {
       for (int64_t a = 0; a < c.D; ++a) {
@@ -353,7 +359,7 @@ bool check(uint64_t seed) {
   }
 
   // The gradients of keys and of v alone, from those of the scores, where no values take part.
-  if (c.additive && b.grad_scores != nullptr && of_keys) {
+  if (of_v && b.grad_scores != nullptr) {
     Array keys_again(c.dtype, c.B, c.S, c.D), v_again(c.exact_type, 1, items, c.D);
     Backward s{};
     s.problem = b.problem;

@@ -61,8 +61,8 @@ class Numbers {
 
 // With memory as wide as keys, and both gradients of a training step.
 struct Calls {
-  Calls(bool additive, Sizes sizes, Dtype dtype = Dtype::Float)
-      : op{.additive = additive,
+  Calls(Method method, Sizes sizes, Dtype dtype = Dtype::Float)
+      : op{.method = method,
            .dtype = dtype,
            .exact_type = dtype == Dtype::Double ? Dtype::Double : Dtype::Float,
            .B = sizes.B,
@@ -129,7 +129,7 @@ struct Calls {
     b.logsumexp = logsumexp.data();
     b.grad_query = grad_query.data();
     b.grad_memory = grad_memory.data();
-    if (op.additive) {
+    if (op.is_additive()) {
       b.grad_keys = grad_keys.data();
       b.grad_v = grad_v.data();
     }
@@ -160,7 +160,7 @@ struct Calls {
 };
 
 void run_all() {
-  const bool dot = false, additive = true;
+  constexpr auto dot = Method::Dot, additive = Method::Additive;
   // Two tiles, and enough rows, wider than a panel, that panels are packed.
   Calls(dot, {1, 64, 300, 128}).run();
   Calls(dot, {1, 64, 100, 64}, Dtype::Double).run();

@@ -17,8 +17,8 @@
 namespace attn_ext::cpu {
 
 namespace CPU_CAPABILITY {
-const Kernels& dot_kernels(Dtype, int64_t, int64_t);
-const Kernels& additive_kernels(Dtype, int64_t, int64_t);
+const Kernels& dot_kernels(Dtype, bool, int64_t);
+const Kernels& additive_kernels(Dtype, bool, int64_t);
 }  // namespace CPU_CAPABILITY
 
 // What an output holds before it is written: none may keep it.
@@ -135,9 +135,9 @@ struct Scratch {
   char* bytes;
 };
 
-// Sizes, masks and inputs of one op. A dot op is its own keys.
+// Sizes, masks and inputs of one op. Of dot products the memory is its own keys, or not.
 struct Op {
-  bool additive;
+  Method method;
   Dtype dtype, exact_type;
   int64_t B, T, S, D, Dm;
   double scale;
@@ -145,6 +145,14 @@ struct Op {
   std::vector<char> mask{};  // [B, S] or [B, T, S]
   bool mask_per_query;
   Array query, keys, memory, v;
+
+  bool is_additive() const {
+    return method == Method::Additive;
+  }
+
+  bool has_keys() const {
+    return method != Method::Dot;
+  }
 
   bool attended(int64_t b, int64_t t, int64_t s) const {
     const bool within = lengths.empty() || s < lengths[b];
@@ -154,12 +162,15 @@ struct Op {
   Problem problem() const {
     Problem p{};
     p.dtype = dtype;
+    p.method = method;
     p.batch = B, p.queries = T, p.steps = S, p.key_size = D, p.memory_size = Dm;
     p.scale = scale;
     p.query = query.view();
     p.memory = memory.view();
-    if (additive) {
+    if (has_keys()) {
       p.keys = keys.view();
+    }
+    if (is_additive()) {
       p.v = v.view();
     }
     p.lengths = lengths.empty() ? nullptr : lengths.data();
@@ -171,12 +182,13 @@ struct Op {
   }
 
   const Kernels& kernels(const Plan& plan) const {
-    return (additive ? CPU_CAPABILITY::additive_kernels : CPU_CAPABILITY::dot_kernels)(dtype, T, plan.chunk);
+    return (is_additive() ? CPU_CAPABILITY::additive_kernels : CPU_CAPABILITY::dot_kernels)(
+        dtype, problem().is_one_query(), plan.chunk);
   }
 
   // As exact as the products with the weights are: pairs of bfloat16 are multiplied with rounded ones.
   Dtype products_type() const {
-    return dtype == Dtype::BFloat16 && !additive ? dtype : exact_type;
+    return dtype == Dtype::BFloat16 && !is_additive() ? dtype : exact_type;
   }
 
   std::string text() const {
@@ -186,7 +198,9 @@ struct Op {
         line,
         sizeof(line),
         "%s (B=%d, T=%d, S=%d, D=%d, Dm=%d) %s%s%s",
-        additive ? "additive" : "dot",
+        is_additive() ? "additive"
+        : has_keys()  ? "keyed dot"
+                      : "dot",
         static_cast<int>(B),
         static_cast<int>(T),
         static_cast<int>(S),

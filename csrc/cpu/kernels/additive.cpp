@@ -422,6 +422,7 @@ template <class acc>
 class AdditiveGradient : public AdditiveScore<acc> {
  public:
   static constexpr bool kPads = true;
+  static constexpr bool kMultipliesKeys = false;
 
   AdditiveGradient(const Backward& f, Arena& arena)
       : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena, !f.weights.data && !f.score_gradients.data),
@@ -856,8 +857,8 @@ class OneQueryAdditive {
 
 }  // namespace
 
-const Kernels& additive_kernels(Dtype dtype, int64_t queries, int64_t) {
-  return kernels_of<AdditiveScore, AdditiveGradient, OneQueryAdditive>(dtype, queries);
+const Kernels& additive_kernels(Dtype dtype, bool one_query, int64_t) {
+  return kernels_of<AdditiveScore, AdditiveGradient, OneQueryAdditive>(dtype, one_query);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -543,6 +543,11 @@ struct AttentionBackward {
           problem.memory_size,
           slot.panel);
     }
+    if constexpr (Gradient::kMultipliesKeys) {
+      if (slot.gradient.wants_keys()) {
+        slot.gradient.add_to_keys(columns_of(slot, grad_scores, count, tile.count), first, count, tile.count, slot.panel);
+      }
+    }
     slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride, slot.panel);
   }
 

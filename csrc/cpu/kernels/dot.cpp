@@ -1,9 +1,11 @@
-// Dot scores, e_ts = scale q_t . m_s: the memory is its own keys, so a tile of it serves everything.
+// Dot scores, e_ts = scale q_t . k_s. Without keys the memory is its own, k = m, and a tile of it serves everything.
 //
-// Backward: dq_t = sum_s de_ts m_s;  dm_s += sum_t de_ts q_t.
+// Backward: dq_t = sum_s de_ts k_s;  dk_s = sum_t de_ts q_t, which is part of dm_s where k = m.
 #include "attention.h"
 #include "kernels.h"
 #include "one_query.h"
+
+#include <optional>
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 namespace {
@@ -14,20 +16,27 @@ class DotScore {
   using element = element_;
   using acc = typename Factors<element>::acc;
 
-  // There are no keys to prepare.
+  // No step of a loop has keys to prepare.
   static constexpr void (*prepare)(const Preparation&, int64_t, int64_t) = nullptr;
 
-  DotScore(const Problem& problem, int64_t queries, int64_t, Arena& arena)
+  DotScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
-        query_(arena, problem.dtype, problem.query, queries, problem.key_size) {}
+        query_(arena, problem.dtype, problem.query, queries, problem.key_size) {
+    if (problem.method == Method::KeyedDot) {
+      own_keys_.emplace(arena, problem.dtype, problem.keys, tile, problem.key_size);
+    }
+  }
 
   void load_queries(int64_t b, int64_t first, int64_t count) {
     query_.load(b, first, count);
   }
 
-  void load_keys(int64_t, const Tile&, const Rows<element>& memory) {
-    keys_ = memory.addresses();
+  void load_keys(int64_t b, const Tile& tile, const Rows<element>& memory) {
+    if (own_keys_) {
+      own_keys_->load(b, tile);
+    }
+    keys_ = (own_keys_ ? *own_keys_ : memory).addresses();
   }
 
   // Of `count` loaded queries from `first` on against the loaded tile; out's rows are `stride` apart.
@@ -40,6 +49,7 @@ class DotScore {
   int64_t size_;
   acc scale_;
   Rows<element> query_;
+  std::optional<Rows<element>> own_keys_;
   const element* const* keys_ = nullptr;
 };
 
@@ -48,21 +58,48 @@ class DotGradient : public DotScore<element> {
  public:
   using acc = typename DotScore<element>::acc;
   static constexpr bool kPads = false;
+  static constexpr bool kMultipliesKeys = true;
 
-  DotGradient(const Backward& f, Arena& arena) : DotScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena), f_(f) {}
+  DotGradient(const Backward& f, Arena& arena) : DotScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena), f_(f) {
+    if (f.grad_keys != nullptr) {
+      grad_keys_.emplace(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size);
+    }
+  }
 
   void begin(const Item& item, acc*) {
     this->load_queries(item.batch, item.first_query, item.queries);
     adds_ = false;
+    if (grad_keys_) {
+      grad_keys_->begin_item(item);
+    }
   }
 
-  void begin_tile(int64_t b, const Tile& tile, int64_t, const Rows<element>& memory) {
+  void begin_tile(int64_t b, const Tile& tile, int64_t written, const Rows<element>& memory) {
     this->load_keys(b, tile, memory);
+    if (grad_keys_) {
+      grad_keys_->begin(tile, written);
+    }
   }
 
   // The rows that the gradients of the scores carry into the memory's gradient; returns their end.
   const element** queries_of_memory(const element** rows, int64_t first, int64_t count) const {
-    return std::copy_n(this->query_.addresses() + first, count, rows);
+    return this->own_keys_ ? rows : std::copy_n(this->query_.addresses() + first, count, rows);
+  }
+
+  bool wants_keys() const {
+    return grad_keys_.has_value();
+  }
+
+  // Of `count` queries from `first` on; the coefficients, by source step, are the gradients of their scores.
+  void add_to_keys(Coefficients<acc> coefficients, int64_t first, int64_t count, int64_t steps, element* panel) {
+    multiply(
+        Result<acc>{grad_keys_->rows(), grad_keys_->stride(), first > 0},
+        steps,
+        coefficients,
+        this->query_.addresses() + first,
+        count,
+        this->size_,
+        panel);
   }
 
   void add(
@@ -87,24 +124,35 @@ class DotGradient : public DotScore<element> {
     }
   }
 
-  void end_tile(const Tile&) {
+  void end_tile(const Tile& tile) {
     adds_ = true;
-  }
-
-  void end(const Item& item, int64_t, int64_t, acc* grad_query, int64_t query_stride) {
-    if (!adds_ && f_.grad_query != nullptr) {
-      std::fill_n(grad_query, item.queries * query_stride, acc(0));
+    if (grad_keys_) {
+      grad_keys_->end(tile);
     }
   }
 
-  void merge(const Item&, int64_t, int64_t, size_t) const {}
+  void end(const Item& item, int64_t, int64_t written, acc* grad_query, int64_t query_stride) {
+    if (!adds_ && f_.grad_query != nullptr) {
+      std::fill_n(grad_query, item.queries * query_stride, acc(0));
+    }
+    if (grad_keys_) {
+      grad_keys_->zero(written, item.end_step);
+    }
+  }
+
+  void merge(const Item& item, int64_t first, int64_t end, size_t distance) const {
+    if (grad_keys_) {
+      grad_keys_->merge(item, first, end, distance);
+    }
+  }
 
  private:
   const Backward& f_;
-  bool adds_ = false;  // the query's gradient has a tile's part
+  std::optional<TileGradient<acc>> grad_keys_;  // where the memory is not its own keys
+  bool adds_ = false;                           // the query's gradient has a tile's part
 };
 
-// Of one query, both ways.
+// Of one query over a memory that is its own keys, both ways.
 template <class acc_>
 class OneQueryDot {
  public:
@@ -151,14 +199,14 @@ class OneQueryDot {
 
 }  // namespace
 
-const Kernels& dot_kernels(Dtype dtype, int64_t queries, [[maybe_unused]] int64_t chunk) {
+const Kernels& dot_kernels(Dtype dtype, bool one_query, [[maybe_unused]] int64_t chunk) {
 #if defined(__AVX512BF16__)
   // Fewer are bound by memory.
   if (dtype == Dtype::BFloat16 && chunk >= kPanelRows) {
     return kKernels<AttentionForward<DotScore<Pair>>, AttentionBackward<DotGradient<Pair>>, DotScore<Pair>::prepare>;
   }
 #endif
-  return kernels_of<DotScore, DotGradient, OneQueryDot>(dtype, queries);
+  return kernels_of<DotScore, DotGradient, OneQueryDot>(dtype, one_query);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -12,10 +12,10 @@ constexpr Kernels kKernels = {
 
 // One query goes its own way. The halves share float's kernels, which convert as they load and store.
 template <template <class> class Score, template <class> class Gradient, template <class> class OneQuery>
-const Kernels& kernels_of(Dtype dtype, int64_t queries) {
+const Kernels& kernels_of(Dtype dtype, bool one_query) {
   const auto of = [&](auto example) -> const Kernels& {
     using acc = decltype(example);
-    if (queries == 1) {
+    if (one_query) {
       return kKernels<OneQueryForward<OneQuery<acc>>, OneQueryBackward<OneQuery<acc>>, Score<acc>::prepare>;
     }
     return kKernels<AttentionForward<Score<acc>>, AttentionBackward<Gradient<acc>>, Score<acc>::prepare>;

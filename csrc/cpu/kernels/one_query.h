@@ -23,7 +23,7 @@ constexpr int64_t kGroupBytes = 1 << 17;
 constexpr int64_t kMostRows = 128;
 
 inline int64_t rows_of_group(const Problem& problem) {
-  const int64_t keys = problem.keys.data == nullptr ? 0 : problem.key_size;
+  const int64_t keys = problem.method == Method::Dot ? 0 : problem.key_size;
   const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
   return std::clamp<int64_t>(kGroupBytes / row / 4 * 4, 4, kMostRows);
 }

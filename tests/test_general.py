@@ -1,0 +1,159 @@
+"""General attention of more queries than source steps: its keys, weight^T m, are made in the place of weight q."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import attn_ext
+from attn_ext import functional
+from tests.cases import DTYPES, MASKINGS, Case, assert_accurate, short
+
+pytestmark = pytest.mark.cpu  # a GPU's are always the queries
+
+
+def has_keys(T: int, S: int, Dq: int = 64, Dm: int = 64, *, lengths: bool = False, weight_grad: bool = True) -> bool:
+    query, memory = torch.zeros(8, T, Dq), torch.zeros(8, S, Dm)
+    weight = torch.zeros(Dm, Dq, requires_grad=weight_grad)
+    options = (torch.full((8,), S), None) if lengths else (None, None)
+    return functional.project(query, memory, "general", weight, None, *options)[1] is not None
+
+
+def test_the_fewer_rows_are_projected() -> None:
+    assert has_keys(T=50, S=20)
+    assert not has_keys(T=20, S=20)
+    assert not has_keys(T=1, S=20)
+    assert not has_keys(T=6, S=2)  # a product less is nothing
+    # The scores are products of the query's size then, which may be much the larger or the smaller.
+    assert has_keys(T=100, S=100, Dm=256)
+    assert not has_keys(T=110, S=100, Dq=256)
+    # Before the weight's gradient the memory's rows behind the lengths are hidden, which has to pay.
+    assert not has_keys(T=50, S=20, lengths=True)
+    assert has_keys(T=50, S=20, lengths=True, weight_grad=False)
+    assert has_keys(T=100, S=20, Dq=256, Dm=256, lengths=True)
+    assert not has_keys(T=100, S=90, Dq=256, Dm=256, lengths=True)
+
+
+def test_one_decoder_step_is_projected_itself() -> None:
+    query, memory, weight = torch.zeros(2, 4), torch.zeros(2, 0, 6), torch.zeros(6, 4)
+    assert functional.project(query, memory, "general", weight, None, None, None)[1] is None
+
+
+@pytest.fixture
+def keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So that there are some at the small sizes of a test, which are seen to be made."""
+    made = []
+
+    def project_keys(memory: Tensor, key_weight: Tensor | None, *others: Tensor | None) -> Tensor | None:
+        keys = unwatched(memory, key_weight, *others)
+        made.append(keys is not None)
+        return keys
+
+    unwatched = functional.project_keys
+    monkeypatch.setattr(functional, "project_keys", project_keys)
+    monkeypatch.setattr(functional, "_KEYS", (0, 0))
+    monkeypatch.setattr(functional, "_HIDING", (0, 0))
+    yield
+    assert any(made)
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_against_the_products_as_they_are_written(dtype: torch.dtype, masking: str, each_backend: str) -> None:
+    problem = Case("general", T=70, S=37, D=20, Dm=33, dtype=dtype, masking=masking).problem()
+    assert_accurate(problem)
+    exact = problem.to(torch.float64)
+    query, memory, weight = exact.tensors.values()
+    by_query, _ = attn_ext.dot_attention(query @ weight.t(), memory, **exact.options)
+    torch.testing.assert_close(exact.results()["context"], by_query, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
+@pytest.mark.parametrize("loss", ["both", "no_weights"])
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_gradients(masking: str, loss: str) -> None:
+    problem = Case("general", T=4, S=3, D=2, Dm=3, dtype=torch.float64, masking=masking, loss=loss).problem()
+
+    def attend(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = problem.function(**dict(zip(problem.tensors, tensors, strict=True)), **problem.options)
+        return tuple(output for output in outputs if output is not None)
+
+    leaves = [tensor.requires_grad_() for tensor in problem.tensors.values()]
+    assert gradcheck(attend, leaves)
+    assert gradgradcheck(attend, leaves)
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
+@pytest.mark.parametrize("masking", ["lengths", "rows", "lengths+rows"])
+def test_nobody_sees_what_is_masked(masking: str, each_backend: str) -> None:
+    """NaN in rows that nobody may attend reaches no result and no gradient, that of the weight least of all."""
+    problem = Case("general", B=3, T=70, S=37, D=20, Dm=33, masking=masking).problem()
+    expected = problem.results()
+    memory = problem.tensors["memory"].clone()
+    hidden = torch.ones(3, 37, dtype=torch.bool)
+    if problem.options["lengths"] is not None:
+        hidden &= torch.arange(37) < problem.options["lengths"].unsqueeze(1)
+    if problem.options["mask"] is not None:
+        hidden &= problem.options["mask"]
+    memory[~hidden] = float("nan")
+    for name, result in problem.with_tensors(memory=memory).results().items():
+        assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
+def test_weight_without_a_gradient(each_backend: str) -> None:
+    """Then nothing is hidden: NaN behind the lengths is projected, and goes no further."""
+    problem = Case("general", T=70, S=37, D=20, Dm=33, masking="lengths").problem()
+    for spoil in (0.0, float("nan")):
+        memory = problem.tensors["memory"].clone()
+        memory[problem.options["lengths"] == 0] = spoil
+        query, memory = problem.tensors["query"].clone().requires_grad_(), memory.requires_grad_()
+        context, _ = attn_ext.luong_attention(
+            query, memory, "general", weight=problem.tensors["weight"], **problem.options
+        )
+        context.square().sum().backward()
+        for tensor in (context, query.grad, memory.grad):
+            assert tensor is not None
+            assert tensor.isfinite().all()
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
+def test_a_memory_of_many_queries(each_backend: str) -> None:
+    problem = Case("general", T=70, S=37, D=20, Dm=33, masking="lengths").problem()
+    expected = problem.results()
+
+    def attend(query: Tensor, memory: Tensor, weight: Tensor, *, need_weights: bool, **options: Any) -> Any:
+        shared = attn_ext.AttentionMemory(memory, "general", weight=weight, **options)
+        return attn_ext.luong_attention(query, shared, need_weights=need_weights)
+
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in problem.tensors.items()}
+    outputs = attend(**leaves, **problem.options)
+    torch.autograd.backward(outputs, list(problem.grad_outputs.values()))
+    torch.testing.assert_close(outputs[0], expected["context"])
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, expected[f"grad {name}"])
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
+def test_an_exported_program_is_for_all_sizes() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attn_ext.LuongAttention("general", 4)
+
+        def forward(self, query: Tensor, memory: Tensor) -> Tensor:
+            return self.attention(query, memory)[0]
+
+    model = Model()
+    T, S = torch.export.Dim("T", min=2), torch.export.Dim("S", min=2)
+    inputs = torch.randn(2, 7, 4), torch.randn(2, 5, 4)
+    program = torch.export.export(model, inputs, dynamic_shapes=({1: T}, {1: S})).module()
+    for queries, steps in ((7, 5), (5, 7)):
+        query, memory = torch.randn(2, queries, 4), torch.randn(2, steps, 4)
+        torch.testing.assert_close(program(query, memory), model(query, memory))
