@@ -51,8 +51,8 @@ Op random_op(Random& random) {
   const int64_t B = random.upto(1, 3);
   const int64_t T = random.chance(0.5) ? 1 : random.chance(0.7) ? random.upto(2, 40) : random.upto(41, 300);
   const int64_t S = random.chance(0.2) ? random.upto(0, 3) : random.chance(0.7) ? random.upto(4, 90) : random.upto(91, 600);
-  const int64_t D = random.chance(0.2) ? 32 * random.upto(1, 6) : random.chance(0.8) ? random.upto(1, 70) : random.upto(71, 300);
-  const int64_t Dm = method == Method::Dot ? D : random.chance(0.3) ? 32 * random.upto(1, 6) : random.upto(1, 70);
+  const int64_t D = random.chance(0.35) ? 32 * random.upto(1, 6) : random.chance(0.8) ? random.upto(1, 70) : random.upto(71, 300);
+  const int64_t Dm = method == Method::Dot ? D : random.chance(0.5) ? 32 * random.upto(1, 6) : random.upto(1, 70);
   const auto array = [&](int64_t rows, int64_t size) {
     return Array(dtype, B, rows, size, random.upto(0, 3), random.of({1, 1, 2}));
   };

@@ -722,21 +722,26 @@ class OneQueryAdditive {
     }
   }
 
-  const acc* query_of_memory() const {
-    return nullptr;
-  }
-
   void begin_gradients(const Item& item) {
     grad_keys_->begin(item);
     std::fill_n(grad_v_, size_, acc(0));
   }
 
-  void add_gradients(const acc* grad_scores, const Tile& tile, const RowGroup<acc>&, acc* grad_query) {
-    const bool only_query = !grad_keys_->wanted() && f_->grad_v == nullptr;
-    if (is_factored()) {
-      only_query ? add<true, false>(grad_scores, tile, grad_query) : add<true, true>(grad_scores, tile, grad_query);
+  // Of a memory and keys that no cache holds.
+  bool takes_all_at_once(const RowGroup<acc>&, const GradientRows<acc>& grad_memory, const acc* grad_context) const {
+    return problem_.dtype == kAccumulated<acc> && grad_context != nullptr && grad_memory.streams() && grad_keys_->streams();
+  }
+
+  void add_all_gradients(const GroupGradients<acc>& group) {
+    is_factored() ? add<true, kAll>(group) : add<false, kAll>(group);
+  }
+
+  void add_gradients(const GroupGradients<acc>& group) {
+    group.combine_memory(nullptr);
+    if (!grad_keys_->wanted() && f_->grad_v == nullptr) {
+      is_factored() ? add<true, kQuery>(group) : add<false, kQuery>(group);
     } else {
-      only_query ? add<false, false>(grad_scores, tile, grad_query) : add<false, true>(grad_scores, tile, grad_query);
+      is_factored() ? add<true, kInputs>(group) : add<false, kInputs>(group);
     }
   }
 
@@ -793,46 +798,78 @@ class OneQueryAdditive {
     });
   }
 
-  // `all`: the gradients of keys and of v besides the query's.
-  template <bool factored, bool all>
-  void add(const acc* grad_scores, const Tile& tile, acc* grad_query) {
+  // The gradients that a pass over a group's keys takes: the query's; those of keys and of v besides; the memory's, too, where
+  // both tensors' are streamed.
+  enum Taken { kQuery, kInputs, kAll };
+
+  template <bool factored, Taken taken>
+  void add(const GroupGradients<acc>& group) {
     constexpr int64_t lanes = Vec<acc>::size();
     const RowGroup<acc>& keys = rows();
+    const int64_t memory_size = problem_.memory_size;
     for_blocks<kAtOnce>(keys.count(), [&](auto rows, int64_t first) {
-      const bool to_keys = all && grad_keys_->wanted();
-      acc* grad_keys[rows.value];
+      const int64_t* steps = group.tile.steps + first;
+      const acc* weights = group.coefficients + first;
+      const bool to_keys = taken != kQuery && grad_keys_->wanted();
+      acc *grad_keys[rows.value], *grad_memory[rows.value];
+      const char* next[rows.value];
       for (int r = 0; to_keys && r < rows.value; ++r) {
-        grad_keys[r] = grad_keys_->row(tile.steps[first + r], r);
+        grad_keys[r] = taken == kAll ? static_cast<acc*>(grad_keys_->streamed_row(steps[r])) : grad_keys_->row(steps[r], r);
+        if constexpr (taken == kAll) {
+          grad_memory[r] = static_cast<acc*>(group.grad_memory.streamed_row(steps[r]));
+          next[r] = group.memory.next(first + r);
+        }
       }
+      const auto stream_memory = [&](int64_t d) {
+        const auto g = Vec<acc>::loadu(group.grad_context + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows.value; ++r) {
+          stream(grad_memory[r] + d, Vec<acc>(weights[r]) * g);
+          fetch(next[r] + d * sizeof(acc));
+        }
+      };
       for (int64_t a = 0; a < size_; a += lanes) {
         const int64_t count = std::min(lanes, size_ - a);
         const auto factor = Vec<acc>::loadu(v_ + a);
-        auto grad_q = Vec<acc>::loadu(grad_query + a, count);
-        auto grad_v = all ? Vec<acc>::loadu(grad_v_ + a, count) : Vec<acc>(0);
+        auto grad_q = Vec<acc>::loadu(group.grad_query + a, count);
+        auto grad_v = taken != kQuery ? Vec<acc>::loadu(grad_v_ + a, count) : Vec<acc>(0);
+        Vec<acc> grad_k[rows.value];
 #pragma GCC unroll 4
         for (int r = 0; r < rows.value; ++r) {
           if (keys.fetches()) {
             keys.fetch_next(first + r, a);
           }
-          const Vec<acc> grad_score(grad_scores[first + r]);
+          const Vec<acc> grad_score(group.grad_scores()[first + r]);
           const auto h = negative_tanh<acc>(denominator<factored, 1>(keys.row(first + r), a, count) * Vec<acc>(0.5));
           const auto u = grad_score * h;
           const auto grad = at::vec::fnmadd(u, h, grad_score);
           grad_q = grad_q + grad;
-          if constexpr (all) {
-            grad_v = grad_v + u;
-            if (to_keys) {
-              (grad * factor).store(grad_keys[r] + a, static_cast<int>(count));
-            }
+          grad_v = grad_v + u;
+          grad_k[r] = grad * factor;
+          if (taken == kInputs && to_keys) {
+            grad_k[r].store(grad_keys[r] + a, static_cast<int>(count));
           }
         }
-        grad_q.store(grad_query + a, static_cast<int>(count));
-        if constexpr (all) {
+        // After all reads: rows are often multiples of a page apart, and a read waits for a write that seems to be to its place.
+        if constexpr (taken == kAll) {
+#pragma GCC unroll 4
+          for (int r = 0; r < rows.value; ++r) {
+            stream(grad_keys[r] + a, grad_k[r]);
+          }
+          if (a < memory_size) {
+            stream_memory(a);
+          }
+        }
+        grad_q.store(group.grad_query + a, static_cast<int>(count));
+        if constexpr (taken != kQuery) {
           grad_v.store(grad_v_ + a, static_cast<int>(count));
         }
       }
-      for (int r = 0; to_keys && r < rows.value; ++r) {
-        grad_keys_->write(tile.steps[first + r], grad_keys[r]);
+      for (int64_t d = size_; taken == kAll && d < memory_size; d += lanes) {
+        stream_memory(d);
+      }
+      for (int r = 0; taken == kInputs && to_keys && r < rows.value; ++r) {
+        grad_keys_->write(steps[r], grad_keys[r]);
       }
     });
   }

@@ -177,14 +177,19 @@ class OneQueryDot {
 
   void begin_gradients(const Item&) {}
 
-  // What the gradients of the scores carry into the memory's gradient.
-  const acc* query_of_memory() const {
-    return query_;
+  // Of a memory that no cache holds; from within a cache, what a sum's registers save is more.
+  static bool takes_all_at_once(const RowGroup<acc>& memory, const GradientRows<acc>& grad_memory, const acc*) {
+    return grad_memory.streams() && memory.in_place();
   }
 
-  void add_gradients(const acc* grad_scores, const Tile&, const RowGroup<acc>& memory, acc* grad_query) const {
+  void add_all_gradients(const GroupGradients<acc>& group) const {
+    group.grad_memory.combine_and_add(group.tile, group.coefficients, group.grad_context, query_, group.memory, group.grad_query);
+  }
+
+  void add_gradients(const GroupGradients<acc>& group) const {
+    group.combine_memory(query_);
     if (wants_query_) {
-      memory.add_to(grad_query, grad_scores, false);
+      group.memory.add_to(group.grad_query, group.grad_scores(), false);
     }
   }
 

@@ -7,7 +7,8 @@
 //
 // It is bound by the memory's bandwidth. While a group is worked on, the next one's rows are fetched, line by line: the prefetchers
 // in hardware stop at each page's end and start at each row's anew. A gradient that no cache holds is written past all of them,
-// which spares its lines' being read.
+// which spares its lines' being read; and it is written while the next rows are fetched and the score's own gradients are taken,
+// for what is read, written and computed in turns adds up.
 #pragma once
 
 #include "products.h"
@@ -154,25 +155,37 @@ class RowGroup {
     return count_;
   }
 
+  bool in_place() const {
+    return in_place_;
+  }
+
+  const void* address(int64_t r) const {
+    return rows_[r];
+  }
+
   // Where rows are as they are accumulated.
   const acc* row(int64_t r) const {
     return static_cast<const acc*>(rows_[r]);
   }
 
-  // Whoever reads rows by row() has the next ones fetched: the line of feature d of the one in row r's place.
+  // Whoever reads rows by address has the next ones fetched: the line of feature d of the one in row r's place.
   bool fetches() const {
     return fetches_;
   }
 
   [[gnu::always_inline]] void fetch_next(int64_t r, int64_t d) const {
-    fetch(static_cast<const char*>(next_[r]) + d * width_of(source_));
+    fetch(next(r) + d * width_of(source_));
   }
 
-  // out[r] = factor x . row_r; the next ones are fetched.
-  void dot_products(acc* out, const acc* x, acc factor) const {
+  const char* next(int64_t r) const {
+    return static_cast<const char*>(next_[r]);
+  }
+
+  // out[r] = factor x . row_r; `fetches`: the next ones here.
+  void dot_products(acc* out, const acc* x, acc factor, bool fetches = true) const {
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
-      with_bool(fetches_, [&](auto fetching) {
+      with_bool(fetches && fetches_, [&](auto fetching) {
         for_blocks<4>(count_, [&](auto rows, int64_t first) {
           const void *row[rows.value], *next[rows.value];
           std::copy_n(rows_ + first, rows.value, row);
@@ -283,22 +296,32 @@ class GradientRows {
     return out_ != nullptr;
   }
 
+  // Past the caches.
+  bool streams() const {
+    return wanted() && streams_;
+  }
+
   void begin(const Item& item) {
     first_row_ = item.batch * steps_;
     written_ = item.first_step;
   }
 
-  // The tile's rows: sum_k coefficients[k * kMostRows + r] rows[k], of one or two rows.
-  template <int terms>
-  void combine(const Tile& tile, const acc* const* rows, const acc* coefficients) {
-    with_type<acc>(dtype_, [&](auto example) {
-      const auto take = [&](auto streams) {
-        for_blocks<4>(tile.count, [&](auto count, int64_t first) {
-          combine_block<terms, count.value, streams.value, decltype(example)>(tile.steps + first, rows, coefficients + first);
-        });
-      };
-      with_bool(streams_, take);
-    });
+  // The tile's rows: a_r g + de_r q, of the coefficients a and, kMostRows behind them, de. g or q may be null.
+  void combine(const Tile& tile, const acc* coefficients, const acc* g, const acc* q) {
+    with_bool(streams_, [&](auto streams) { combine_terms<streams.value, false>(tile, coefficients, g, q, nullptr, nullptr); });
+  }
+
+  // The same of rows that are streamed, and meanwhile sum += sum_r de_r m_r; the memory's next rows are fetched. It is in place.
+  void combine_and_add(
+      const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>& memory, acc* sum) {
+    combine_terms<true, true>(tile, coefficients, g, q, &memory, sum);
+  }
+
+  // Where a step's row is to be streamed.
+  void* streamed_row(int64_t step) {
+    zero(step);
+    written_ = step + 1;
+    return at(step);
   }
 
   // Room for a step's row, which write() then brings where it belongs; `i` numbers those that are under way.
@@ -333,34 +356,77 @@ class GradientRows {
   }
 
  private:
-  template <int terms, int count, bool streams, class scalar>
-  void combine_block(const int64_t* steps, const acc* const* rows, const acc* coefficients) {
+  template <bool streams, bool adds>
+  void combine_terms(const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>* memory, acc* sum) {
+    const acc* const rows[] = {g, q};
+    const auto take = [&](auto terms, const acc* const* from, const acc* factors) {
+      with_type<acc>(dtype_, [&](auto example) {
+        for_blocks<4>(tile.count, [&](auto count, int64_t first) {
+          combine_block<terms.value, count.value, streams, adds, decltype(example)>(
+              tile.steps + first, from, factors + first, memory, first, sum);
+        });
+      });
+    };
+    if (g != nullptr && q != nullptr) {
+      take(std::integral_constant<int, 2>(), rows, coefficients);
+    } else if (g != nullptr) {
+      take(std::integral_constant<int, 1>(), rows, coefficients);
+    } else if (q != nullptr) {
+      take(std::integral_constant<int, 1>(), rows + 1, coefficients + kMostRows);
+    }
+  }
+
+  // Rows `first` to `first + count` of a group. `adds` by the last term's coefficients.
+  template <int terms, int count, bool streams, bool adds, class scalar>
+  void combine_block(
+      const int64_t* steps, const acc* const* rows, const acc* coefficients, const RowGroup<acc>* memory, int64_t first, acc* sum) {
     scalar* to[count];
+    const scalar* from[count];
+    const char* next[count];
     Vec<acc> factors[terms][count];
 #pragma GCC unroll 4
     for (int r = 0; r < count; ++r) {
       zero(steps[r]);
       written_ = steps[r] + 1;
       to[r] = static_cast<scalar*>(at(steps[r]));
+      if constexpr (adds) {
+        from[r] = static_cast<const scalar*>(memory->address(first + r));
+        next[r] = memory->next(first + r);
+      }
 #pragma GCC unroll 2
       for (int k = 0; k < terms; ++k) {
         factors[k][r] = Vec<acc>(coefficients[k * kMostRows + r]);
       }
     }
     for_twos<acc>(size_, [&](int64_t d, auto filled) {
-      Vec<acc> x[terms][2];
+      Vec<acc> x[terms][2], sums[2];
 #pragma GCC unroll 2
       for (int k = 0; k < terms; ++k) {
         load_two(x[k], rows[k] + d, filled);
       }
+      if constexpr (adds) {
+        load_two(sums, sum + d, filled);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < count; ++r) {
-        Vec<acc> sums[2] = {factors[0][r] * x[0][0], factors[0][r] * x[0][1]};
+        Vec<acc> result[2] = {factors[0][r] * x[0][0], factors[0][r] * x[0][1]};
         if constexpr (terms == 2) {
-          sums[0] = at::vec::fmadd(factors[1][r], x[1][0], sums[0]);
-          sums[1] = at::vec::fmadd(factors[1][r], x[1][1], sums[1]);
+          result[0] = at::vec::fmadd(factors[1][r], x[1][0], result[0]);
+          result[1] = at::vec::fmadd(factors[1][r], x[1][1], result[1]);
         }
-        store_two<streams>(to[r] + d, sums, filled);
+        if constexpr (adds) {
+          Vec<acc> row[2];
+          load_two(row, from[r] + d, filled);
+          sums[0] = at::vec::fmadd(factors[terms - 1][r], row[0], sums[0]);
+          sums[1] = at::vec::fmadd(factors[terms - 1][r], row[1], sums[1]);
+        }
+        store_two<streams>(to[r] + d, result, filled);
+        for (size_t at = 0; adds && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
+          fetch(next[r] + d * sizeof(scalar) + at);
+        }
+      }
+      if constexpr (adds) {
+        store_two<false>(sum + d, sums, filled);
       }
     });
   }
@@ -413,6 +479,28 @@ void gather(acc* values, const acc* row, const Tile& tile) {
     values[j] = row[tile.steps[j]];
   }
 }
+
+// What a group's gradients are made of, and go to.
+template <class acc>
+struct GroupGradients {
+  const Tile& tile;
+  const RowGroup<acc>& memory;
+  const acc* coefficients;  // the weights, and kMostRows behind them the gradients of the scores
+  const acc* grad_context;  // null: none came in
+  GradientRows<acc>& grad_memory;
+  acc* grad_query;
+
+  const acc* grad_scores() const {
+    return coefficients + kMostRows;
+  }
+
+  // a_s g + de_s q; q may be null.
+  void combine_memory(const acc* q) const {
+    if (grad_memory.wanted()) {
+      grad_memory.combine(tile, coefficients, grad_context, q);
+    }
+  }
+};
 
 // Score is OneQueryDot or OneQueryAdditive.
 template <class Score>
@@ -593,19 +681,17 @@ struct OneQueryBackward {
     slot.score.begin(item.batch);
     slot.score.begin_gradients(item);
     slot.grad_memory.begin(item);
+    const bool at_once = slot.score.takes_all_at_once(slot.memory, slot.grad_memory, incoming.grad_context);
     for_groups(problem, item, [&](const Tile& tile, const Tile& next) {
-      // Of the group: the weights, and behind them the gradients of the scores.
-      acc coefficients[2 * kMostRows], *weights = coefficients, *score_gradients = coefficients + kMostRows;
+      acc coefficients[2 * kMostRows];
+      const GroupGradients<acc> group{tile, slot.memory, coefficients, incoming.grad_context, slot.grad_memory, slot.grad_query};
       slot.memory.load(item.batch, tile, next);
       slot.score.load_keys(item.batch, tile, next);
-      incoming.find_coefficients(f, tile, slot, weights, score_gradients);
+      incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kMostRows, !at_once);
       if (grad_scores != nullptr) {
-        scatter(grad_scores, score_gradients, tile);
+        scatter(grad_scores, group.grad_scores(), tile);
       }
-      if (slot.grad_memory.wanted()) {
-        add_to_memory(incoming.grad_context, tile, slot, coefficients);
-      }
-      slot.score.add_gradients(score_gradients, tile, slot.memory, slot.grad_query);
+      at_once ? slot.score.add_all_gradients(group) : slot.score.add_gradients(group);
     });
     slot.grad_memory.end(item);
     slot.score.end_gradients(item, index, slot.grad_query);
@@ -654,7 +740,8 @@ struct OneQueryBackward {
       }
     }
 
-    void find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de) const {
+    // `fetches`: the memory's next rows here.
+    void find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool fetches) const {
       if (score_gradients != nullptr) {
         return gather(de, score_gradients, tile);
       }
@@ -673,7 +760,7 @@ struct OneQueryBackward {
       }
       std::fill_n(de, tile.count, acc(0));
       if (grad_context != nullptr) {
-        slot.memory.dot_products(de, grad_context, 1);
+        slot.memory.dot_products(de, grad_context, 1, fetches);
       }
       for (int64_t j = 0; grad_weights != nullptr && j < tile.count; ++j) {
         de[j] += grad_weights[tile.steps[j]];
@@ -691,19 +778,6 @@ struct OneQueryBackward {
       return f.plan.splits == 1 && f.problem.steps <= rows_of_group(f.problem);
     }
   };
-
-  // dm_s = a_s g and, where the memory is its own keys, + de_s q. Neither may be there.
-  static void add_to_memory(const acc* grad_context, const Tile& tile, Slot& slot, const acc* coefficients) {
-    const acc* query = slot.score.query_of_memory();
-    const acc* rows[] = {grad_context, query};
-    if (grad_context != nullptr && query != nullptr) {
-      slot.grad_memory.template combine<2>(tile, rows, coefficients);
-    } else if (grad_context != nullptr) {
-      slot.grad_memory.template combine<1>(tile, rows, coefficients);
-    } else if (query != nullptr) {
-      slot.grad_memory.template combine<1>(tile, rows + 1, coefficients + kMostRows);
-    }
-  }
 };
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY
