@@ -42,7 +42,7 @@ struct Problem {
   int64_t memory_size;  // Dm
   double scale;
   View query;                        // [B, T, key_size]
-  View keys;                         // [B, S, key_size], of dot the memory itself
+  View keys;                         // [B, S, key_size]; not of dot, whose memory is its own keys
   View prepared_keys;                // [B, S, prepared_size(key_size)] acc, additive only; data may be null
   View v;                            // [key_size] (along element), additive only
   View memory;                       // [B, S, memory_size]

@@ -694,7 +694,7 @@ class OneQueryAdditive {
     v_is_moderate_ = std::all_of(v_, v_ + size_, [](acc v) { return is_moderate(std::abs(v)); });
   }
 
-  void load_keys(int64_t b, const Tile& tile, const Tile& next) {
+  void load_keys(int64_t b, const Tile& tile, const Upcoming& next) {
     range_ = std::numeric_limits<acc>::infinity();
     if (is_prepared_) {
       prepared_keys_.load(b, tile, next);

@@ -169,7 +169,7 @@ class OneQueryDot {
     query_ = query_rows_.load_only(b);
   }
 
-  void load_keys(int64_t, const Tile&, const Tile&) {}
+  void load_keys(int64_t, const Tile&, const Upcoming&) {}
 
   void scores(acc* out, const RowGroup<acc>& memory) const {
     memory.dot_products(out, query_, scale_);

@@ -26,8 +26,17 @@ constexpr int64_t kMostRows = 128;
 inline int64_t rows_of_group(const Problem& problem) {
   const int64_t keys = problem.method == Method::Dot ? 0 : problem.key_size;
   const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
-  return std::clamp<int64_t>(kGroupBytes / row / 4 * 4, 4, kMostRows);
+  const int64_t most = std::clamp<int64_t>(kGroupBytes / row / 4 * 4, 4, kMostRows);
+  // As even as can be: while a short one is worked on, no more rows than it has are fetched.
+  const int64_t groups = std::max<int64_t>((problem.steps + most - 1) / most, 1);
+  return std::clamp<int64_t>(((problem.steps + groups - 1) / groups + 3) / 4 * 4, 4, most);
 }
+
+// What is worked on after a group: of the same batch element or, behind its last, of the next one.
+struct Upcoming {
+  int64_t batch;
+  Tile tile;
+};
 
 // f(first, count) over two vectors of features after the other. All counts but the last, of what is left, are constants.
 template <class acc, class F>
@@ -134,15 +143,17 @@ class RowGroup {
         copies_(in_place_ ? nullptr : arena.take<acc>(rows_of_group(problem) * stride_)) {}
 
   // Those of a tile; the next one's are asked for when these are first read.
-  void load(int64_t b, const Tile& tile, const Tile& next) {
+  void load(int64_t b, const Tile& tile, const Upcoming& next) {
     count_ = tile.count;
-    const char* first = static_cast<const char*>(view_.data) + b * view_.batch * width_of(source_);
-    const int64_t stride = view_.row * width_of(source_), with_next = std::min(next.count, count_);
+    const auto address = [&](int64_t batch, int64_t step) {
+      return static_cast<const char*>(view_.data) + (batch * view_.batch + step * view_.row) * width_of(source_);
+    };
+    const int64_t with_next = std::min(next.tile.count, count_);
     for (int64_t r = 0; r < with_next; ++r) {
-      next_[r] = first + next.steps[r] * stride;
+      next_[r] = address(next.batch, next.tile.steps[r]);
     }
     for (int64_t r = 0; r < count_; ++r) {
-      rows_[r] = first + tile.steps[r] * stride;
+      rows_[r] = address(b, tile.steps[r]);
     }
     std::copy(rows_ + with_next, rows_ + count_, next_ + with_next);
     for (int64_t r = 0; !in_place_ && r < count_; ++r) {
@@ -453,15 +464,24 @@ class GradientRows {
   int64_t written_ = 0;  // up to here
 };
 
-// f(tile, next) over an item's groups, each with the one after it, which is empty behind the last.
+// f(tile, next) over the groups of an item, the index-th, each with the one after it; of a large memory the next item's is that of
+// the last, elsewhere it is empty.
 template <class F>
-void for_groups(const Problem& problem, const Item& item, const F& f) {
-  SourceWalk walk(problem, item, rows_of_group(problem));
-  Tile two[2];
-  bool more = walk.next(two[0]);
+void for_groups(const Problem& problem, const Plan& plan, int64_t index, const F& f) {
+  const int64_t rows = rows_of_group(problem);
+  const Item item = plan.item(problem, index);
+  SourceWalk walk(problem, item, rows);
+  Upcoming two[2]{{item.batch, {}}, {item.batch, {}}};
+  bool more = walk.next(two[0].tile);
   for (int i = 0; more; i = 1 - i) {
-    more = walk.next(two[1 - i]);
-    f(two[i], two[1 - i]);
+    Upcoming& next = two[1 - i];
+    more = walk.next(next.tile);
+    if (!more && plan.is_large && index + 1 < plan.items(problem)) {
+      const Item after = plan.item(problem, index + 1);
+      next.batch = after.batch;
+      SourceWalk(problem, after, rows).next(next.tile);
+    }
+    f(two[i].tile, next);
   }
 }
 
@@ -541,7 +561,7 @@ struct OneQueryForward {
       std::fill_n(slot.weights, item.end_step - item.first_step, acc(0));
     }
     slot.score.begin(item.batch);
-    for_groups(problem, item, [&](const Tile& tile, const Tile& next) {
+    for_groups(problem, f.plan, index, [&](const Tile& tile, const Upcoming& next) {
       alignas(64) acc row[kMostRows];
       slot.memory.load(item.batch, tile, next);
       slot.score.load_keys(item.batch, tile, next);
@@ -682,7 +702,7 @@ struct OneQueryBackward {
     slot.score.begin_gradients(item);
     slot.grad_memory.begin(item);
     const bool at_once = slot.score.takes_all_at_once(slot.memory, slot.grad_memory, incoming.grad_context);
-    for_groups(problem, item, [&](const Tile& tile, const Tile& next) {
+    for_groups(problem, f.plan, index, [&](const Tile& tile, const Upcoming& next) {
       acc coefficients[2 * kMostRows];
       const GroupGradients<acc> group{tile, slot.memory, coefficients, incoming.grad_context, slot.grad_memory, slot.grad_query};
       slot.memory.load(item.batch, tile, next);
