@@ -374,8 +374,10 @@ def project(
 
     General's (weight q) . m is q . (weight^T m) too: whichever rows are the fewer are projected.
     """
-    if method == "general" and _has_fewer_keys(query, memory, weight, lengths, mask):
-        return query, project_keys(memory, weight.t(), None, lengths, mask)
+    if method == "general":
+        if _has_fewer_keys(query, memory, weight, lengths, mask):
+            return query, project_keys(memory, weight.t(), None, lengths, mask)
+        return linear(query, weight), None
     query_weight, key_weight = split_weight(memory, method, weight)
     return project_query(query, query_weight), project_keys(memory, key_weight, bias, lengths, mask)
 
@@ -391,8 +393,12 @@ def _has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor, lengths: Tens
     B, T, Dq = query.shape
     _, S, Dm = memory.shape
     saved = B * ((T - S) * Dq * Dm + T * S * (Dm - Dq))  # the scores are products of Dm, or of Dq
-    costs = (_KEYS, _HIDING) if _hides_rows(weight, lengths, mask) else (_KEYS,)
-    return saved > sum(call + element * B * S * Dm for call, element in costs)
+    if saved <= 0:
+        return False
+    call, element = _KEYS
+    if _hides_rows(weight, lengths, mask):
+        call, element = call + _HIDING[0], element + _HIDING[1]
+    return saved > call + element * B * S * Dm
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,3 +158,15 @@ def test_an_exported_program_is_for_all_sizes() -> None:
     for queries, steps in ((7, 5), (5, 7)):
         query, memory = torch.randn(2, queries, 4), torch.randn(2, steps, 4)
         torch.testing.assert_close(program(query, memory), model(query, memory))
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
+def test_compiled(each_backend: str) -> None:
+    """Whole, and for other sizes than those that it was traced with: both ways of projecting."""
+    problem = Case("general", T=7, S=5, D=8, Dm=8, masking="lengths").problem()
+    compiled = torch.compile(problem.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T, S in ((7, 5), (9, 6), (5, 7), (6, 9)):
+        each = Case("general", T=T, S=S, D=8, Dm=8, masking="lengths").problem()
+        expected = each.results()
+        for name, result in replace(each, function=compiled).results().items():
+            torch.testing.assert_close(result, expected[name])
