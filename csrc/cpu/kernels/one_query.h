@@ -26,10 +26,13 @@ constexpr int64_t kMostRows = 128;
 inline int64_t rows_of_group(const Problem& problem) {
   const int64_t keys = problem.method == Method::Dot ? 0 : problem.key_size;
   const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
-  const int64_t most = std::clamp<int64_t>(kGroupBytes / row / 4 * 4, 4, kMostRows);
+  const int64_t most = std::clamp<int64_t>(quotient(kGroupBytes, row) / 4 * 4, 4, kMostRows);
   // As even as can be: while a short one is worked on, no more rows than it has are fetched.
-  const int64_t groups = std::max<int64_t>((problem.steps + most - 1) / most, 1);
-  return std::clamp<int64_t>(((problem.steps + groups - 1) / groups + 3) / 4 * 4, 4, most);
+  if (problem.steps <= most) {
+    return most;
+  }
+  const int64_t groups = quotient(problem.steps + most - 1, most);
+  return (quotient(problem.steps + groups - 1, groups) + 3) / 4 * 4;
 }
 
 // What is worked on after a group: of the same batch element or, behind its last, of the next one.
@@ -471,7 +474,8 @@ void for_groups(const Problem& problem, const Plan& plan, int64_t index, const F
   const int64_t rows = rows_of_group(problem);
   const Item item = plan.item(problem, index);
   SourceWalk walk(problem, item, rows);
-  Upcoming two[2]{{item.batch, {}}, {item.batch, {}}};
+  Upcoming two[2];
+  two[0].batch = two[1].batch = item.batch;
   bool more = walk.next(two[0].tile);
   for (int i = 0; more; i = 1 - i) {
     Upcoming& next = two[1 - i];
