@@ -22,11 +22,6 @@ using at::AutoDispatchBelowADInplaceOrView;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <size_t>
-using Input = const Tensor&;
-template <size_t>
-using Gradient = Tensor;
-
 OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
@@ -67,7 +62,7 @@ struct Op<name, scored, std::index_sequence<i...>> {
       double scale,
       bool need_weights,
       bool need_exact) {
-    static const auto op = find<decltype(forward_below)>(name);
+    static const auto op = find<ForwardOp<i...>>(name);
     const AutoDispatchBelowADInplaceOrView guard;
     return op.call(inputs..., lengths, mask, scale, need_weights, need_exact);
   }
@@ -146,10 +141,6 @@ struct Op<name, scored, std::index_sequence<i...>> {
     }
   };
 };
-
-constexpr char kDot[] = "attn_ext::dot_attention";
-constexpr char kKeyedDot[] = "attn_ext::keyed_dot_attention";
-constexpr char kAdditive[] = "attn_ext::additive_attention";
 
 using Dot = Op<kDot, 2, std::make_index_sequence<2>>;            // query, memory
 using KeyedDot = Op<kKeyedDot, 2, std::make_index_sequence<3>>;  // query, keys; values

@@ -17,57 +17,19 @@ Attended attended(Tensor context, Tensor weights, bool need_weights) {
   return {std::move(context), need_weights ? OptionalTensor(std::move(weights)) : std::nullopt};
 }
 
-Attended dot_attention(
-    const Tensor& query,
-    const Tensor& memory,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights) {
-  static const auto op =
-      find<Forwards(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, bool, bool)>(
-          "attn_ext::dot_attention");
-  auto [context, weights, logsumexp, exact] = op.call(query, memory, lengths, mask, scale, need_weights, false);
-  return attended(std::move(context), std::move(weights), need_weights);
-}
+// The op `name` of so many tensors.
+template <const char* name, class>
+struct Call;
 
-Attended keyed_dot_attention(
-    const Tensor& query,
-    const Tensor& keys,
-    const Tensor& values,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights) {
-  static const auto op =
-      find<Forwards(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, bool, bool)>(
-          "attn_ext::keyed_dot_attention");
-  auto [context, weights, logsumexp, exact] = op.call(query, keys, values, lengths, mask, scale, need_weights, false);
-  return attended(std::move(context), std::move(weights), need_weights);
-}
-
-Attended additive_attention(
-    const Tensor& query,
-    const Tensor& keys,
-    const Tensor& v,
-    const Tensor& values,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights) {
-  static const auto op = find<Forwards(
-      const Tensor&,
-      const Tensor&,
-      const Tensor&,
-      const Tensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      double,
-      bool,
-      bool)>("attn_ext::additive_attention");
-  auto [context, weights, logsumexp, exact] = op.call(query, keys, v, values, lengths, mask, scale, need_weights, false);
-  return attended(std::move(context), std::move(weights), need_weights);
-}
+template <const char* name, size_t... i>
+struct Call<name, std::index_sequence<i...>> {
+  static Attended run(
+      Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
+    static const auto op = find<ForwardOp<i...>>(name);
+    auto [context, weights, logsumexp, exact] = op.call(inputs..., lengths, mask, scale, need_weights, false);
+    return attended(std::move(context), std::move(weights), need_weights);
+  }
+};
 
 Attended memory_attention(
     const Tensor& query,
@@ -101,9 +63,9 @@ Attended memory_attention(
 
 // Other threads of Python run meanwhile; what the ops refuse becomes Python's ValueError and TypeError, as torch.ops would have it.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("dot_attention", torch::wrap_pybind_function_no_gil(dot_attention));
-  m.def("keyed_dot_attention", torch::wrap_pybind_function_no_gil(keyed_dot_attention));
-  m.def("additive_attention", torch::wrap_pybind_function_no_gil(additive_attention));
+  m.def("dot_attention", torch::wrap_pybind_function_no_gil(Call<kDot, std::make_index_sequence<2>>::run));
+  m.def("keyed_dot_attention", torch::wrap_pybind_function_no_gil(Call<kKeyedDot, std::make_index_sequence<3>>::run));
+  m.def("additive_attention", torch::wrap_pybind_function_no_gil(Call<kAdditive, std::make_index_sequence<4>>::run));
   m.def("memory_attention", torch::wrap_pybind_function_no_gil(memory_attention));
 }
 

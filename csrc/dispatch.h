@@ -19,6 +19,22 @@ class BelowAutograd {
   c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
 };
 
+// The ops by name. Of two tensors, query and memory, is dot; of three, query, keys and values, keyed dot; of four, query, keys, v
+// and values, additive. Each has a backward op, of the same name and "_backward".
+constexpr char kDot[] = "attn_ext::dot_attention";
+constexpr char kKeyedDot[] = "attn_ext::keyed_dot_attention";
+constexpr char kAdditive[] = "attn_ext::additive_attention";
+
+// For each of an op's tensors, by its number.
+template <size_t>
+using Input = const Tensor&;
+template <size_t>
+using Gradient = Tensor;
+
+// need_weights, need_exact
+template <size_t... i>
+using ForwardOp = Forwards(Input<i>..., const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool, bool);
+
 template <class Signature>
 auto find(const char* op) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();

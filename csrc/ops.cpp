@@ -8,6 +8,7 @@
 
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace attn_ext {
@@ -202,114 +203,54 @@ Tensor or_empty(const Tensor& gradient, const Tensor& input) {
   return gradient.defined() ? gradient : empty(ArrayRef<Size>{Size(0)}, input.scalar_type(), input);
 }
 
-template <class Size>
-Forwards dot_attention(
-    const Tensor& query,
-    const Tensor& memory,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights,
-    bool need_exact) {
-  return forward<Size>({query, nullptr, nullptr, memory, lengths, mask, scale}, need_weights, need_exact);
-}
+// dot_attention, keyed_dot_attention and additive_attention, by how many tensors they have.
+template <class Size, class>
+struct Attention;
 
-template <class Size>
-std::tuple<Tensor, Tensor> dot_attention_backward(
-    const OptionalTensor& grad_context,
-    const OptionalTensor& grad_weights,
-    const Tensor& query,
-    const Tensor& memory,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    const Tensor& context,
-    const OptionalTensor& weights,
-    const Tensor& logsumexp,
-    std::array<bool, 2> wanted) {
-  const Gradients gradients = backward<Size>(
-      {query, nullptr, nullptr, memory, lengths, mask, scale},
-      {grad_context, grad_weights, context, weights, logsumexp},
-      {wanted_like<Size>(wanted[0], query), {}, {}, wanted_like<Size>(wanted[1], memory)});
-  return {or_empty<Size>(gradients.query, query), or_empty<Size>(gradients.memory, memory)};
-}
+template <class Size, size_t... i>
+struct Attention<Size, std::index_sequence<i...>> {
+  static constexpr size_t kMemory = sizeof...(i) - 1;  // the last
 
-template <class Size>
-Forwards keyed_dot_attention(
-    const Tensor& query,
-    const Tensor& keys,
-    const Tensor& values,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights,
-    bool need_exact) {
-  return forward<Size>({query, &keys, nullptr, values, lengths, mask, scale}, need_weights, need_exact);
-}
+  static Inputs inputs_of(Input<i>... tensors, const OptionalTensor& lengths, const OptionalTensor& mask, double scale) {
+    const Tensor* const all[] = {&tensors...};
+    return {*all[0], kMemory > 1 ? all[1] : nullptr, kMemory > 2 ? all[2] : nullptr, *all[kMemory], lengths, mask, scale};
+  }
 
-template <class Size>
-std::tuple<Tensor, Tensor, Tensor> keyed_dot_attention_backward(
-    const OptionalTensor& grad_context,
-    const OptionalTensor& grad_weights,
-    const Tensor& query,
-    const Tensor& keys,
-    const Tensor& values,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    const Tensor& context,
-    const OptionalTensor& weights,
-    const Tensor& logsumexp,
-    std::array<bool, 3> wanted) {
-  const Gradients gradients = backward<Size>(
-      {query, &keys, nullptr, values, lengths, mask, scale},
-      {grad_context, grad_weights, context, weights, logsumexp},
-      {wanted_like<Size>(wanted[0], query), wanted_like<Size>(wanted[1], keys), {}, wanted_like<Size>(wanted[2], values)});
-  return {or_empty<Size>(gradients.query, query), or_empty<Size>(gradients.keys, keys), or_empty<Size>(gradients.memory, values)};
-}
+  static constexpr Tensor Gradients::* gradient(size_t position) {
+    constexpr Tensor Gradients::* others[] = {&Gradients::query, &Gradients::keys, &Gradients::v};
+    return position == kMemory ? &Gradients::memory : others[position];
+  }
 
-template <class Size>
-Forwards additive_attention(
-    const Tensor& query,
-    const Tensor& keys,
-    const Tensor& v,
-    const Tensor& values,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights,
-    bool need_exact) {
-  return forward<Size>({query, &keys, &v, values, lengths, mask, scale}, need_weights, need_exact);
-}
+  static Forwards forward(
+      Input<i>... tensors,
+      const OptionalTensor& lengths,
+      const OptionalTensor& mask,
+      double scale,
+      bool need_weights,
+      bool need_exact) {
+    return attn_ext::forward<Size>(inputs_of(tensors..., lengths, mask, scale), need_weights, need_exact);
+  }
 
-template <class Size>
-std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
-    const OptionalTensor& grad_context,
-    const OptionalTensor& grad_weights,
-    const Tensor& query,
-    const Tensor& keys,
-    const Tensor& v,
-    const Tensor& values,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    const Tensor& context,
-    const OptionalTensor& weights,
-    const Tensor& logsumexp,
-    std::array<bool, 4> wanted) {
-  const Gradients gradients = backward<Size>(
-      {query, &keys, &v, values, lengths, mask, scale},
-      {grad_context, grad_weights, context, weights, logsumexp},
-      {wanted_like<Size>(wanted[0], query),
-       wanted_like<Size>(wanted[1], keys),
-       wanted_like<Size>(wanted[2], v),
-       wanted_like<Size>(wanted[3], values)});
-  return {
-      or_empty<Size>(gradients.query, query),
-      or_empty<Size>(gradients.keys, keys),
-      or_empty<Size>(gradients.v, v),
-      or_empty<Size>(gradients.memory, values)};
-}
+  static std::tuple<Gradient<i>...> backward(
+      const OptionalTensor& grad_context,
+      const OptionalTensor& grad_weights,
+      Input<i>... tensors,
+      const OptionalTensor& lengths,
+      const OptionalTensor& mask,
+      double scale,
+      const Tensor& context,
+      const OptionalTensor& weights,
+      const Tensor& logsumexp,
+      std::array<bool, sizeof...(i)> wanted) {
+    Gradients gradients;
+    ((gradients.*gradient(i) = wanted_like<Size>(wanted[i], tensors)), ...);
+    gradients = attn_ext::backward<Size>(
+        inputs_of(tensors..., lengths, mask, scale),
+        {grad_context, grad_weights, context, weights, logsumexp},
+        std::move(gradients));
+    return {or_empty<Size>(gradients.*gradient(i), tensors)...};
+  }
+};
 
 template <class Size>
 Tensor prepare_keys(const Tensor& keys) {
@@ -419,12 +360,15 @@ std::string cuda_build() {
 
 template <class Size>
 void implement(torch::Library& m) {
-  m.impl("dot_attention", dot_attention<Size>);
-  m.impl("dot_attention_backward", dot_attention_backward<Size>);
-  m.impl("keyed_dot_attention", keyed_dot_attention<Size>);
-  m.impl("keyed_dot_attention_backward", keyed_dot_attention_backward<Size>);
-  m.impl("additive_attention", additive_attention<Size>);
-  m.impl("additive_attention_backward", additive_attention_backward<Size>);
+  using Dot = Attention<Size, std::make_index_sequence<2>>;
+  using KeyedDot = Attention<Size, std::make_index_sequence<3>>;
+  using Additive = Attention<Size, std::make_index_sequence<4>>;
+  m.impl("dot_attention", Dot::forward);
+  m.impl("dot_attention_backward", Dot::backward);
+  m.impl("keyed_dot_attention", KeyedDot::forward);
+  m.impl("keyed_dot_attention_backward", KeyedDot::backward);
+  m.impl("additive_attention", Additive::forward);
+  m.impl("additive_attention_backward", Additive::backward);
   m.impl("prepare_keys", prepare_keys<Size>);
   m.impl("step_attention", step_attention<Size>);
   m.impl("step_attention_backward", step_attention_backward<Size>);
