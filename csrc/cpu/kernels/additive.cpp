@@ -814,9 +814,9 @@ class OneQueryAdditive {
       acc *grad_keys[rows.value], *grad_memory[rows.value];
       const char* next[rows.value];
       for (int r = 0; to_keys && r < rows.value; ++r) {
-        grad_keys[r] = taken == kAll ? static_cast<acc*>(grad_keys_->streamed_row(steps[r])) : grad_keys_->row(steps[r], r);
+        grad_keys[r] = taken == kAll ? static_cast<acc*>(grad_keys_->place(steps[r])) : grad_keys_->row(steps[r], r);
         if constexpr (taken == kAll) {
-          grad_memory[r] = static_cast<acc*>(group.grad_memory.streamed_row(steps[r]));
+          grad_memory[r] = static_cast<acc*>(group.grad_memory.place(steps[r]));
           next[r] = group.memory.next(first + r);
         }
       }

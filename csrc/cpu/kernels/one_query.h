@@ -331,8 +331,8 @@ class GradientRows {
     combine_terms<true, true>(tile, coefficients, g, q, &memory, sum);
   }
 
-  // Where a step's row is to be streamed.
-  void* streamed_row(int64_t step) {
+  // Where a step's row belongs, for it to be written now.
+  void* place(int64_t step) {
     zero(step);
     written_ = step + 1;
     return at(step);
@@ -340,9 +340,8 @@ class GradientRows {
 
   // Room for a step's row, which write() then brings where it belongs; `i` numbers those that are under way.
   acc* row(int64_t step, int64_t i = 0) {
-    zero(step);
-    written_ = step + 1;
-    return in_place_ ? static_cast<acc*>(at(step)) : scratch_ + i * stride_;
+    void* const belongs = place(step);
+    return in_place_ ? static_cast<acc*>(belongs) : scratch_ + i * stride_;
   }
 
   void write(int64_t step, const acc* row) const {
@@ -400,9 +399,7 @@ class GradientRows {
     Vec<acc> factors[terms][count];
 #pragma GCC unroll 4
     for (int r = 0; r < count; ++r) {
-      zero(steps[r]);
-      written_ = steps[r] + 1;
-      to[r] = static_cast<scalar*>(at(steps[r]));
+      to[r] = static_cast<scalar*>(place(steps[r]));
       if constexpr (adds) {
         from[r] = static_cast<const scalar*>(memory->address(first + r));
         next[r] = memory->next(first + r);
