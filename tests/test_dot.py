@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,20 @@ def test_one_step_without_its_dimension(D: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_rows_of_scores(dtype: torch.dtype, S: int, loss: str) -> None:
     assert_accurate(Case("dot", T=3, S=S, D=8, dtype=dtype, masking="lengths+pairs", loss=loss).problem())
+
+
+@pytest.mark.parametrize("T", [1, 3, 20], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_a_single_step(dtype: torch.dtype, T: int) -> None:
+    """It has all the weight, whatever its score, if that is a number and finite."""
+    problem = Case("dot", T=T, S=1, D=8, dtype=dtype).problem()
+    assert_accurate(problem)
+    for score in (math.nan, math.inf):
+        problem.tensors["query"][0, -1] = score
+        problem.tensors["memory"][0] = 1
+        weights = problem.results()["weights"]
+        assert weights[0, -1].isnan().all()
+        assert (weights[1:] == 1).all() and (weights[0, :-1] == 1).all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -125,13 +125,14 @@ struct AttentionForward {
       // The last product of an item that stands alone goes where it belongs; the weights do so at once if it is the first, too.
       const bool final = !more && f.plan.splits == 1;
       for (int64_t t = 0; t < item.queries; ++t) {
-        acc* row = slot.tile_scores + t * stride;
-        enter(slot, t, row, whole_vectors<acc>(tile.count), problem.memory_size);
+        enter(slot, t, slot.tile_scores + t * stride, tile.count, problem.memory_size);
         slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
-        if (f.weights != nullptr) {
-          weights_row(f, item, t).scatter(row, tile, written, tiles == 0 ? slot.factors[t] : acc(1));
-          slot.tile_max[t * slot.tiles + tiles] = slot.row_max[t];
-        }
+      }
+      // A loop of its own: a row's last elements would be waited for, had they just been stored as parts of a vector.
+      for (int64_t t = 0; f.weights != nullptr && t < item.queries; ++t) {
+        const acc factor = tiles == 0 ? slot.factors[t] : acc(1);
+        weights_row(f, item, t).scatter(slot.tile_scores + t * stride, tile, written, factor);
+        slot.tile_max[t * slot.tiles + tiles] = slot.row_max[t];
       }
       written = tile.steps[tile.count - 1] + 1;
       if (f.weights != nullptr) {
@@ -252,8 +253,15 @@ struct AttentionForward {
   }
 
   // A row of tile scores enters the running softmax: it becomes exp(e - row_max), and what was summed before is rescaled.
-  static void enter(Slot& slot, int64_t t, acc* row, int64_t count, int64_t size) {
+  static void enter(Slot& slot, int64_t t, acc* row, int64_t steps, int64_t size) {
     const acc before = slot.row_max[t];
+    if (steps == 1 && before == kNothing<acc>) {
+      // exp(0), which is no number where the score is none or infinite.
+      slot.row_max[t] = *row;
+      slot.row_sum[t] = *row = *row == kNothing<acc> ? acc(0) : *row - *row + 1;
+      return;
+    }
+    const int64_t count = whole_vectors<acc>(steps);
     const acc row_max = maximum(row, count, before);
     if (row_max == kNothing<acc>) {
       std::fill_n(row, count, acc(0));
