@@ -16,7 +16,9 @@ constexpr int64_t kTanhCost = 8;
 constexpr int64_t kLeastQueries = 8;
 constexpr int64_t kQueriesGrain = 8 * kGrain;
 
-// Bytes of a memory, keys included, that no cache is trusted to keep from one call to the next.
+// Bytes of a memory, keys included, that a second-level cache is not trusted to keep from one step of a decoder to the next, whose
+// products go through it too; and those that no cache is trusted with.
+constexpr int64_t kFarMemory = int64_t{1} << 19;
 constexpr int64_t kLargeMemory = int64_t{1} << 24;
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
@@ -49,7 +51,9 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads) {
   plan.tile = tile_of(problem, plan.chunk);
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
   const int64_t row = problem.memory_size + (problem.method == Method::Dot ? 0 : problem.key_size);
-  plan.is_large = problem.batch * problem.steps * row * width_of(problem.dtype) >= kLargeMemory;
+  const int64_t bytes = problem.batch * problem.steps * row * width_of(problem.dtype);
+  plan.fetches = bytes >= kFarMemory;
+  plan.streams = bytes >= kLargeMemory;
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
   const int64_t wanted = ceil_div(threads, groups);

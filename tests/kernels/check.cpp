@@ -201,7 +201,8 @@ Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   plan.split_tiles = random.of({tiles, random.upto(1, tiles)});
   plan.split_size = plan.split_tiles * plan.tile;
   plan.splits = std::max<int64_t>(ceil_div(p.steps, plan.split_size), 1);
-  plan.is_large = random.chance(0.5);
+  plan.fetches = random.chance(0.5);
+  plan.streams = random.chance(0.5);
   return plan;
 }
 

@@ -137,7 +137,7 @@ class RowGroup {
   RowGroup(
       Arena& arena, Dtype dtype, const View& view, const Problem& problem, const Plan& plan, int64_t size, bool converted = false)
       : source_(dtype),
-        fetches_(plan.is_large),
+        fetches_(plan.fetches),
         view_(view),
         size_(size),
         in_place_((view.element == 1 || size <= 1) && !(converted && source_ != kAccumulated<acc>)),
@@ -301,7 +301,7 @@ class GradientRows {
         dtype_(problem.dtype),
         steps_(problem.steps),
         size_(size),
-        streams_(plan.is_large && reinterpret_cast<uintptr_t>(out) % 64 == 0 && size % (2 * Vec<acc>::size()) == 0),
+        streams_(plan.streams && reinterpret_cast<uintptr_t>(out) % 64 == 0 && size % (2 * Vec<acc>::size()) == 0),
         in_place_(dtype_ == kAccumulated<acc> && !streams_),
         stride_(padded<acc>(size)),
         scratch_(out == nullptr || in_place_ ? nullptr : arena.take<acc>(at_once * stride_)) {}
@@ -477,7 +477,7 @@ void for_groups(const Problem& problem, const Plan& plan, int64_t index, const F
   for (int i = 0; more; i = 1 - i) {
     Upcoming& next = two[1 - i];
     more = walk.next(next.tile);
-    if (!more && plan.is_large && index + 1 < plan.items(problem)) {
+    if (!more && plan.fetches && index + 1 < plan.items(problem)) {
       const Item after = plan.item(problem, index + 1);
       next.batch = after.batch;
       SourceWalk(problem, after, rows).next(next.tile);

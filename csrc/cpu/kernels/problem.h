@@ -44,7 +44,8 @@ struct Plan {
   int64_t split_size;   // source steps per item, a multiple of tile
   int64_t splits;       // items along S
   int64_t split_tiles;  // tiles per item
-  bool is_large;        // what one query reads is not in the caches, nor stays there
+  bool fetches;         // what one query reads may be far: what comes next is asked for ahead
+  bool streams;         // its gradients are too many to stay near: they are written past the caches
 
   int64_t groups(const Problem& problem) const {
     return problem.batch * chunks;
