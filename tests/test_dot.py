@@ -63,7 +63,8 @@ def test_a_single_step(dtype: torch.dtype, T: int) -> None:
         problem.tensors["memory"][0] = 1
         weights = problem.results()["weights"]
         assert weights[0, -1].isnan().all()
-        assert (weights[1:] == 1).all() and (weights[0, :-1] == 1).all()
+        assert (weights[1:] == 1).all()
+        assert (weights[0, :-1] == 1).all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
