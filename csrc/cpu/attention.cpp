@@ -83,7 +83,7 @@ Tensor contiguous(const OptionalTensor& tensor) {
 void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   const Tensor lengths = contiguous(inputs.lengths);
   call.problem = problem_of(inputs, lengths);
-  call.plan = plan_of(call.problem, std::max<int64_t>(call.problem.queries, 1), at::get_num_threads());
+  call.plan = backward_plan(call.problem, at::get_num_threads());
   call.grad_scores = data_of(gradients.scores);
   call.grad_query = data_of(gradients.query);
   call.grad_keys = data_of(gradients.keys);
@@ -113,7 +113,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   const Tensor lengths = contiguous(inputs.lengths);
   Forward call{};
   call.problem = problem_of(inputs, lengths);
-  call.plan = plan_of(call.problem, kChunk, at::get_num_threads());
+  call.plan = forward_plan(call.problem, at::get_num_threads());
   call.context = outputs.context.mutable_data_ptr();
   call.weights = data_of(outputs.weights);
   call.logsumexp = outputs.logsumexp.mutable_data_ptr();

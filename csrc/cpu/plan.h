@@ -17,9 +17,13 @@ constexpr int64_t kLeastQueries = 8;
 constexpr int64_t kQueriesGrain = 8 * kGrain;
 
 // Bytes of a memory, keys included, that a second-level cache is not trusted to keep from one step of a decoder to the next, whose
-// products go through it too; and those that no cache is trusted with.
+// products go through it too; and those of any tensor that no cache is trusted with.
 constexpr int64_t kFarMemory = int64_t{1} << 19;
-constexpr int64_t kLargeMemory = int64_t{1} << 24;
+constexpr int64_t kLarge = int64_t{1} << 24;
+
+// Source steps whose context costs more to write than to sum, and how much of it is kept in cache until it is written.
+constexpr int64_t kFewSteps = 8;
+constexpr int64_t kFewBytes = int64_t{1} << 15;
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -53,7 +57,7 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads) {
   const int64_t row = problem.memory_size + (problem.method == Method::Dot ? 0 : problem.key_size);
   const int64_t bytes = problem.batch * problem.steps * row * width_of(problem.dtype);
   plan.fetches = bytes >= kFarMemory;
-  plan.streams = bytes >= kLargeMemory;
+  plan.streams = problem.is_one_query() && bytes >= kLarge;
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
   const int64_t wanted = ceil_div(threads, groups);
@@ -66,6 +70,22 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads) {
     plan.chunk = ceil_div(plan.chunk, parts);
     plan.chunks = ceil_div(problem.queries, plan.chunk);
   }
+  return plan;
+}
+
+inline Plan backward_plan(const Problem& problem, int64_t threads) {
+  return plan_of(problem, std::max<int64_t>(problem.queries, 1), threads);
+}
+
+inline Plan forward_plan(const Problem& problem, int64_t threads) {
+  const int64_t row = problem.memory_size * width_of(problem.dtype);
+  const bool is_copied = problem.method != Method::Additive && !problem.is_one_query() && problem.steps <= kFewSteps;
+  // Halves are rounded when they are written.
+  if (!is_copied || width_of(problem.dtype) < 4 || problem.batch * problem.queries * row < kLarge) {
+    return plan_of(problem, kChunk, threads);
+  }
+  Plan plan = plan_of(problem, std::clamp<int64_t>(kFewBytes / row, 1, kChunk), threads);
+  plan.streams = true;
   return plan;
 }
 

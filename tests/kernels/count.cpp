@@ -102,7 +102,7 @@ struct Calls {
     const Array prepared_keys(op.exact_type, B, S, prepared_size(D));
     Forward f{};
     f.problem = op.problem();
-    f.plan = plan_of(f.problem, kChunk, 1);
+    f.plan = forward_plan(f.problem, 1);
     f.context = context.data();
     f.weights = weights.data();
     f.logsumexp = logsumexp.data();
@@ -121,7 +121,7 @@ struct Calls {
     const Array grad_query(op.dtype, B, T, D), grad_keys(op.dtype, B, S, D), grad_memory(op.dtype, B, S, D);
     Backward b{};
     b.problem = f.problem;
-    b.plan = plan_of(b.problem, T, 1);
+    b.plan = backward_plan(b.problem, 1);
     const Array grad_v(op.exact_type, 1, b.plan.items(b.problem), D);
     b.grad_context = grad_context.view();
     b.context = rounds ? exact_context.view() : context.view();

@@ -8,6 +8,7 @@
 // is in cache. It is bound by the products in products.h. One query, which is bound by the read, goes its own way: one_query.h.
 #pragma once
 
+#include "cache.h"
 #include "problem.h"
 #include "products.h"
 #include "rows.h"
@@ -139,7 +140,8 @@ struct AttentionForward {
         slot.tile_end[tiles] = written;
       }
       const acc* before = tiles > 0 ? slot.context : nullptr;
-      const bool in_place = final && f.exact_context != nullptr;
+      const bool exact = final && f.exact_context != nullptr;
+      const bool in_place = exact && !f.plan.streams;
       multiply(
           Result<acc>{
               in_place ? context_of(f, item) : slot.context,
@@ -154,6 +156,9 @@ struct AttentionForward {
           tile.count,
           problem.memory_size,
           slot.panel);
+      if (exact && f.plan.streams) {
+        stream_context(f, index, item, slot);
+      }
     }
     *slot.used = tiles;
     for (int64_t t = 0; t < item.queries; ++t) {
@@ -201,6 +206,23 @@ struct AttentionForward {
       acc* to = f.exact_context == nullptr ? row : context_of(f, item) + t * size;
       scale_row(to, row, size, slot.row_sum[t] == 0 ? acc(0) : 1 / slot.row_sum[t]);
     }
+  }
+
+  // The context past the caches, while the next item's queries are fetched: in turns, what is read and what is written would add
+  // up.
+  static void stream_context(const Forward& f, int64_t index, const Item& item, const Slot& slot) {
+    const View& query = f.problem.query;
+    const Item next = f.plan.item(f.problem, std::min(index + 1, f.plan.items(f.problem) - 1));
+    for (int64_t t = 0; t < item.queries; ++t) {
+      const int64_t row = next.batch * query.batch + (next.first_query + std::min(t, next.queries - 1)) * query.row;
+      const char* next_query = static_cast<const char*>(query.data) + row * width_of(f.problem.dtype);
+      stream_row(
+          context_of(f, item) + t * f.problem.memory_size,
+          slot.context + t * slot.context_stride,
+          f.problem.memory_size,
+          next_query);
+    }
+    finish_streaming();
   }
 
   static void finish(const Forward& f, const Item& item, const Slot& slot) {

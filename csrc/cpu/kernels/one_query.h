@@ -11,10 +11,9 @@
 // for what is read, written and computed in turns adds up.
 #pragma once
 
+#include "cache.h"
 #include "products.h"
 #include "softmax.h"
-
-#include <bit>
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
@@ -66,25 +65,6 @@ template <class acc, class scalar>
   }
 }
 
-// Past every cache; `to` is aligned to a vector.
-template <class V>
-inline void stream(void* to, const V& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  _mm512_stream_si512(static_cast<__m512i*>(to), std::bit_cast<__m512i>(x));
-#elif defined(CPU_CAPABILITY_AVX2)
-  _mm256_stream_si256(static_cast<__m256i*>(to), std::bit_cast<__m256i>(x));
-#else
-  x.store(to);
-#endif
-}
-
-// Until others may read what was streamed.
-inline void finish_streaming() {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  _mm_sfence();
-#endif
-}
-
 template <bool streams, class acc, class scalar>
 [[gnu::always_inline]] inline void store_two(scalar* to, const Vec<acc> (&x)[2], int64_t count) {
   constexpr int64_t lanes = Vec<acc>::size();
@@ -121,12 +101,6 @@ inline void with_type(Dtype dtype, const F& f) {
 template <class F>
 inline void with_bool(bool condition, const F& f) {
   condition ? f(std::true_type()) : f(std::false_type());
-}
-
-// A line of what comes next, into the second-level cache: the first has its hands full. Calls of what does nothing but fetch would
-// be dropped as without effect, were they not inlined at once.
-[[gnu::always_inline]] inline void fetch(const char* line) {
-  __builtin_prefetch(line, 0, 2);
 }
 
 // A group's rows of a tensor: where they stand and as they are, or copied where their elements stand apart. If `converted`, halves

@@ -45,7 +45,7 @@ struct Plan {
   int64_t splits;       // items along S
   int64_t split_tiles;  // tiles per item
   bool fetches;         // what one query reads may be far: what comes next is asked for ahead
-  bool streams;         // its gradients are too many to stay near: they are written past the caches
+  bool streams;         // results too large to stay near, one query's gradients or many queries' context, go past the caches
 
   int64_t groups(const Problem& problem) const {
     return problem.batch * chunks;
