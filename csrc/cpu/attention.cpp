@@ -92,18 +92,18 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   use_huge_pages(gradients.keys);
   use_huge_pages(gradients.memory);
   const int64_t items = call.plan.items(call.problem);
-  Tensor grad_v;  // [items, A]: a partial sum an item, summed in a fixed order
-  if (gradients.v.defined()) {
-    const auto type = gradients.v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor grad_v = gradients.v;  // [items, A]: a partial sum an item, to be summed in a fixed order; [A] of a single one
+  const auto type = gradients.v.defined() && gradients.v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  if (gradients.v.defined() && (items != 1 || gradients.v.scalar_type() != type)) {
     grad_v = at::empty({items, call.problem.key_size}, gradients.v.options().dtype(type));
-    call.grad_v = data_of(grad_v);
   }
+  call.grad_v = data_of(grad_v);
   if (items > 0) {
     const Kernels& kernels = kernels_for(call.problem, call.plan);
     const int64_t merges = call.plan.splits * call.plan.chunks > 1 ? items : 0;
     run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
   }
-  if (gradients.v.defined()) {
+  if (!grad_v.is_same(gradients.v)) {
     gradients.v.copy_(grad_v.sum(0));
   }
 }
