@@ -352,7 +352,7 @@ void dot_products(
     element* panel) {
   int64_t j0 = 0;
   if constexpr (kTransposes<element>) {
-    if (a_count >= kPanelRows) {
+    if (a_count >= kPanelRows && size > 0) {
       // What is left of whole vectors is cheaper by sums, unless it is most of one.
       constexpr int64_t lanes = Vec<acc>::size();
       const int64_t rest = b_count % lanes;
@@ -378,15 +378,19 @@ void dot_products(
   }
 }
 
+// row += factor * other
+template <class acc>
+void add_row(acc* row, acc factor, const acc* other, int64_t size) {
+  multiply<acc>({row, 0, true}, 1, {&factor, 0, 0}, &other, 1, size);
+}
+
 // A row of a gradient, the sum of its shares in their order: each is `distance` bytes behind the one before.
 template <class acc>
 void merge_row(Dtype dtype, void* out, int64_t index, acc* row, int64_t shares, size_t distance, int64_t size) {
-  constexpr acc one = 1;
   const char* other = reinterpret_cast<const char*>(row);
   for (int64_t k = 1; k < shares; ++k) {
     other += distance;
-    const acc* from = reinterpret_cast<const acc*>(other);
-    multiply<acc>({row, 0, true}, 1, {&one, 0, 0}, &from, 1, size);
+    add_row(row, acc(1), reinterpret_cast<const acc*>(other), size);
   }
   store_row(dtype, out, index * size, row, size);
 }
