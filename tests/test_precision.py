@@ -100,6 +100,35 @@ def test_large_scores(dtype: torch.dtype, method: str, T: int, scale: float) -> 
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
+@pytest.mark.parametrize("need_weights", [True, False], ids="weights={}".format)
+@pytest.mark.parametrize("S", [24, 300], ids="S={}".format)
+@pytest.mark.parametrize("T", [1, 5, 24], ids="T={}".format)
+def test_dot_rows_with_much_in_common(T: int, S: int, need_weights: bool) -> None:
+    """What all rows share multiplies the sum of the scores' gradients, which is 0 but for how it is rounded.
+
+    The numbers are small integers, so that the scores are exact and that sum alone is to be seen.
+    """
+    generator = torch.Generator().manual_seed(0)
+    B, D = 8, 512
+    query = torch.randint(-2, 3, (B, 1, D), generator=generator).float().expand(B, T, D)
+    dropped = torch.rand(B, S, D, generator=generator) < 4 / D
+    memory = torch.where(dropped, torch.zeros(()), query[:, :1].sign())
+    grad_context = torch.randn(B, T, D, generator=generator)
+
+    def grad_query(dtype: torch.dtype, backend: str) -> torch.Tensor:
+        inputs = query.to(dtype).requires_grad_(), memory.to(dtype).requires_grad_()
+        with attn_ext.use_backend(backend):
+            context, _ = attn_ext.dot_attention(*inputs, need_weights=need_weights)
+        return torch.autograd.grad((context * grad_context.to(context)).sum(), inputs[0])[0].double()
+
+    truth = grad_query(torch.float64, "reference")
+    error, own_error = (
+        (grad_query(torch.float32, backend) - truth).abs().max() / truth.abs().max()
+        for backend in ("auto", "reference")
+    )
+    assert error <= 2 * own_error
+
+
 @pytest.mark.parametrize("T", [1, 50], ids="T={}".format)
 def test_gradient_of_v_where_tanh_is_small(T: int) -> None:
     """As after an initialisation: v's gradient is a sum of small terms, relative to which its error is to be small."""

@@ -4,6 +4,10 @@
 //   backward   da_ts = g_t . m_s + gw_ts;  delta_t = g_t . c_t + sum_s a_ts gw_ts;  de_ts = scale a_ts (da_ts - delta_t)
 //              dm_s = sum_t a_ts g_t, and the score's own share of the gradients from de, which may also be given
 //
+// sum_s de_ts is 0, but delta_t is rounded apart from the da_ts: an excess r_t is left, a share a_ts r_t of it in every de_ts. What
+// the rows of the memory have in common multiplies it in dq_t = sum_s de_ts m_s, where it can outweigh the rest; it is r_t c_t
+// there, and is taken off.
+//
 // Each tile of memory is read once and serves the scores and the context (forward), or all of its gradients (backward), while it
 // is in cache. It is bound by the products in products.h. One query, which is bound by the read, goes its own way: one_query.h.
 #pragma once
@@ -310,7 +314,7 @@ struct AttentionForward {
       acc* context = slot.context + t * slot.context_stride;
       const acc* other_context = other.context + t * slot.context_stride;
       scale_row(context, context, size, kept);
-      multiply<acc>({context, 0, true}, 1, {&entering, 0, 0}, &other_context, 1, size);
+      add_row(context, entering, other_context, size);
       slot.row_sum[t] = slot.row_sum[t] * kept + other.row_sum[t] * entering;
       slot.row_max[t] = row_max;
     }
@@ -431,6 +435,7 @@ struct AttentionBackward {
           query_stride(query_in_place ? f.problem.key_size : padded<acc>(f.problem.key_size)),
           grad_query(query_in_place ? nullptr : arena.take<acc>(f.plan.chunk * query_stride)),
           delta(arena.take<acc>(f.plan.chunk)),
+          excess(arena.take<acc>(f.plan.chunk)),
           tile_stride(padded<acc>(f.plan.tile)),
           coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
           columns_stride(padded<acc>(2 * std::min(kChunk, f.plan.chunk))),
@@ -449,6 +454,7 @@ struct AttentionBackward {
     int64_t query_stride;
     acc* grad_query;  // [chunk][key_size]: the split's share, or the output itself
     acc* delta;
+    acc* excess;  // sum_s de_ts of the item's steps
     int64_t tile_stride;
     acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each
     int64_t columns_stride;
@@ -480,6 +486,7 @@ struct AttentionBackward {
     if (!one_tile(f)) {
       find_delta(f, item, slot);
     }
+    std::fill_n(slot.excess, item.queries, acc(0));
     slot.gradient.begin(item, slot.grad_query);
     slot.grad_memory.begin_item(item);
     int64_t written = item.first_step;  // up to here the memory's gradient is written
@@ -500,6 +507,11 @@ struct AttentionBackward {
       grad_scores_row(f, item, t).zero(written, item.end_step);
     }
     slot.gradient.end(item, index, written, slot.grad_query, slot.query_stride);
+    if (problem.method == Method::Dot && f.grad_query != nullptr && f.grad_context.data != nullptr && !one_tile(f)) {
+      for (int64_t t = 0; t < item.queries; ++t) {
+        add_row(slot.grad_query + t * slot.query_stride, -slot.excess[t], slot.context.addresses()[t], problem.key_size);
+      }
+    }
     if (f.plan.splits == 1 && !slot.query_in_place) {
       merge_queries(f, item, 0, item.queries, slot, 0);
     }
@@ -643,10 +655,7 @@ struct AttentionBackward {
         }
       }
       const acc delta = one_tile(f) ? dot_product(a, row, tile.count) : slot.delta[first + t];
-      for (int64_t j = 0; j < tile.count; ++j) {
-        // A weight of 0 passes nothing on, whatever came in: 0 * inf is no gradient.
-        row[j] = a[j] == 0 ? acc(0) : scale * a[j] * (row[j] - delta);
-      }
+      slot.excess[first + t] += differentiate_softmax(row, a, tile.count, delta, scale, one_tile(f));
     }
   }
 
@@ -659,11 +668,7 @@ struct AttentionBackward {
     for (int64_t t = 0; t < count; ++t) {
       const acc logsumexp = static_cast<const acc*>(f.logsumexp)[item.batch * f.problem.queries + first_query + t];
       acc* row = weights + t * stride;
-      if (logsumexp == kNothing<acc>) {
-        std::fill_n(row, tile.count, acc(0));
-      } else {
-        exponentials(row, whole_vectors<acc>(tile.count), logsumexp);
-      }
+      recompute_softmax(row, tile.count, logsumexp, one_tile(f));
     }
   }
 

@@ -83,6 +83,19 @@ template <bool streams, class acc, class scalar>
   }
 }
 
+// As RowGroup's are summed: where all the weight is on one step, and the context is its row, delta is to be its da.
+template <class acc>
+acc dot_product_by_twos(const acc* a, const acc* b, int64_t size) {
+  Vec<acc> sums[2] = {Vec<acc>(0), Vec<acc>(0)}, left[2], right[2];
+  for_twos<acc>(size, [&](int64_t d, auto count) {
+    load_two(left, a + d, count);
+    load_two(right, b + d, count);
+    sums[0] = at::vec::fmadd(left[0], right[0], sums[0]);
+    sums[1] = at::vec::fmadd(left[1], right[1], sums[1]);
+  });
+  return sum(sums[0] + sums[1]);
+}
+
 // f of a value of the dtype's, for f to see its type.
 template <class acc, class F>
 inline void with_type(Dtype dtype, const F& f) {
@@ -596,7 +609,7 @@ struct OneQueryForward {
     const acc kept = std::exp(*slot.row_max - row_max);
     const acc entering = std::exp(*other.row_max - row_max);
     scale_row(slot.context, slot.context, size, kept);
-    multiply<acc>({slot.context, 0, true}, 1, {&entering, 0, 0}, &other.context, 1, size);
+    add_row(slot.context, entering, other.context, size);
     *slot.row_sum = *slot.row_sum * kept + *other.row_sum * entering;
     *slot.row_max = row_max;
   }
@@ -677,12 +690,13 @@ struct OneQueryBackward {
     slot.score.begin_gradients(item);
     slot.grad_memory.begin(item);
     const bool at_once = slot.score.takes_all_at_once(slot.memory, slot.grad_memory, incoming.grad_context);
+    acc excess = 0;
     for_groups(problem, f.plan, index, [&](const Tile& tile, const Upcoming& next) {
       acc coefficients[2 * kMostRows];
       const GroupGradients<acc> group{tile, slot.memory, coefficients, incoming.grad_context, slot.grad_memory, slot.grad_query};
       slot.memory.load(item.batch, tile, next);
       slot.score.load_keys(item.batch, tile, next);
-      incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kMostRows, !at_once);
+      excess += incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kMostRows, !at_once);
       if (grad_scores != nullptr) {
         scatter(grad_scores, group.grad_scores(), tile);
       }
@@ -690,6 +704,9 @@ struct OneQueryBackward {
     });
     slot.grad_memory.end(item);
     slot.score.end_gradients(item, index, slot.grad_query);
+    if (problem.method == Method::Dot && f.grad_query != nullptr && incoming.context != nullptr) {
+      add_row(slot.grad_query, -excess, incoming.context, problem.key_size);
+    }
     if (f.plan.splits == 1) {
       merge_query(f, item, slot, 0);
     }
@@ -717,6 +734,7 @@ struct OneQueryBackward {
     const acc* score_gradients;
     int64_t batch;
     acc delta = 0;
+    const acc* context = nullptr;  // where delta is of it
 
     Incoming(const Backward& f, int64_t b, Slot& slot)
         : grad_context(slot.grad_context.load_only(b)),
@@ -728,30 +746,26 @@ struct OneQueryBackward {
         return;
       }
       if (grad_context != nullptr) {
-        delta = dot_product(slot.context.load_only(b), grad_context, f.problem.memory_size);
+        context = slot.context.load_only(b);
+        delta = dot_product_by_twos(context, grad_context, f.problem.memory_size);
       }
       if (grad_weights != nullptr) {
         delta += dot_product(weights, grad_weights, f.problem.steps);
       }
     }
 
-    // `fetches`: the memory's next rows here.
-    void find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool fetches) const {
+    // Returns the sum of de. `fetches`: the memory's next rows here.
+    acc find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool fetches) const {
       if (score_gradients != nullptr) {
-        return gather(de, score_gradients, tile);
+        gather(de, score_gradients, tile);
+        return 0;
       }
       if (weights != nullptr) {
         gather(a, weights, tile);
       } else {
-        const int64_t whole = whole_vectors<acc>(tile.count);
-        const acc logsumexp = static_cast<const acc*>(f.logsumexp)[batch];
         slot.score.scores(a, slot.memory);
-        std::fill(a + tile.count, a + whole, kNothing<acc>);
-        if (logsumexp == kNothing<acc>) {
-          std::fill_n(a, tile.count, acc(0));
-        } else {
-          exponentials(a, whole, logsumexp);
-        }
+        std::fill(a + tile.count, a + whole_vectors<acc>(tile.count), kNothing<acc>);
+        recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], one_group(f));
       }
       std::fill_n(de, tile.count, acc(0));
       if (grad_context != nullptr) {
@@ -762,10 +776,7 @@ struct OneQueryBackward {
       }
       const acc scale = static_cast<acc>(f.problem.scale);
       const acc subtract = one_group(f) ? dot_product(a, de, tile.count) : delta;
-      for (int64_t j = 0; j < tile.count; ++j) {
-        // A weight of 0 passes nothing on, whatever came in: 0 * inf is no gradient.
-        de[j] = a[j] == 0 ? acc(0) : scale * a[j] * (de[j] - subtract);
-      }
+      return differentiate_softmax(de, a, tile.count, subtract, scale, one_group(f));
     }
 
     // Then delta is sum_s a_s da_s, of what is there, and the context is not read.

@@ -105,6 +105,8 @@ acc smallest(const Vec<acc>& x) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::minimum(a, b); }, x);
 }
 
+// All sums of a vector, of one and of several together, add its lanes in the same order: a row's sum does not depend on its
+// neighbours.
 template <class acc>
 acc sum(const Vec<acc>& x) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, x);
@@ -119,26 +121,36 @@ inline void sum_four(acc* out, const Vec<acc>* x) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
+// Four vectors' sums of four lanes, in each quarter.
+inline __m512 sums_of_quarters(const Vec<float>* x) {
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+  return _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+}
+
+inline __m128 sum_of_quarters(__m512 x) {
+  const __m256 low = _mm512_castps512_ps256(x), high = _mm512_extractf32x8_ps(x, 1);
+  const __m128 first = _mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1));
+  const __m128 second = _mm_add_ps(_mm256_castps256_ps128(high), _mm256_extractf128_ps(high, 1));
+  return _mm_add_ps(first, second);
+}
+
 template <>
 inline void sum_four(float* out, const Vec<float>* x) {
-  const auto halved = [](const Vec<float>& v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
-  const __m256 pairs_01 = _mm256_hadd_ps(halved(x[0]), halved(x[1]));
-  const __m256 pairs_23 = _mm256_hadd_ps(halved(x[2]), halved(x[3]));
-  const __m256 quads = _mm256_hadd_ps(pairs_01, pairs_23);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+  _mm_storeu_ps(out, sum_of_quarters(sums_of_quarters(x)));
+}
+
+template <>
+inline float sum(const Vec<float>& x) {
+  const __m512 pairs = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+  return _mm_cvtss_f32(sum_of_quarters(_mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1))));
 }
 
 // out[i][j] = factor * (the sum of x[i][j]), 16 sums for 30 shuffles; out's rows are `stride` apart.
 inline void store_sixteen_sums(float* out, int64_t stride, const Vec<float> (&x)[4][4], float factor) {
-  __m512 quads[4];  // four sums of four lanes in each quarter
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[i][0], x[i][1]), _mm512_unpackhi_ps(x[i][0], x[i][1]));
-    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[i][2], x[i][3]), _mm512_unpackhi_ps(x[i][2], x[i][3]));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-  }
+  const __m512 quads[4] = {sums_of_quarters(x[0]), sums_of_quarters(x[1]), sums_of_quarters(x[2]), sums_of_quarters(x[3])};
   const auto fold = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
