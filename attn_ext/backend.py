@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from functools import cache
 from types import ModuleType, TracebackType
@@ -66,15 +67,26 @@ def fused_runs_on(device_type: str) -> bool:
     """Whether a call on a device takes the compiled ops now. Under "auto", the first that cannot warns and says why."""
     if use_backend._current == "reference":
         return False
-    problem = unavailable()
-    if problem is None and device_type in fused_devices:
+    if unavailable() is None and device_type in fused_devices:
         return True
+    problem = why_not_on(device_type)
     if use_backend._current == "fused":
-        problem = problem or f"no kernels are compiled for {device_type} tensors"
         raise RuntimeError(f"attn_ext: the backend is 'fused', but the fused ops cannot run: {problem}")
-    if problem is not None:
-        _warn_once(problem)
+    _warn_once(problem)
     return False
+
+
+@torch.compiler.assume_constant_result
+def why_not_on(device_type: str) -> str | None:
+    """What keeps the compiled ops from tensors of a device type and, where a command mends it, that; or None."""
+    problem = unavailable()
+    if problem is not None or device_type in fused_devices:
+        return problem
+    problem = f"no kernels are compiled for {device_type} tensors"
+    facts = build_facts()
+    if device_type != "cuda" or facts is None:
+        return f"{problem}; there are some for the CPU and for CUDA"
+    return f"{problem} (CUDA: {facts['cuda']}). To rebuild it, run in attn_ext's source folder: {REBUILD}"
 
 
 @cache
@@ -118,9 +130,20 @@ def _load() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile would trace the warning
+def _warn_once(problem: str | None) -> None:
+    _warn(problem)
+
+
 @cache
-def _warn_once(problem: str) -> None:
-    warnings.warn(f"attn_ext runs its slower reference implementation, because {problem}", RuntimeWarning, stacklevel=5)
+def _warn(problem: str | None) -> None:
+    text = f"attn_ext runs its slower reference implementation, because {problem}"
+    # The line to show is the user's: nn.Module's call stands between it and a module of ours.
+    ours = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def _start_from_environment() -> None:

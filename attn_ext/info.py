@@ -29,14 +29,14 @@ def describe() -> dict[str, str]:
         lines["CUDA build"] = facts["cuda"] + (f"; compiled by {compiled}" if compiled else "")
     lines["backend"] = backend.current()
     for device in ("cpu", "cuda"):
-        lines[f"{device} tensors run"] = _what_runs(device, problem)
+        lines[f"{device} tensors run"] = _what_runs(device)
     return lines
 
 
-def _what_runs(device: str, problem: str | None) -> str:
+def _what_runs(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "nothing: PyTorch sees no CUDA device"
-    missing = problem or (None if device in backend.fused_devices else f"no kernels are compiled for {device} tensors")
+    missing = backend.why_not_on(device)
     if backend.current() == "reference":
         return "reference, as chosen"
     if missing is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,21 @@ def test_wrong_name(name: object) -> None:
 
 
 @pytest.mark.fused
-def test_fused_where_no_kernel_is() -> None:
-    """A device that this build has no kernels for: a refusal under "fused", the reference under "auto"."""
+@pytest.mark.parametrize(("device", "more"), [("xpu", "there are some for"), ("cuda", "CUDA: .*To rebuild it, run")])
+def test_fused_where_no_kernel_is(device: str, more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that this build has no kernels for: refused under "fused", one warning under "auto"."""
+    monkeypatch.setattr(backend, "fused_devices", ("cpu", "meta"))
+    backend._warn.cache_clear()
+    why = f"no kernels are compiled for {device} tensors.*{more}"
     with attn_ext.use_backend("auto"):
-        assert not backend.fused_runs_on("xpu")
-    with attn_ext.use_backend("fused"), pytest.raises(RuntimeError, match="no kernels are compiled for xpu tensors"):
-        backend.fused_runs_on("xpu")
+        with pytest.warns(RuntimeWarning, match=f"slower reference implementation, because {why}") as caught:
+            assert not backend.fused_runs_on(device)
+        assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not backend.fused_runs_on(device)
+    with attn_ext.use_backend("fused"), pytest.raises(RuntimeError, match=why):
+        backend.fused_runs_on(device)
 
 
 def test_wrong_name_in_the_environment_variable() -> None:
@@ -82,6 +92,7 @@ with warnings.catch_warnings(record=True) as caught:
     attn_ext.use_backend("auto")
     query, memory = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4)
     for _ in range(2):
+        attn_ext.LuongAttention("dot", 4)(query, memory)  # the line that is warned of
         context, weights = attn_ext.luong_attention(query, memory)
         context.sum().backward()
         attn_ext.LuongAttention("concat", 4)(query, memory, lengths=[5, 0])
@@ -90,6 +101,7 @@ expected = torch.softmax(query @ memory.mT, -1)
 torch.testing.assert_close(weights, expected)
 torch.testing.assert_close(context, expected @ memory)
 assert query.grad.abs().max() > 0
+assert [warning.filename for warning in caught] == ["<string>"]
 for warning in caught:
     print(warning.category.__name__, warning.message, sep=": ")
 try:
@@ -127,6 +139,20 @@ def assert_falls_back(folder: Path, why: str, extension: str) -> None:
     assert refusal == f"use_backend: the fused ops cannot run: {why}"
     assert f"{'extension:':<20}{extension}" in lines
     assert f"{'cpu tensors run:':<20}reference, because {why}" in lines
+
+
+def test_compile_where_nothing_is_compiled(copy_without_extension: Path) -> None:
+    """One graph, without a look into what loads and warns."""
+    program = """
+import torch, attn_ext
+
+compiled = torch.compile(attn_ext.luong_attention, backend="eager", fullgraph=True)
+query, memory = torch.randn(2, 4), torch.randn(2, 5, 4)
+torch.testing.assert_close(compiled(query, memory), attn_ext.luong_attention(query, memory))
+"""
+    process = python("-c", program, cwd=copy_without_extension)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("attn_ext runs its slower reference implementation") == 1
 
 
 def test_nothing_compiled(copy_without_extension: Path) -> None:
