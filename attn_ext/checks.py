@@ -43,6 +43,8 @@ class Arguments:
             raise TypeError(f"{self.caller}: {name} must be a torch.Tensor, got {type(value).__name__}")
         if value.layout != torch.strided:
             raise TypeError(f"{self.caller}: {name} must be a dense (strided) tensor, got layout {value.layout}")
+        if value.is_nested:  # one of layout torch.strided has no shape to check
+            raise TypeError(f"{self.caller}: {name} must be a dense (strided) tensor, got a nested one")
 
     def device(self, name: str, value: Tensor) -> None:
         assert self.leader is not None

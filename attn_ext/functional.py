@@ -40,7 +40,7 @@ _SLOW_ON_CPU = _slow_on_cpu()
 _KEYS, _HIDING = (1 << 18, 12), (1 << 21, 64)
 _OPS = torch.ops.attn_ext
 # What an op, or a look at what is no tensor, says to wrong arguments.
-REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
+REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 Attended = tuple[Tensor, Tensor | None]
 
 
@@ -283,7 +283,8 @@ def _has_its_parameters(method: str, weight: Tensor | None, v: Tensor | None, bi
 
 def goes_unchecked(query: Tensor, *others: Tensor | None) -> bool:
     """Whether the ops may see a call as it is: nothing is traced, overridden or cast, and they are the backend."""
-    if is_compiling() or has_torch_function((query, *others)):
+    # Products make a sparse query dense, which the ops would refuse.
+    if is_compiling() or has_torch_function((query, *others)) or query.layout is not torch.strided:
         return False
     # A device writes its type's name anew at each look, which takes as long as all of these conditions.
     device_type = "cpu" if query.is_cpu else query.device.type

@@ -59,8 +59,6 @@ class AttentionMemory:
         self.weight = weight
         self.v = v
         self.lengths = arguments.lengths(lengths)
-        if mask is not None and isinstance(mask, Tensor) and mask.dim() == 3:
-            arguments.bind("T", mask.shape[1], "mask")
         arguments.mask(mask)
         self.mask = mask
         self.scale = arguments.scale(scale)

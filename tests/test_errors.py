@@ -421,15 +421,20 @@ STEPS: dict[str, Callable[..., object]] = {
     "additive": attn_ext.additive_attention,
     "luong dot": attn_ext.luong_attention,
     "luong general": partial(attn_ext.luong_attention, method="general"),
-    "memory dot": lambda query, memory, need_weights=True, **options: AttentionMemory(memory, **options).attend(
-        query, need_weights=need_weights
-    ),
+    "luong concat": partial(attn_ext.luong_attention, method="concat"),
+    **{
+        f"memory {method}": lambda query, need_weights=True, method=method, **arguments: AttentionMemory(
+            method=method, **arguments
+        ).attend(query, need_weights=need_weights)
+        for method in functional.METHODS
+    },
 }
 
 
-def step_arguments(step: str) -> dict[str, Any]:
+def step_arguments(step: str, one_step: bool = False) -> dict[str, Any]:
     problem = Case(step.split()[-1], masking="lengths+pairs").problem()
-    return problem.tensors | problem.options | {"scale": 0.5}
+    valid = problem.tensors | problem.options | {"scale": 0.5}
+    return valid | {"query": valid["query"][:, 0], "mask": valid["mask"][:, :1]} if one_step else valid
 
 
 def outcome(call: Callable[[], object]) -> str:
@@ -440,18 +445,26 @@ def outcome(call: Callable[[], object]) -> str:
 
 
 @pytest.mark.fused
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("one_step", [False, True], ids=["[B, T, D]", "[B, D]"])
 @pytest.mark.parametrize("step", STEPS)
-def test_refused_with_and_without_the_checks_first(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_with_and_without_the_checks_first(step: str, one_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is wrong with an argument: the ops refuse what the checks refuse, and theirs are the words."""
-    valid = step_arguments(step)
+    valid = step_arguments(step, one_step)
     odd = [None, 0, 1, True, 2.0, float("inf"), "text", [1, 2], [9, 0], torch.tensor([1, 2], dtype=torch.int32)]
+    odd.append(torch.nested.as_nested_tensor([zeros(T, DQ)]))
     calls = {
         f"{name} {what}": partial(STEPS[step], **valid | {name: wrong})
         for name, value in valid.items()
-        for what, wrong in (*(spoiled(value) if isinstance(value, Tensor) else ()), *((repr(o), o) for o in odd))
+        for what, wrong in (*(spoiled(value) if isinstance(value, Tensor) else ()), *((repr(o)[:20], o) for o in odd))
     }
     outcomes = {what: outcome(call) for what, call in calls.items()}
+    inside = [
+        f"{what}: {text}" for what, text in outcomes.items() if not text.startswith(("(", "TypeError", "ValueError"))
+    ]
+    assert not inside, "no words of the checks"
     monkeypatch.setattr(functional, "attend_unchecked", lambda *_: None)
+    monkeypatch.setattr(functional, "goes_unchecked", lambda *_: False)
     assert outcomes == {what: outcome(call) for what, call in calls.items()}
 
 
@@ -460,13 +473,10 @@ def test_refused_with_and_without_the_checks_first(step: str, monkeypatch: pytes
 @pytest.mark.parametrize("step", STEPS)
 def test_a_valid_call_runs_no_checks(step: str, one_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would be most of its time."""
-    valid = step_arguments(step)
-    if one_step:
-        valid |= {"query": valid["query"][:, 0], "mask": None}
-    if step == "memory dot":
-        memory = AttentionMemory(
-            **{name: value for name, value in valid.items() if name not in ("query", "need_weights")}
-        )
+    valid = step_arguments(step, one_step)
+    if step.startswith("memory"):
+        arguments = {name: value for name, value in valid.items() if name not in ("query", "need_weights")}
+        memory = AttentionMemory(method=step.split()[-1], **arguments)
         call = partial(memory.attend, valid["query"])
     else:
         call = partial(STEPS[step], **valid)
