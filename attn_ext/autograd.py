@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ext import reference
+from attn_ext import autocast, reference
 
 
 @cache
@@ -36,16 +36,19 @@ def _differentiable_backward(
                 return op(grad_context, grad_weights, *others)
         # A view of each: an argument passed twice (query is memory) keeps its gradients apart.
         inputs = [tensor.view_as(tensor).requires_grad_() for tensor in inputs]
-        # As the op does, in the type that it accumulates in.
-        accumulated = [tensor.to(context.dtype) for tensor in inputs]
-        outputs = function(*accumulated, lengths=lengths, mask=mask, scale=scale, need_weights=grad_weights is not None)
-        grads = torch.autograd.grad(
-            [out for out, grad in zip(outputs, (grad_context, grad_weights), strict=True) if grad is not None],
-            [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
-            [grad.to(context.dtype) for grad in arriving],
-            create_graph=True,
-            materialize_grads=True,
-        )
+        # As the op does, in the type that it accumulates in, also under the caller's autocast.
+        with autocast.disabled(context):
+            accumulated = [tensor.to(context.dtype) for tensor in inputs]
+            outputs = function(
+                *accumulated, lengths=lengths, mask=mask, scale=scale, need_weights=grad_weights is not None
+            )
+            grads = torch.autograd.grad(
+                [out for out, grad in zip(outputs, (grad_context, grad_weights), strict=True) if grad is not None],
+                [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
+                [grad.to(context.dtype) for grad in arriving],
+                create_graph=True,
+                materialize_grads=True,
+            )
         left = iter(grads)
         return tuple(next(left) if want else tensor.new_empty(0) for tensor, want in zip(inputs, wanted, strict=True))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, is_autocast_enabled
 from torch.compiler import is_compiling, is_exporting
 from torch.overrides import has_torch_function
 
-from attn_ext import backend, checks, reference
+from attn_ext import autocast, backend, checks, reference
 
 if TYPE_CHECKING:
     from attn_ext.memory import AttentionMemory
@@ -99,7 +98,7 @@ def luong_attention(
     attended = attend_unchecked(query, None, v, memory, lengths, mask, scale, need_weights, method, weight, bias)
     if attended is not None:
         return attended
-    query, memory, weight, v, bias = autocast(query, memory, weight, v, bias)
+    query, memory, weight, v, bias = autocast.cast(query, memory, weight, v, bias)
     arguments = checks.Arguments("luong_attention")
     check_query(arguments, query)
     check_memory(arguments, memory, method, weight, v, bias)
@@ -145,7 +144,7 @@ def dot_attention(
     attended = attend_unchecked(query, None, None, memory, lengths, mask, scale, need_weights)
     if attended is not None:
         return attended
-    query, memory = autocast(query, memory)
+    query, memory = autocast.cast(query, memory)
     arguments = checks.Arguments("dot_attention")
     check_query(arguments, query)
     arguments.floating("memory", memory, "B S Dq")
@@ -187,7 +186,7 @@ def additive_attention(
     attended = attend_unchecked(query, keys, v, values, lengths, mask, scale, need_weights)
     if attended is not None:
         return attended
-    query, keys, v, values = autocast(query, keys, v, values)
+    query, keys, v, values = autocast.cast(query, keys, v, values)
     arguments = checks.Arguments("additive_attention")
     check_query(arguments, query, "A")
     arguments.floating("keys", keys, "B S A")
@@ -215,8 +214,7 @@ def attend(
     if backend.fused_runs_on(query.device.type):
         return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
     options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
-    # Autocast has had its say; the reference's products are to be of the accumulation type.
-    with torch.autocast(query.device.type, enabled=False) if autocast_enabled(query) else nullcontext():
+    with autocast.disabled(query):  # the reference's products are of the accumulation type
         if keys is None:
             return reference.dot_attention(query, memory, **options)
         if v is None:
@@ -447,23 +445,3 @@ def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") ->
     if query.dim() == 2:
         arguments.bind("T", 1, "query")
     arguments.floating("query", query, f"B T {size}" if query.dim() == 3 else f"B {size}")
-
-
-def autocast_enabled(tensor: object) -> bool:
-    """Whether torch.autocast has a say over `tensor`; for no tensor it has none."""
-    return isinstance(tensor, Tensor) and _has_autocast(tensor.device.type) and is_autocast_enabled(tensor.device.type)
-
-
-@torch.compiler.assume_constant_result  # PyTorch 2.11's torch.compile cannot trace it
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under torch.autocast, the tensors in its dtype, as torch.nn.functional.linear would take them."""
-    first = tensors[0]
-    if not autocast_enabled(first):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    eligible = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from attn_ext import backend, checks, functional
+from attn_ext import autocast, backend, checks, functional
 
 _OPS = torch.ops.attn_ext
 
@@ -51,7 +51,7 @@ class AttentionMemory:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> None:
-        memory, weight, v, bias = functional.autocast(memory, weight, v, bias)
+        memory, weight, v, bias = autocast.cast(memory, weight, v, bias)
         arguments = checks.Arguments("AttentionMemory")
         functional.check_memory(arguments, memory, method, weight, v, bias)
         self.memory = memory
@@ -92,7 +92,7 @@ class AttentionMemory:
                 return self._attend_step(backend.calls.memory_attention, query, need_weights)
         except functional.REFUSALS:
             pass  # the checks find better words
-        (query,) = functional.autocast(query)
+        (query,) = autocast.cast(query)
         arguments = checks.Arguments("AttentionMemory")
         functional.check_query(arguments, query)
         arguments.floating("the memory", self.memory, "B S Dq" if self.method == "dot" else "B S Dm")

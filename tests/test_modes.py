@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -45,6 +46,24 @@ def test_autocast_leaves_float64(each_backend: str) -> None:
     problem = Case("concat", dtype=torch.float64).problem()
     under_autocast = replace(problem, function=torch.autocast(cases.KERNELS, torch.bfloat16)(problem.function))
     assert_same(under_autocast.results(), problem.results())
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("method", ["dot", "additive"])
+def test_second_derivative_within_autocast(method: str) -> None:
+    """The block that a backward runs in has no say in its products: those of the call had theirs."""
+    problem = Case(method, T=5, S=37, D=20).problem()
+    leaves = {name: tensor.requires_grad_() for name, tensor in problem.tensors.items()}
+
+    def derivatives(during_backward: AbstractContextManager[object]) -> list[Tensor]:
+        context, _ = problem.function(**leaves, **problem.options)
+        with during_backward:
+            first = torch.autograd.grad(context.sin().sum(), leaves.values(), create_graph=True)
+        penalty = sum(grad.square().sum() for grad in first)
+        return [*first, *torch.autograd.grad(penalty, leaves.values())]
+
+    actual = derivatives(torch.autocast(cases.KERNELS, torch.bfloat16))
+    assert all(map(torch.equal, actual, derivatives(nullcontext())))
 
 
 class _Watch(TorchFunctionMode):
