@@ -374,14 +374,14 @@ def project(
     General's (weight q) . m is q . (weight^T m) too: whichever rows are the fewer are projected.
     """
     if method == "general":
-        if _has_fewer_keys(query, memory, weight, lengths, mask):
+        if has_fewer_keys(query, memory, weight, lengths, mask):
             return query, project_keys(memory, weight.t(), None, lengths, mask)
         return linear(query, weight), None
     query_weight, key_weight = split_weight(memory, method, weight)
     return project_query(query, query_weight), project_keys(memory, key_weight, bias, lengths, mask)
 
 
-def _has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor, lengths: Tensor | None, mask: Tensor | None) -> bool:
+def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor, lengths: Tensor | None, mask: Tensor | None) -> bool:
     """Whether general attention costs less by way of keys [B, S, Dq] than by queries projected to [B, T, Dm].
 
     On a GPU, whose products cost little beside a tensor more to read and to write, it is not known to.

@@ -126,9 +126,15 @@ class AttentionMemory:
         """Whether `query` goes to the ops for a loop's steps, which the memory is prepared for."""
         if not self._is_prepared:
             return False
-        if not torch.is_grad_enabled() or not (self._has_gradients or query.requires_grad):
-            return True
-        return self._node is not None and (query.dim() == 2 or query.shape[1] <= _MOST_QUERIES)
+        is_short = query.dim() == 2 or query.shape[1] <= _MOST_QUERIES
+        if torch.is_grad_enabled() and (self._has_gradients or query.requires_grad):
+            return is_short and self._node is not None
+        # The steps' ops project the queries, of which there can be more than of the memory's rows.
+        return (
+            is_short
+            or self.method != "general"
+            or not functional.has_fewer_keys(query, self.memory, self.weight, self.lengths, self.mask)
+        )
 
     def _attend_step(
         self, memory_attention: Callable[..., functional.Attended], query: Tensor, need_weights: bool

@@ -64,6 +64,15 @@ def keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("keys_cost_nothing")
+@torch.no_grad()
+def test_many_queries_of_a_memory_without_a_graph(each_backend: str) -> None:
+    """No loop's step, though nothing is to be deferred."""
+    query, memory, weight, *_ = Case("general", T=70, S=37, D=20, Dm=33).problem().tensors.values()
+    expected = attn_ext.dot_attention(query @ weight.t(), memory)
+    torch.testing.assert_close(attn_ext.AttentionMemory(memory, "general", weight=weight).attend(query), expected)
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_against_the_products_as_they_are_written(dtype: torch.dtype, masking: str, each_backend: str) -> None:
