@@ -45,3 +45,9 @@ def cast(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
     if not enabled(tensors[0]):
         return tensors
     return tuple(t.to(dtype_of(t)) if isinstance(t, Tensor) else t for t in tensors)  # type: ignore[return-value]
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` in `other`'s dtype, where autocast would have it meet others in a dtype that neither may have."""
+    is_cast = enabled(tensor) and tensor.dtype in _ELIGIBLE and other.dtype in _ELIGIBLE
+    return tensor.to(other.dtype) if is_cast else tensor

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attn_ext import autocast
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -20,8 +22,11 @@ class Arguments:
         self.fixed_by: dict[str, str] = {}
         self.leader: tuple[str, Tensor] | None = None
 
-    def floating(self, name: str, value: object, dims: str) -> None:
-        """`value` is a float tensor of shape `dims` ("B S Dm"), with the dtype and device of the first one checked."""
+    def floating(self, name: str, value: object, dims: str, of_its_dtype: str = "") -> None:
+        """`value` is a float tensor of shape `dims` ("B S Dm"), with the dtype and device of the first one checked.
+
+        Under autocast it is the dtype that they are going to have which is the same.
+        """
         self.tensor(name, value)
         assert isinstance(value, Tensor)
         if value.dtype not in DTYPES:
@@ -31,9 +36,10 @@ class Arguments:
         if self.leader is None:
             self.leader = (name, value)
         leader_name, leader = self.leader
-        if value.dtype != leader.dtype:
+        if autocast.dtype_of(value) != autocast.dtype_of(leader):
             raise TypeError(
-                f"{self.caller}: {name} is {value.dtype}, but {leader_name} is {leader.dtype}; they must be the same"
+                f"{self.caller}: {name} is {value.dtype}{of_its_dtype}, but {leader_name} is {leader.dtype}; "
+                "they must be the same"
             )
         self.device(name, value)
         self.shape(name, value, dims)

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from attn_ext import autocast, checks
+from attn_ext import checks
 from attn_ext.beam import BeamSearch
 from attn_ext.memory import AttentionMemory
 from attn_ext.modules import LuongAttention
@@ -269,9 +269,9 @@ class AttentionDecoder(nn.Module):
         return self.attention.memory(encoder_outputs, lengths)
 
     def _arguments(self) -> checks.Arguments:
-        """Checks against the decoder's parameters: their dtype, or autocast's, their device, and the sizes they fix."""
+        """Checks against the decoder's parameters: their dtype and device, and the sizes they fix."""
         arguments = checks.Arguments("AttentionDecoder")
-        arguments.leader = ("the decoder", *autocast.cast(self.output.weight))
+        arguments.leader = ("the decoder", self.output.weight)
         for size, name in {"L": "num_layers", "H": "hidden_size"}.items():
             arguments.bind(size, getattr(self.rnn, name), name)
         arguments.bind("Dm", self.attention.memory_size, "memory_size")
@@ -307,9 +307,8 @@ class AttentionDecoder(nn.Module):
         if isinstance(encoder_outputs, AttentionMemory):
             checks.choice(arguments.caller, "encoder_outputs.method", encoder_outputs.method, [self.attention.method])
             encoder_outputs.refuse_second_opinion(self.attention.method, lengths=lengths)
-            arguments.floating("encoder_outputs", encoder_outputs.memory, "B S Dm")
+            encoder_outputs.check(arguments, "encoder_outputs", "B S Dm")
         else:
-            (encoder_outputs,) = autocast.cast(encoder_outputs)
             arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")
         return encoder_outputs
 
@@ -326,7 +325,7 @@ class AttentionDecoder(nn.Module):
             raise TypeError(f"{arguments.caller}: {name} must be the tuple (h, c) of an LSTM, got {came}")
         parts = {f"{name}[{i}]": part for i, part in enumerate(hidden)} if is_lstm else {name: hidden}
         for part_name, part in parts.items():
-            arguments.floating(part_name, *autocast.cast(part), "L B H")
+            arguments.floating(part_name, part, "L B H")
         # cuDNN refuses any other layout.
         contiguous = tuple(part.contiguous() for part in parts.values())
         hidden = contiguous if is_lstm else contiguous[0]
@@ -334,7 +333,7 @@ class AttentionDecoder(nn.Module):
             return hidden
         if attentional is None:
             attentional = weight.new_zeros(batch_size, self.rnn.hidden_size)
-        arguments.floating(f"{name}.attentional", *autocast.cast(attentional), "B H")
+        arguments.floating(f"{name}.attentional", attentional, "B H")
         return DecoderState(hidden, attentional)
 
     def extra_repr(self) -> str:

@@ -106,17 +106,9 @@ def luong_attention(
     arguments.mask(mask)
     scale = arguments.scale(scale)
     arguments.flag("need_weights", need_weights)
-    query, keys = project(query, memory, method, weight, bias, lengths, mask)
-    return attend(
-        query,
-        keys,
-        v,
-        memory,
-        lengths=lengths,
-        mask=mask,
-        scale=scale,
-        need_weights=need_weights,
-    )
+    with autocast.disabled(query):  # a projection may be of a wider type
+        query, keys = project(query, memory, method, weight, bias, lengths, mask)
+    return attend(query, keys, v, memory, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
 
 
 def dot_attention(

@@ -31,6 +31,8 @@ class AttentionMemory:
     :func:`attn_ext.luong_attention` with the encoder outputs themselves has one. For the same reason a memory that
     takes part in an autograd graph can be neither copied nor pickled.
 
+    Under torch.autocast it is made of autocast's dtype; made before that, it keeps its own, and queries are cast to it.
+
     Args:
         memory: [B, S, Dm] encoder outputs.
         method, weight, v, bias, lengths, mask, scale: as in :func:`attn_ext.luong_attention`.
@@ -51,6 +53,7 @@ class AttentionMemory:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> None:
+        self._of_its_dtype = ", as torch.autocast made it" if autocast.enabled(memory) else ""
         memory, weight, v, bias = autocast.cast(memory, weight, v, bias)
         arguments = checks.Arguments("AttentionMemory")
         functional.check_memory(arguments, memory, method, weight, v, bias)
@@ -63,7 +66,8 @@ class AttentionMemory:
         self.mask = mask
         self.scale = arguments.scale(scale)
         query_weight, key_weight = functional.split_weight(memory, method, weight)
-        self.keys = functional.project_keys(memory, key_weight, bias, self.lengths, mask)
+        with autocast.disabled(memory):
+            self.keys = functional.project_keys(memory, key_weight, bias, self.lengths, mask)
         self._prepare_steps(query_weight)
 
     def _prepare_steps(self, query_weight: Tensor | None) -> None:
@@ -92,10 +96,14 @@ class AttentionMemory:
                 return self._attend_step(backend.calls.memory_attention, query, need_weights)
         except functional.REFUSALS:
             pass  # the checks find better words
-        (query,) = autocast.cast(query)
+        query = autocast.like(query, self.memory)
+        with autocast.disabled(query):  # the memory is what it was made, wherever that was
+            return self._attend_checked(query, need_weights)
+
+    def _attend_checked(self, query: Tensor, need_weights: bool) -> functional.Attended:
         arguments = checks.Arguments("AttentionMemory")
         functional.check_query(arguments, query)
-        arguments.floating("the memory", self.memory, "B S Dq" if self.method == "dot" else "B S Dm")
+        self.check(arguments, "the memory", "B S Dq" if self.method == "dot" else "B S Dm")
         if self.method == "general":
             arguments.floating("weight", self.weight, "Dm Dq")
         elif self.method == "concat":
@@ -121,6 +129,10 @@ class AttentionMemory:
             scale=self.scale,
             need_weights=need_weights,
         )
+
+    def check(self, arguments: checks.Arguments, name: str, dims: str) -> None:
+        """The memory against a call's other arguments, which name it `name`."""
+        arguments.floating(name, self.memory, dims, self._of_its_dtype)
 
     def _is_step(self, query: Tensor) -> bool:
         """Whether `query` goes to the ops for a loop's steps, which the memory is prepared for."""

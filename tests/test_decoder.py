@@ -454,6 +454,39 @@ def test_autocast(method: str, cell: str, input_feeding: bool, each_backend: str
     log_probs.sum().backward()
 
 
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_memory_under_autocast(where: str, each_backend: str) -> None:
+    """Made where the decoder runs, or before that."""
+    decoder = build("concat").float()
+    targets, _, encoder_outputs = inputs(decoder).values()
+    expected, *_ = decoder(targets, None, encoder_outputs.float())
+    memory = decoder.attention.memory(encoder_outputs.float())
+    with torch.autocast(cases.KERNELS, torch.bfloat16):
+        if where == "inside":
+            memory = decoder.attention.memory(encoder_outputs.float())
+        log_probs, *_ = decoder(targets, None, memory)
+    torch.testing.assert_close(log_probs, expected, atol=0.2, rtol=0.1)
+    if where == "inside":
+        with pytest.raises(TypeError, match=r"encoder_outputs is torch\.bfloat16, as torch\.autocast made it, but"):
+            decoder(targets, None, memory)
+
+
+def test_checks_cast_nothing() -> None:
+    """Under autocast, a step casts the output layer's matrix for its product and for nothing else."""
+    decoder = build().float()
+    casts = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func == torch.ops.aten._to_copy.default:
+                casts.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), torch.autocast(cases.KERNELS, torch.bfloat16, cache_enabled=False), Watch():
+        decoder.forward_step(torch.zeros(B, 1, dtype=torch.int64), None, torch.zeros(B, S, H))
+    assert casts.count(decoder.output.weight.shape) == 1
+
+
 def test_bfloat16() -> None:
     decoder = build("concat").bfloat16()
     log_probs, hidden, weights = decoder(torch.zeros(B, T, dtype=torch.int64), None, torch.randn(B, S, DM).bfloat16())

@@ -387,6 +387,33 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(a, e, rtol=0.1, atol=0.1 * e.abs().max().item())
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_made_outside_of_autocast(name: str, each_backend: str) -> None:
+    """It stays what it was made, whatever the queries come as: in a step, with many queries, and in the gradients."""
+    loop = Loop(name, "lengths", torch.float32)
+    for queries in (loop.start, loop.start.unsqueeze(1).expand(-1, 17, -1)):
+        expected = loop.attention(queries, loop.memory())
+        memory = loop.memory()
+        with torch.autocast(cases.KERNELS, torch.bfloat16):
+            outputs = loop.attention(queries, memory)
+            rounded = loop.attention(queries.bfloat16(), memory)
+        torch.testing.assert_close(outputs, expected)
+        torch.testing.assert_close(rounded, expected, rtol=0.05, atol=0.05)
+        assert rounded[0].dtype == torch.float32
+        assert_same_gradients(loop.grads(loss_of([outputs])), loop.grads(loss_of([expected])))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_made_within_autocast(name: str, each_backend: str) -> None:
+    """A refusal of float32 queries outside of it says where the other dtype is from."""
+    loop = Loop(name, dtype=torch.float32)
+    with torch.autocast(cases.KERNELS, torch.bfloat16):
+        memory = loop.memory()
+    text = "the memory is torch.bfloat16, as torch.autocast made it, but query is torch.float32; they must be the same"
+    with pytest.raises(TypeError, match=text):
+        loop.attention(loop.start, memory)
+
+
 @pytest.mark.fused
 @pytest.mark.parametrize("name", ["dot", "concat"])
 def test_large_scores(name: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import attn_ext
 from attn_ext import Attention, LuongAttention
+from tests import cases
 
 B, T, S, DQ, DM, A = 3, 5, 7, 8, 12, 10
 MODULES: dict[str, dict[str, Any]] = {
@@ -146,6 +147,14 @@ def test_classic_interface(method: str, batch: int, each_backend: str) -> None:
         "general": {"Wa.weight": [DQ, DQ]},
         "concat": {"Va": [DQ], "Wa.weight": [DQ, 2 * DQ]},
     }[method]
+
+
+def test_classic_interface_under_autocast(each_backend: str) -> None:
+    """A bfloat16 hidden state meets float32 encoder outputs, as in LuongAttention."""
+    module = Attention("general", B, DQ)
+    with torch.autocast(cases.KERNELS, torch.bfloat16):
+        weights = module(torch.randn(1, B, DQ).bfloat16(), torch.randn(B, S, DQ))
+    assert weights.dtype == torch.bfloat16
 
 
 def test_repr() -> None:
