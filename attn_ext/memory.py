@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ class AttentionMemory:
         """What the ops for a loop's steps take besides: all of it made of the attributes above and their projection."""
         shared = (self.memory, self.keys, self.v, query_weight)
         self._has_gradients = any(tensor is not None and tensor.requires_grad for tensor in shared)
+        self._is_in_graph = self._has_gradients and torch.is_grad_enabled()
         self._is_prepared = not is_compiling() and backend.fused_runs_on(self.memory.device.type)
         self._query_weight = self._prepared_keys = self._node = None
         if not self._is_prepared:
@@ -84,7 +86,7 @@ class AttentionMemory:
                 self._query_weight = self._query_weight.float()
         if self.keys is not None and self.keys.is_cpu:  # a GPU's kernels take the exponentials as they read
             self._prepared_keys = _OPS.prepare_keys.default(self.keys.detach())
-        if self._has_gradients and torch.is_grad_enabled():
+        if self._is_in_graph:
             self._node = _OPS.memory_node.default(
                 self.memory, self.keys, self._prepared_keys, self.v, query_weight, self.lengths, self.mask
             )
@@ -165,8 +167,9 @@ class AttentionMemory:
             self._node,
         )
 
-    def __reduce_ex__(self, protocol: int) -> object:
-        if self._has_gradients:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        kept = (self.memory, self.keys, self.v, self.weight)
+        if self._is_in_graph or any(tensor is not None and tensor.grad_fn is not None for tensor in kept):
             raise TypeError(
                 "AttentionMemory: it takes part in an autograd graph and can be neither copied nor pickled; "
                 "make another one from the encoder outputs, or make it under torch.no_grad() from detached ones"

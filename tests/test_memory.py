@@ -549,15 +549,19 @@ def test_the_node_is_checked() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_copies(name: str) -> None:
-    """A memory of a graph is no thing to copy; one without a graph is data like any other."""
+def test_copies(name: str, each_backend: str) -> None:
+    """A memory of a graph is no thing to copy; one made as the refusal advises is data like any other."""
     loop = Loop(name)
-    in_graph = loop.memory()
-    for attempt in (copy.deepcopy, copy.copy, pickle.dumps):
-        with pytest.raises(TypeError, match="can be neither copied nor pickled"):
-            attempt(in_graph)
+    encoder_outputs = loop.encoder_outputs * 1
     with torch.no_grad():
-        loop.attention.requires_grad_(False)
+        of_a_graph = loop.attention.memory(encoder_outputs)
+    for in_graph in (loop.memory(), of_a_graph):
+        for attempt in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(
+                TypeError, match=r"neither copied nor pickled.*under torch.no_grad\(\) from detached ones"
+            ):
+                attempt(in_graph)
+    with torch.no_grad():
         data = loop.attention.memory(loop.encoder_outputs.detach(), **MASKINGS["lengths"])
         expected = data.attend(loop.start)
         for again in (copy.deepcopy(data), pickle.load(io.BytesIO(pickle.dumps(data)))):
