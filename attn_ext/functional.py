@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,8 @@ def luong_attention(
         query: [B, T, Dq], or [B, Dq] for one decoder step; float32, float64, bfloat16 or float16 (halves accumulate in
             float32). Any strides.
         memory: [B, S, Dm], the encoder outputs, keys and values at once; or an :class:`AttentionMemory`, which brings
-            the method, its parameters, lengths, mask and scale. Rows behind `lengths` or `mask` may hold anything.
+            the method, its parameters, lengths, mask and scale: of those, give none ("dot", the default, says nothing
+            of a memory's method). Rows behind `lengths` or `mask` may hold anything.
         method: "dot" (Dm = Dq), "general" or "concat".
         weight: general: [Dm, Dq], concat: [A, Dq + Dm]; the weight of the nn.Linear of that name.
         v: concat: [A].
@@ -95,7 +96,7 @@ def luong_attention(
         if isinstance(memory, AttentionMemory):
             memory.refuse_second_opinion(method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale)
             return memory.attend(query, need_weights=need_weights)
-    attended = attend_unchecked(query, None, v, memory, lengths, mask, scale, need_weights, method, weight, bias)
+    attended = attend_unchecked(method, query, None, v, memory, lengths, mask, scale, need_weights, weight, bias)
     if attended is not None:
         return attended
     query, memory, weight, v, bias = autocast.cast(query, memory, weight, v, bias)
@@ -133,7 +134,7 @@ def dot_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    attended = attend_unchecked(query, None, None, memory, lengths, mask, scale, need_weights)
+    attended = attend_unchecked("dot", query, None, None, memory, lengths, mask, scale, need_weights)
     if attended is not None:
         return attended
     query, memory = autocast.cast(query, memory)
@@ -175,7 +176,7 @@ def additive_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    attended = attend_unchecked(query, keys, v, values, lengths, mask, scale, need_weights)
+    attended = attend_unchecked("additive", query, keys, v, values, lengths, mask, scale, need_weights)
     if attended is not None:
         return attended
     query, keys, v, values = autocast.cast(query, keys, v, values)
@@ -204,17 +205,27 @@ def attend(
 ) -> Attended:
     """Checked and projected arguments, in the backend in force: additive with a `v`, dot products without."""
     if backend.fused_runs_on(query.device.type):
-        return _fused(query, keys, v, memory, lengths, mask, scale, need_weights)
-    options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
+        op, tensors = _op_of(_OPS, query, keys, v, memory)
+        context, weights, *_ = op.default(*tensors, lengths, mask, scale, need_weights, False)
+        return context, weights if need_weights else None
+    op, tensors = _op_of(reference, query, keys, v, memory)
     with autocast.disabled(query):  # the reference's products are of the accumulation type
-        if keys is None:
-            return reference.dot_attention(query, memory, **options)
-        if v is None:
-            return reference.keyed_dot_attention(query, keys, memory, **options)
-        return reference.additive_attention(query, keys, v, memory, **options)
+        return op(*tensors, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
+
+
+def _op_of(
+    ops: Any, query: Tensor, keys: Tensor | None, v: Tensor | None, memory: Tensor
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """The one of `ops` that these are the tensors of, and those that there are."""
+    if keys is None:
+        return ops.dot_attention, (query, memory)
+    if v is None:
+        return ops.keyed_dot_attention, (query, keys, memory)
+    return ops.additive_attention, (query, keys, v, memory)
 
 
 def attend_unchecked(
+    method: str,
     query: Tensor,
     keys: Tensor | None,
     v: Tensor | None,
@@ -223,14 +234,13 @@ def attend_unchecked(
     mask: Tensor | None,
     scale: float | None,
     need_weights: bool,
-    method: str | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Attended | None:
     """`attend` for arguments as the caller gave them; None if they need a conversion, or a check's words for a refusal.
 
-    With a `method`, query and memory are projected first. The checks would be most of a small call's time. The ops
-    refuse what they refuse, so they come after a refusal.
+    Query and memory are projected first, but for "additive", which is of projected ones. The checks would be most of a
+    small call's time. The ops refuse what they refuse, so they come after a refusal.
     """
     try:
         if not goes_unchecked(query, weight, bias, keys, v, memory, lengths, mask):
@@ -243,18 +253,15 @@ def attend_unchecked(
             return None
         if type(need_weights) is not bool:
             return None
-        if method is None:
-            if (keys is None) != (v is None):
+        if method == "additive":
+            if keys is None or v is None:
                 return None
-        else:
-            if not _has_its_parameters(method, weight, v, bias):
-                return None
+        elif _has_its_parameters(method, weight, v, bias):
             query, keys = project(query, memory, method, weight, bias, lengths, mask)
-        if keys is None:
-            return backend.calls.dot_attention(query, memory, lengths, mask, scale, need_weights)
-        if v is None:
-            return backend.calls.keyed_dot_attention(query, keys, memory, lengths, mask, scale, need_weights)
-        return backend.calls.additive_attention(query, keys, v, memory, lengths, mask, scale, need_weights)
+        else:
+            return None
+        op, tensors = _op_of(backend.calls, query, keys, v, memory)
+        return op(*tensors, lengths, mask, scale, need_weights)
     except REFUSALS:
         return None
 
@@ -279,29 +286,6 @@ def goes_unchecked(query: Tensor, *others: Tensor | None) -> bool:
     # A device writes its type's name anew at each look, which takes as long as all of these conditions.
     device_type = "cpu" if query.is_cpu else query.device.type
     return not is_autocast_enabled(device_type) and backend.fused_runs_on(device_type)
-
-
-def _fused(
-    query: Tensor,
-    keys: Tensor | None,
-    v: Tensor | None,
-    memory: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    need_weights: bool,
-) -> Attended:
-    if keys is None:
-        context, weights, *_ = _OPS.dot_attention.default(query, memory, lengths, mask, scale, need_weights, False)
-    elif v is None:
-        context, weights, *_ = _OPS.keyed_dot_attention.default(
-            query, keys, memory, lengths, mask, scale, need_weights, False
-        )
-    else:
-        context, weights, *_ = _OPS.additive_attention.default(
-            query, keys, v, memory, lengths, mask, scale, need_weights, False
-        )
-    return context, weights if need_weights else None
 
 
 def check_memory(
@@ -365,6 +349,8 @@ def project(
 
     General's (weight q) . m is q . (weight^T m) too: whichever rows are the fewer are projected.
     """
+    if method == "dot":
+        return query, None
     if method == "general":
         if has_fewer_keys(query, memory, weight, lengths, mask):
             return query, project_keys(memory, weight.t(), None, lengths, mask)

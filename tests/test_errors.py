@@ -241,6 +241,19 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         "luong_attention: method is 'dots', needed is one of 'dot', 'general', 'concat'",
     ),
+    *(
+        (
+            lambda method=method: attn_ext.luong_attention(**ARGUMENTS["dot"], method=method),
+            ValueError,
+            f"luong_attention: method is {method!r}, needed is one of 'dot', 'general', 'concat'",
+        )
+        for method in (None, "additive", [])
+    ),
+    (
+        lambda: additive(keys=None, v=None, values=zeros(B, S, A)),
+        TypeError,
+        "additive_attention: keys must be a torch.Tensor, got NoneType",
+    ),
     (
         lambda: luong("general", weight=None),
         ValueError,
@@ -310,6 +323,14 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         lambda: stepwise("dot", lengths=[1, 1]),
         ValueError,
         "luong_attention: memory is an AttentionMemory, which has its own lengths: lengths must be None here",
+    ),
+    *(
+        (
+            lambda name=name: stepwise("concat", of="concat", **{name: ARGUMENTS["concat"][name]}),
+            ValueError,
+            f"luong_attention: memory is an AttentionMemory, which has its own {name}: {name} must be None here",
+        )
+        for name in ("weight", "v", "bias")
     ),
     # modules
     (
