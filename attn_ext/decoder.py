@@ -306,7 +306,9 @@ class AttentionDecoder(nn.Module):
     ) -> Tensor | AttentionMemory:
         if isinstance(encoder_outputs, AttentionMemory):
             checks.choice(arguments.caller, "encoder_outputs.method", encoder_outputs.method, [self.attention.method])
-            encoder_outputs.refuse_second_opinion(self.attention.method, lengths=lengths)
+            encoder_outputs.refuse_second_opinion(
+                arguments.caller, "encoder_outputs", self.attention.method, lengths=lengths
+            )
             encoder_outputs.check(arguments, "encoder_outputs", "B S Dm")
         else:
             arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")

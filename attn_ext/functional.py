@@ -94,7 +94,17 @@ def luong_attention(
         from attn_ext.memory import AttentionMemory
 
         if isinstance(memory, AttentionMemory):
-            memory.refuse_second_opinion(method, weight=weight, v=v, bias=bias, lengths=lengths, mask=mask, scale=scale)
+            memory.refuse_second_opinion(
+                "luong_attention",
+                "memory",
+                method,
+                weight=weight,
+                v=v,
+                bias=bias,
+                lengths=lengths,
+                mask=mask,
+                scale=scale,
+            )
             return memory.attend(query, need_weights=need_weights)
     attended = attend_unchecked(method, query, None, v, memory, lengths, mask, scale, need_weights, weight, bias)
     if attended is not None:
@@ -413,13 +423,13 @@ def _hides_rows(key_weight: Tensor, lengths: Tensor | None, mask: Tensor | None)
     return (lengths is not None or mask is not None) and torch.is_grad_enabled() and key_weight.requires_grad
 
 
-def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq") -> None:
-    arguments.tensor("query", query)
+def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq", name: str = "query") -> None:
+    arguments.tensor(name, query)
     if query.dim() not in (2, 3):
         raise ValueError(
-            f"{arguments.caller}: query has shape {list(query.shape)}, needed is [B, T, {size}], "
+            f"{arguments.caller}: {name} has shape {list(query.shape)}, needed is [B, T, {size}], "
             f"or [B, {size}] for one decoder step"
         )
     if query.dim() == 2:
-        arguments.bind("T", 1, "query")
-    arguments.floating("query", query, f"B T {size}" if query.dim() == 3 else f"B {size}")
+        arguments.bind("T", 1, name)
+    arguments.floating(name, query, f"B T {size}" if query.dim() == 3 else f"B {size}")

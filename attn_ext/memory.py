@@ -176,14 +176,13 @@ class AttentionMemory:
             )
         return super().__reduce_ex__(protocol)
 
-    def refuse_second_opinion(self, method: str, **overrides: object) -> None:
+    def refuse_second_opinion(self, caller: str, name: str, method: str, **overrides: object) -> None:
         """A call that brings its own method or parameters to a memory that has them is a mistake: ValueError."""
         if method not in ("dot", self.method):
-            raise ValueError(
-                f"luong_attention: method is {method!r}, but memory is an AttentionMemory for {self.method!r}"
-            )
-        for name, value in overrides.items():
+            raise ValueError(f"{caller}: method is {method!r}, but {name} is an AttentionMemory for {self.method!r}")
+        for override, value in overrides.items():
             if value is not None:
                 raise ValueError(
-                    f"luong_attention: memory is an AttentionMemory, which has its own {name}: {name} must be None here"
+                    f"{caller}: {name} is an AttentionMemory, which has its own {override}: "
+                    f"{override} must be None here"
                 )

@@ -12,6 +12,13 @@ from attn_ext import checks, functional
 from attn_ext.memory import AttentionMemory
 
 
+def _has_size(tensor: Tensor, size: int) -> bool:
+    try:
+        return tensor.size(-1) == size
+    except functional.REFUSALS:  # no tensor, or one without a shape
+        return False
+
+
 class LuongAttention(nn.Module):
     """:func:`luong_attention` (Luong, Pham and Manning 2015, arXiv 1508.04025) with its parameters.
 
@@ -109,10 +116,18 @@ class LuongAttention(nn.Module):
         Raises:
             ValueError, TypeError: as :func:`luong_attention`.
         """
-        if isinstance(encoder_outputs, AttentionMemory):
+        is_memory = isinstance(encoder_outputs, AttentionMemory)
+        rows = encoder_outputs.memory if is_memory else encoder_outputs
+        # Sizes that fit each other, and by chance the parameters, need not be this module's.
+        if not (_has_size(hidden, self.hidden_size) and _has_size(rows, self.memory_size)):
+            self._refuse_sizes(rows, hidden)
+        if is_memory:
             if encoder_outputs.method != self.method or lengths is not None or mask is not None:
-                checks.choice(type(self).__name__, "the memory's method", encoder_outputs.method, [self.method])
-                encoder_outputs.refuse_second_opinion(self.method, lengths=lengths, mask=mask)
+                caller = type(self).__name__
+                checks.choice(caller, "the memory's method", encoder_outputs.method, [self.method])
+                encoder_outputs.refuse_second_opinion(
+                    caller, "encoder_outputs", self.method, lengths=lengths, mask=mask
+                )
             return encoder_outputs.attend(hidden, need_weights=need_weights)
         return functional.luong_attention(
             hidden,
@@ -132,6 +147,8 @@ class LuongAttention(nn.Module):
 
         It belongs to this forward pass: after an optimizer step, make a new one.
         """
+        if not _has_size(encoder_outputs, self.memory_size):
+            self._refuse_sizes(encoder_outputs)
         return AttentionMemory(
             encoder_outputs,
             self.method,
@@ -140,6 +157,14 @@ class LuongAttention(nn.Module):
             mask=mask,
             scale=self.scale,
         )
+
+    def _refuse_sizes(self, encoder_outputs: Tensor, hidden: Tensor | None = None) -> None:
+        arguments = checks.Arguments(type(self).__name__)
+        arguments.bind("Dq", self.hidden_size, "hidden_size")
+        arguments.bind("Dm", self.memory_size, "memory_size")
+        if hidden is not None:
+            functional.check_query(arguments, hidden, name="hidden")
+        arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")
 
     def _parameters_of_method(self) -> dict[str, Tensor | None]:
         weight, bias = (None, None) if self.Wa is None else (self.Wa.weight, self.Wa.bias)
@@ -178,6 +203,7 @@ class Attention(LuongAttention):
         """
         arguments = checks.Arguments("Attention")
         arguments.bind("layers", 1, "the interface")
+        arguments.bind("H", self.hidden_size, "hidden_size")
         arguments.floating("hidden", hidden, "layers B H")
         arguments.floating("encoder_outputs", encoder_outputs, "B S H")
         _, weights = super().forward(hidden.transpose(0, 1), encoder_outputs)

@@ -650,7 +650,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
                 encoder_outputs=AttentionMemory(zeros(B, S, H)), lengths=LENGTHS, teacher_forcing_ratio=ratio
             ),
             ValueError,
-            "memory is an AttentionMemory, which has its own lengths: lengths must be None here",
+            "AttentionDecoder: encoder_outputs is an AttentionMemory, which has its own lengths: lengths must",
         )
         for ratio in (0.0, 1.0)
     ),

@@ -366,21 +366,65 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "LuongAttention: bias is for method='concat', got bias=True for 'dot'",
     ),
     (lambda: LuongAttention("dot", 4, scale="1"), TypeError, "LuongAttention: scale must be a number or None, got str"),
+    # Whether or not they fit each other and the parameters.
+    *(
+        (call, ValueError, f"LuongAttention: {text}")
+        for call, text in (
+            (
+                lambda: LuongAttention("general", DQ, DM)(zeros(B, DQ), zeros(B, S, DQ)),
+                "encoder_outputs has shape [2, 5, 4], needed is [B, S, Dm] with B=2 (from hidden), "
+                "Dm=6 (from memory_size)",
+            ),
+            (
+                lambda: LuongAttention("concat", DQ, DM)(zeros(B, T, DM), zeros(B, S, DQ)),
+                "hidden has shape [2, 3, 6], needed is [B, T, Dq] with Dq=4 (from hidden_size)",
+            ),
+            (
+                lambda: LuongAttention("dot", DQ)(zeros(B, DM), zeros(B, S, DM)),
+                "hidden has shape [2, 6], needed is [B, Dq] with Dq=4 (from hidden_size)",
+            ),
+            (
+                lambda: LuongAttention("dot", DQ)(zeros(B, DM), AttentionMemory(zeros(B, S, DM))),
+                "hidden has shape [2, 6], needed is [B, Dq] with Dq=4 (from hidden_size)",
+            ),
+            (
+                lambda: LuongAttention("concat", DQ, DM).memory(zeros(B, S, DQ)),
+                "encoder_outputs has shape [2, 5, 4], needed is [B, S, Dm] with Dm=6 (from memory_size)",
+            ),
+            (
+                lambda: LuongAttention("dot", DQ)(zeros(DQ), zeros()),
+                "hidden has shape [4], needed is [B, T, Dq], or [B, Dq] for one decoder step",
+            ),
+        )
+    ),
     (
-        lambda: LuongAttention("general", DQ, DM)(zeros(B, DQ), zeros(B, S, DQ)),
+        lambda: LuongAttention("dot", DQ)([1.0], zeros(B, S, DQ)),
+        TypeError,
+        "LuongAttention: hidden must be a torch.Tensor, got list",
+    ),
+    (
+        lambda: LuongAttention("dot", DQ)(zeros(B, DQ), memory(), lengths=[1, 1]),
         ValueError,
-        "luong_attention: weight has shape [6, 4], needed is [Dm, Dq] with Dm=4 (from memory), Dq=4 (from query)",
+        "LuongAttention: encoder_outputs is an AttentionMemory, which has its own lengths: lengths must be None here",
+    ),
+    (
+        lambda: Attention("dot", B, DQ)(zeros(1, B, DM), zeros(B, S, DM)),
+        ValueError,
+        "Attention: hidden has shape [1, 2, 6], needed is [layers, B, H] with layers=1 (from the interface), "
+        "H=4 (from hidden_size)",
     ),
     (lambda: Attention("dot", 0, 4), ValueError, "Attention: batch_size is 0, needed is at least 1"),
     (
         lambda: Attention("dot", B, DQ)(zeros(2, B, DQ), zeros(B, S, DQ)),
         ValueError,
-        "Attention: hidden has shape [2, 2, 4], needed is [layers, B, H] with layers=1 (from the interface)",
+        "Attention: hidden has shape [2, 2, 4], needed is [layers, B, H] with layers=1 (from the interface), "
+        "H=4 (from hidden_size)",
     ),
     (
         lambda: Attention("dot", B, DQ)(zeros(1, B, DQ), zeros(B, S, DM)),
         ValueError,
-        "Attention: encoder_outputs has shape [2, 5, 6], needed is [B, S, H] with B=2 (from hidden), H=4 (from hidden)",
+        "Attention: encoder_outputs has shape [2, 5, 6], needed is [B, S, H] with B=2 (from hidden), "
+        "H=4 (from hidden_size)",
     ),
 ]
 
