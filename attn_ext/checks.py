@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -86,10 +88,11 @@ class Arguments:
         assert self.leader is not None
         device = self.leader[1].device
         if not isinstance(value, Tensor):
-            if not isinstance(value, Sequence) or not all(type(n) is int for n in value):
+            numbers = [_as_int(n) for n in value] if isinstance(value, Sequence) else [None]
+            if None in numbers:
                 raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")
             longest_possible = torch.iinfo(torch.int64).max
-            value = torch.tensor([min(max(n, -1), longest_possible) for n in value], dtype=torch.int64, device="cpu")
+            value = torch.tensor([min(max(n, -1), longest_possible) for n in numbers], dtype=torch.int64, device="cpu")
         self.tensor("lengths", value)
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{self.caller}: lengths must be integers, got {value.dtype}")
@@ -126,8 +129,7 @@ class Arguments:
         self.shape("mask", value, "B S" if value.dim() == 2 else "B T S")
 
     def flag(self, name: str, value: object) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"{self.caller}: {name} must be True or False, got {type(value).__name__}")
+        flag(self.caller, name, value)
 
     def scale(self, value: float | None) -> float:
         if value is None:
@@ -149,13 +151,27 @@ def choice(caller: str, name: str, value: object, allowed: Sequence[str]) -> Non
         raise ValueError(f"{caller}: {name} is {value!r}, needed is one of {', '.join(map(repr, allowed))}")
 
 
-def positive(caller: str, **sizes: int) -> None:
-    """Every one of `sizes` is a positive integer."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{caller}: {name} must be an integer, got {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"{caller}: {name} is {size}, needed is at least 1")
+def flag(caller: str, name: str, value: object) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{caller}: {name} must be True or False, got {type(value).__name__}")
+
+
+def integer(caller: str, name: str, value: object) -> int:
+    """`value` as an int: whatever is one, NumPy's too, but a bool."""
+    number = _as_int(value)
+    if number is None:
+        raise TypeError(f"{caller}: {name} must be an integer, got {type(value).__name__}")
+    return number
+
+
+def positive(caller: str, **sizes: int) -> list[int]:
+    """Every one of `sizes` is a positive integer, and returned as an int."""
+    numbers = [integer(caller, name, size) for name, size in sizes.items()]
+    for name, number in zip(sizes, numbers, strict=True):
+        if number <= 0:
+            raise ValueError(f"{caller}: {name} is {number}, needed is at least 1")
+    return numbers
 
 
 def fraction(caller: str, **values: float) -> None:
@@ -172,6 +188,18 @@ def not_negative(caller: str, **values: float) -> None:
         _number(caller, name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{caller}: {name} is {value}, needed is a finite number of at least 0")
+
+
+def _as_int(value: object) -> int | None:
+    if type(value) is int:
+        return value
+    # A tensor would be waited for.
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # NumPy's bool, or an array
+        return None
 
 
 def _number(caller: str, name: str, value: float) -> None:

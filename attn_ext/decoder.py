@@ -86,9 +86,15 @@ class AttentionDecoder(nn.Module):
     ) -> None:
         super().__init__()
         caller = "AttentionDecoder"
-        sizes = {"vocab_size": vocab_size, "embedding_size": embedding_size, "hidden_size": hidden_size}
-        memory_size = hidden_size if memory_size is None else memory_size
-        checks.positive(caller, **sizes, num_layers=num_layers, memory_size=memory_size)
+        vocab_size, embedding_size, hidden_size, num_layers, memory_size = checks.positive(
+            caller,
+            vocab_size=vocab_size,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            memory_size=hidden_size if memory_size is None else memory_size,
+        )
+        checks.flag(caller, "input_feeding", input_feeding)
         checks.choice(caller, "cell", cell, tuple(_CELLS))
         checks.fraction(caller, dropout=dropout)
         self.input_feeding = input_feeding
@@ -200,11 +206,10 @@ class AttentionDecoder(nn.Module):
             tokens [B, at most max_length] int64 without the start symbol, `end_symbol` from a sentence's first one on;
             weights [B, at most max_length, S], 0 after a sentence's end.
         """
-        checks.positive("AttentionDecoder", max_length=max_length, beam_size=beam_size)
+        max_length, beam_size = checks.positive("AttentionDecoder", max_length=max_length, beam_size=beam_size)
         checks.not_negative("AttentionDecoder", length_penalty=length_penalty)
-        self._check_symbol("start_symbol", start_symbol)
-        if end_symbol is not None:
-            self._check_symbol("end_symbol", end_symbol)
+        start_symbol = self._check_symbol("start_symbol", start_symbol)
+        end_symbol = None if end_symbol is None else self._check_symbol("end_symbol", end_symbol)
         arguments = self._arguments()
         encoder_outputs = self._check_memory(arguments, encoder_outputs, lengths)
         state = self._check_hidden(arguments, "hidden", hidden)
@@ -291,12 +296,12 @@ class AttentionDecoder(nn.Module):
             for token in torch.aminmax(read):
                 self._check_symbol(name, int(token))
 
-    def _check_symbol(self, name: str, symbol: int) -> None:
-        if isinstance(symbol, bool) or not isinstance(symbol, int):
-            raise TypeError(f"AttentionDecoder: {name} must be an integer, got {type(symbol).__name__}")
+    def _check_symbol(self, name: str, symbol: int) -> int:
+        symbol = checks.integer("AttentionDecoder", name, symbol)
         if not 0 <= symbol < self.embedding.num_embeddings:
             needed = f"0 <= symbol < vocab_size={self.embedding.num_embeddings}"
             raise ValueError(f"AttentionDecoder: {name} has the symbol {symbol}, needed is {needed}")
+        return symbol
 
     def _check_memory(
         self,

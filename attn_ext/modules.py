@@ -37,7 +37,7 @@ class LuongAttention(nn.Module):
 
     Raises:
         ValueError: an unknown method; sizes that are not positive; a size or bias that the method does not have.
-        TypeError: a size that is no integer.
+        TypeError: a size that is no integer, a bias that is no bool, a dtype that is not of these four.
     """
 
     def __init__(
@@ -55,9 +55,12 @@ class LuongAttention(nn.Module):
         super().__init__()
         caller = type(self).__name__
         checks.choice(caller, "method", method, functional.METHODS)
-        checks.positive(caller, hidden_size=hidden_size)
         memory_size = hidden_size if memory_size is None else memory_size
-        checks.positive(caller, memory_size=memory_size)
+        hidden_size, memory_size = checks.positive(caller, hidden_size=hidden_size, memory_size=memory_size)
+        checks.flag(caller, "bias", bias)
+        if dtype is not None and dtype not in checks.DTYPES:
+            needed = ", ".join(map(str, checks.DTYPES))
+            raise TypeError(f"{caller}: dtype is {dtype}, needed is one of {needed}, or None")
         if method == "dot" and memory_size != hidden_size:
             raise ValueError(
                 f"{caller}: method='dot' needs memory_size equal to hidden_size={hidden_size}, got {memory_size}; "
@@ -72,8 +75,8 @@ class LuongAttention(nn.Module):
         self.memory_size = memory_size
         self.attention_size = None
         if method == "concat":
-            self.attention_size = hidden_size if attention_size is None else attention_size
-            checks.positive(caller, attention_size=self.attention_size)
+            attention_size = hidden_size if attention_size is None else attention_size
+            (self.attention_size,) = checks.positive(caller, attention_size=attention_size)
         self.scale = checks.Arguments(caller).scale(scale)
         self.Wa: nn.Linear | None = None
         if method == "general":

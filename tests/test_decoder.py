@@ -338,6 +338,14 @@ def test_generate_without_an_end() -> None:
     assert tokens.tolist() == [[2, 1, 0, 0, 0]]
 
 
+def test_generate_takes_integers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    tokens, _ = counting_decoder().generate(
+        None, torch.zeros(1, S, V), start_symbol=numpy.int64(3), end_symbol=numpy.int32(0), max_length=numpy.int64(5)
+    )
+    assert tokens.tolist() == [[2, 1, 0]]
+
+
 # memory and padding
 
 
@@ -550,6 +558,11 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: construct(dropout="0"), TypeError, "AttentionDecoder: dropout must be a number, got str"),
     (lambda: construct(method="cos"), ValueError, "method is 'cos', needed is one of 'dot', 'general', 'concat'"),
     (lambda: construct(memory_size=DM), ValueError, "method='dot' needs memory_size equal to hidden_size=6, got 8"),
+    (
+        lambda: construct(input_feeding="no"),
+        TypeError,
+        "AttentionDecoder: input_feeding must be True or False, got str",
+    ),
     # tokens
     (lambda: call(targets=[[1]]), TypeError, "AttentionDecoder: targets must be a torch.Tensor, got list"),
     (lambda: call(targets=zeros(B, T)), TypeError, "targets must be int64 or int32, got torch.float64"),

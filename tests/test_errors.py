@@ -181,6 +181,11 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         "dot_attention: lengths must be integers, [B], got list [1, 2.0]",
     ),
+    (
+        lambda: dot(lengths=[True, 2]),
+        TypeError,
+        "dot_attention: lengths must be integers, [B], got list [True, 2]",
+    ),
     (lambda: dot(lengths=zeros(B)), TypeError, "dot_attention: lengths must be integers, got torch.float32"),
     (lambda: dot(lengths=mask(B)), TypeError, "dot_attention: lengths must be integers, got torch.bool"),
     (
@@ -365,6 +370,17 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         "LuongAttention: bias is for method='concat', got bias=True for 'dot'",
     ),
+    (
+        lambda: LuongAttention("concat", 4, bias="no"),
+        TypeError,
+        "LuongAttention: bias must be True or False, got str",
+    ),
+    (
+        lambda: LuongAttention("concat", 4, dtype=torch.int64),
+        TypeError,
+        f"LuongAttention: dtype is torch.int64, needed is one of {DTYPES}, or None",
+    ),
+    (lambda: LuongAttention("dot", True), TypeError, "LuongAttention: hidden_size must be an integer, got bool"),
     (lambda: LuongAttention("dot", 4, scale="1"), TypeError, "LuongAttention: scale must be a number or None, got str"),
     # Whether or not they fit each other and the parameters.
     *(
@@ -441,6 +457,19 @@ def test_numbers_as_lengths_are_seen_on_the_cpu(each_backend: str) -> None:
     """Whatever device tensors are made on where none is named."""
     with torch.device("meta"), pytest.raises(ValueError, match="lengths go from 2 to 6, needed is 0 <= length <= S=5"):
         dot(lengths=[6, 2])
+
+
+def test_integers_of_numpy(each_backend: str) -> None:
+    """They count as Python's; their bool and their floats do not."""
+    numpy = pytest.importorskip("numpy")
+    expected = dot(lengths=[3, 1])
+    assert all(map(torch.equal, dot(lengths=[numpy.int64(3), numpy.uint8(1)]), expected))
+    assert type(LuongAttention("concat", numpy.int32(4)).hidden_size) is int
+    for wrong in (numpy.bool_(True), numpy.float32(1)):
+        with pytest.raises(TypeError, match="lengths must be integers"):
+            dot(lengths=[wrong, 1])
+        with pytest.raises(TypeError, match="hidden_size must be an integer"):
+            LuongAttention("dot", wrong)
 
 
 CALLS = {"luong_attention": partial(luong, "concat"), "dot_attention": dot, "additive_attention": additive}
