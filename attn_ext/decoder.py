@@ -257,7 +257,7 @@ class AttentionDecoder(nn.Module):
         attentional = torch.tanh(self.Wc(torch.cat([queries, context], dim=-1)))  # [B, T, H]
         # Under autocast the CPU would leave the logarithms in half precision.
         logits = self.output(self.dropout(attentional))
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=self.output.weight.dtype)  # [B, T, V]
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=self.embedding.weight.dtype)  # [B, T, V]
         if previous is not None:
             if beams is not None:
                 previous = attentional.flatten(0, 1)
@@ -276,7 +276,7 @@ class AttentionDecoder(nn.Module):
     def _arguments(self) -> checks.Arguments:
         """Checks against the decoder's parameters: their dtype and device, and the sizes they fix."""
         arguments = checks.Arguments("AttentionDecoder")
-        arguments.leader = ("the decoder", self.output.weight)
+        arguments.leader = ("the decoder", self.embedding.weight)
         for size, name in {"L": "num_layers", "H": "hidden_size"}.items():
             arguments.bind(size, getattr(self.rnn, name), name)
         arguments.bind("Dm", self.attention.memory_size, "memory_size")
@@ -321,7 +321,7 @@ class AttentionDecoder(nn.Module):
 
     def _check_hidden(self, arguments: checks.Arguments, name: str, state: HiddenState | None) -> HiddenState:
         """`state` in the form that a step returns it."""
-        weight, batch_size = self.output.weight, arguments.sizes["B"]
+        weight, batch_size = self.embedding.weight, arguments.sizes["B"]
         is_lstm = isinstance(self.rnn, nn.LSTM)
         hidden, attentional = state if self.input_feeding and isinstance(state, DecoderState) else (state, None)
         if hidden is None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from attn_ext import checks, functional
 from attn_ext.memory import AttentionMemory
@@ -32,7 +33,8 @@ class LuongAttention(nn.Module):
         device, dtype: of the parameters.
 
     Attributes:
-        Wa: nn.Linear(Dq, Dm) for general, nn.Linear(Dq + Dm, A) for concat; None for dot.
+        Wa: nn.Linear(Dq, Dm) for general, nn.Linear(Dq + Dm, A) for concat; None for dot. It is read and never called:
+            its hooks, those of nn.utils.prune and nn.utils.weight_norm too, do not run. nn.utils.parametrizations do.
         Va: [A] for concat; None otherwise.
 
     Raises:
@@ -80,10 +82,10 @@ class LuongAttention(nn.Module):
         self.scale = checks.Arguments(caller).scale(scale)
         self.Wa: nn.Linear | None = None
         if method == "general":
-            self.Wa = nn.Linear(hidden_size, memory_size, bias=False, device=device, dtype=dtype)
+            self.Wa = NonDynamicallyQuantizableLinear(hidden_size, memory_size, bias=False, device=device, dtype=dtype)
         elif method == "concat":
             size = hidden_size + memory_size
-            self.Wa = nn.Linear(size, self.attention_size, bias=bias, device=device, dtype=dtype)
+            self.Wa = NonDynamicallyQuantizableLinear(size, self.attention_size, bias=bias, device=device, dtype=dtype)
         empty = torch.empty(self.attention_size, device=device, dtype=dtype) if method == "concat" else None
         self.register_parameter("Va", None if empty is None else nn.Parameter(empty))
         self.reset_parameters()

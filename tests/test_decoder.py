@@ -495,6 +495,22 @@ def test_checks_cast_nothing() -> None:
     assert casts.count(decoder.output.weight.shape) == 1
 
 
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("method", METHODS)
+def test_linear_layers_quantized(method: str) -> None:
+    """Those that are called become layers of 8-bit products; the attention's matrix, which is read, stays as it is."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    decoder = build(method, input_feeding=True).float().eval()
+    targets, _, encoder_outputs = inputs(decoder).values()
+    expected, *_ = decoder(targets, None, encoder_outputs.float())
+    quantized = quantization.quantize_dynamic(decoder, {torch.nn.Linear})
+    assert not isinstance(quantized.output, torch.nn.Linear)
+    log_probs, *_ = quantized(targets, None, encoder_outputs.float())
+    torch.testing.assert_close(log_probs, expected, atol=0.5, rtol=0.1)
+    quantized.generate(None, encoder_outputs.float(), start_symbol=START, max_length=3, beam_size=2)
+
+
 def test_bfloat16() -> None:
     decoder = build("concat").bfloat16()
     log_probs, hidden, weights = decoder(torch.zeros(B, T, dtype=torch.int64), None, torch.randn(B, S, DM).bfloat16())
