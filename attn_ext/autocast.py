@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from typing import TypeVar
+
     from typing_extensions import TypeVarTuple, Unpack
 
-    Tensors = TypeVarTuple("Tensors")
+    First = TypeVar("First")
+    Others = TypeVarTuple("Others")
 
 _ELIGIBLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,9 +43,10 @@ def dtype_of(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def cast(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
+def cast(first: First, *others: Unpack[Others]) -> tuple[First, Unpack[Others]]:
     """The tensors as torch.nn.functional.linear would take them; what is none stays as it is."""
-    if not enabled(tensors[0]):
+    tensors = (first, *others)
+    if not enabled(first):
         return tensors
     return tuple(t.to(dtype_of(t)) if isinstance(t, Tensor) else t for t in tensors)  # type: ignore[return-value]
 

@@ -19,7 +19,7 @@ ENVIRONMENT_VARIABLE = "ATTN_EXT_BACKEND"
 # Once unavailable() is None: attn_ext._calls, the ops without torch.ops' look at their arguments, and the device types
 # that have kernels in this build; "meta" stands for shape propagation.
 calls: ModuleType
-fused_devices = ("cpu", "meta")
+fused_devices: tuple[str, ...] = ("cpu", "meta")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -93,7 +93,7 @@ def why_not_on(device_type: str) -> str | None:
 def build_facts() -> dict[str, str] | None:
     """What the extension was compiled for and with; None where nothing is compiled. Loads no PyTorch library."""
     try:
-        from attn_ext import _build_info
+        from attn_ext import _build_info  # type: ignore[attr-defined]
     except ImportError:
         return None
     return dict(_build_info.facts())

@@ -89,10 +89,11 @@ class Arguments:
         device = self.leader[1].device
         if not isinstance(value, Tensor):
             numbers = [_as_int(n) for n in value] if isinstance(value, Sequence) else [None]
-            if None in numbers:
+            known = [n for n in numbers if n is not None]
+            if len(known) < len(numbers):
                 raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")
             longest_possible = torch.iinfo(torch.int64).max
-            value = torch.tensor([min(max(n, -1), longest_possible) for n in numbers], dtype=torch.int64, device="cpu")
+            value = torch.tensor([min(max(n, -1), longest_possible) for n in known], dtype=torch.int64, device="cpu")
         self.tensor("lengths", value)
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{self.caller}: lengths must be integers, got {value.dtype}")

@@ -32,7 +32,8 @@ def _rows(state: HiddenState, rows: Tensor) -> HiddenState:
     if isinstance(state, DecoderState):
         return DecoderState(_rows(state.hidden, rows), state.attentional[rows])
     if isinstance(state, tuple):
-        return tuple(part[:, rows] for part in state)
+        hidden, cell = state
+        return hidden[:, rows], cell[:, rows]
     return state[:, rows]
 
 

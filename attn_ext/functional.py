@@ -240,7 +240,7 @@ def attend_unchecked(
     keys: Tensor | None,
     v: Tensor | None,
     memory: Tensor,
-    lengths: Tensor | None,
+    lengths: Any,
     mask: Tensor | None,
     scale: float | None,
     need_weights: bool,
@@ -361,6 +361,7 @@ def project(
     """
     if method == "dot":
         return query, None
+    assert weight is not None
     if method == "general":
         if has_fewer_keys(query, memory, weight, lengths, mask):
             return query, project_keys(memory, weight.t(), None, lengths, mask)
@@ -414,6 +415,7 @@ def project_keys(
         return None
     if _hides_rows(key_weight, lengths, mask):
         allowed = reference.allowed_positions(memory, lengths, mask)
+        assert allowed is not None
         memory = memory.masked_fill(~allowed.any(dim=1).unsqueeze(-1), 0.0)
     return linear(memory, key_weight, bias)
 

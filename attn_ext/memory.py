@@ -38,6 +38,13 @@ class AttentionMemory:
         memory: [B, S, Dm] encoder outputs.
         method, weight, v, bias, lengths, mask, scale: as in :func:`attn_ext.luong_attention`.
 
+    Attributes:
+        memory, weight, v, lengths, mask: as given; memory, weight and v in autocast's dtype where that was enabled,
+            lengths as int64 on memory's device. None where there is none.
+        method: "dot", "general" or "concat".
+        scale: as a float; 1.0 where none was given.
+        keys: concat's, of the memory, [B, S, A]; None otherwise.
+
     Raises:
         ValueError, TypeError: as :func:`attn_ext.luong_attention`.
     """

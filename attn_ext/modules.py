@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from attn_ext import checks, functional
 from attn_ext.memory import AttentionMemory
 
 
-def _has_size(tensor: Tensor, size: int) -> bool:
+def _has_size(tensor: Any, size: int) -> bool:
     try:
         return tensor.size(-1) == size
     except functional.REFUSALS:  # no tensor, or one without a shape
@@ -41,6 +42,9 @@ class LuongAttention(nn.Module):
         ValueError: an unknown method; sizes that are not positive; a size or bias that the method does not have.
         TypeError: a size that is no integer, a bias that is no bool, a dtype that is not of these four.
     """
+
+    Wa: nn.Linear | None
+    Va: nn.Parameter | None
 
     def __init__(
         self,
@@ -75,19 +79,19 @@ class LuongAttention(nn.Module):
         self.method = method
         self.hidden_size = hidden_size
         self.memory_size = memory_size
-        self.attention_size = None
-        if method == "concat":
-            attention_size = hidden_size if attention_size is None else attention_size
-            (self.attention_size,) = checks.positive(caller, attention_size=attention_size)
+        self.attention_size: int | None = None
         self.scale = checks.Arguments(caller).scale(scale)
-        self.Wa: nn.Linear | None = None
+        self.Wa, va = None, None
         if method == "general":
             self.Wa = NonDynamicallyQuantizableLinear(hidden_size, memory_size, bias=False, device=device, dtype=dtype)
         elif method == "concat":
+            attention_size = hidden_size if attention_size is None else attention_size
+            (attention_size,) = checks.positive(caller, attention_size=attention_size)
+            self.attention_size = attention_size
             size = hidden_size + memory_size
-            self.Wa = NonDynamicallyQuantizableLinear(size, self.attention_size, bias=bias, device=device, dtype=dtype)
-        empty = torch.empty(self.attention_size, device=device, dtype=dtype) if method == "concat" else None
-        self.register_parameter("Va", None if empty is None else nn.Parameter(empty))
+            self.Wa = NonDynamicallyQuantizableLinear(size, attention_size, bias=bias, device=device, dtype=dtype)
+            va = nn.Parameter(torch.empty(attention_size, device=device, dtype=dtype))
+        self.register_parameter("Va", va)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -121,12 +125,11 @@ class LuongAttention(nn.Module):
         Raises:
             ValueError, TypeError: as :func:`luong_attention`.
         """
-        is_memory = isinstance(encoder_outputs, AttentionMemory)
-        rows = encoder_outputs.memory if is_memory else encoder_outputs
+        rows = encoder_outputs.memory if isinstance(encoder_outputs, AttentionMemory) else encoder_outputs
         # Sizes that fit each other, and by chance the parameters, need not be this module's.
         if not (_has_size(hidden, self.hidden_size) and _has_size(rows, self.memory_size)):
             self._refuse_sizes(rows, hidden)
-        if is_memory:
+        if isinstance(encoder_outputs, AttentionMemory):
             if encoder_outputs.method != self.method or lengths is not None or mask is not None:
                 caller = type(self).__name__
                 checks.choice(caller, "the memory's method", encoder_outputs.method, [self.method])
@@ -177,7 +180,9 @@ class LuongAttention(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"{self.method!r}, hidden_size={self.hidden_size}, memory_size={self.memory_size}"
-        return sizes if self.attention_size is None else f"{sizes}, attention_size={self.attention_size}"
+        if self.attention_size is not None:
+            sizes += f", attention_size={self.attention_size}"
+        return sizes if self.scale == 1 else f"{sizes}, scale={self.scale:g}"
 
 
 class Attention(LuongAttention):

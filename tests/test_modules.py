@@ -159,4 +159,5 @@ def test_classic_interface_under_autocast(each_backend: str) -> None:
 
 def test_repr() -> None:
     assert "'general', hidden_size=8, memory_size=12" in repr(build("general"))
-    assert "'concat', hidden_size=8, memory_size=12, attention_size=10" in repr(build("concat"))
+    assert "'concat', hidden_size=8, memory_size=12, attention_size=10\n" in repr(build("concat"))
+    assert "attention_size=10, scale=0.5\n" in repr(build("concat with bias"))
