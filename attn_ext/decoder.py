@@ -131,7 +131,7 @@ class AttentionDecoder(nn.Module):
         arguments = self._arguments()
         arguments.bind("T", 1, "one decoder step")
         self._check_tokens(arguments, "decoder_input", decoder_input)
-        encoder_outputs = self._check_memory(arguments, encoder_outputs, lengths)
+        lengths = self._check_memory(arguments, encoder_outputs, lengths)
         state = self._check_hidden(arguments, "decoder_hidden", decoder_hidden)
         log_probs, hidden, weights = self._advance(decoder_input, state, encoder_outputs, lengths)
         return log_probs.squeeze(1), hidden, weights
@@ -159,7 +159,7 @@ class AttentionDecoder(nn.Module):
         checks.fraction("AttentionDecoder", teacher_forcing_ratio=teacher_forcing_ratio)
         arguments = self._arguments()
         self._check_tokens(arguments, "targets", targets, steps_read=1 if teacher_forcing_ratio == 0 else None)
-        encoder_outputs = self._check_memory(arguments, encoder_outputs, lengths)
+        lengths = self._check_memory(arguments, encoder_outputs, lengths)
         state = self._check_hidden(arguments, "hidden", hidden)
         if targets.shape[1] == 0 or (teacher_forcing_ratio == 1 and not self.input_feeding):
             return self._advance(targets, state, encoder_outputs, lengths)
@@ -212,7 +212,7 @@ class AttentionDecoder(nn.Module):
         start_symbol = self._check_symbol("start_symbol", start_symbol)
         end_symbol = None if end_symbol is None else self._check_symbol("end_symbol", end_symbol)
         arguments = self._arguments()
-        encoder_outputs = self._check_memory(arguments, encoder_outputs, lengths)
+        lengths = self._check_memory(arguments, encoder_outputs, lengths)
         state = self._check_hidden(arguments, "hidden", hidden)
 
         memory = self._memory(encoder_outputs, lengths)
@@ -309,7 +309,8 @@ class AttentionDecoder(nn.Module):
         arguments: checks.Arguments,
         encoder_outputs: Tensor | AttentionMemory,
         lengths: Tensor | Sequence[int] | None,
-    ) -> Tensor | AttentionMemory:
+    ) -> Tensor | None:
+        """The lengths, as a tensor."""
         if isinstance(encoder_outputs, AttentionMemory):
             checks.choice(arguments.caller, "encoder_outputs.method", encoder_outputs.method, [self.attention.method])
             encoder_outputs.refuse_second_opinion(
@@ -318,7 +319,7 @@ class AttentionDecoder(nn.Module):
             encoder_outputs.check(arguments, "encoder_outputs", "B S Dm")
         else:
             arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")
-        return encoder_outputs
+        return arguments.lengths(lengths)
 
     def _check_hidden(self, arguments: checks.Arguments, name: str, state: HiddenState | None) -> HiddenState:
         """`state` in the form that a step returns it."""

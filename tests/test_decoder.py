@@ -683,9 +683,17 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         )
         for ratio in (0.0, 1.0)
     ),
-    (lambda: call(lengths=[1, 2]), ValueError, "lengths has shape [2], needed is [B] with B=3"),
-    (lambda: call(lengths=[1, 2, 8]), ValueError, "lengths go from 1 to 8, needed is 0 <= length <= S=7"),
-    (lambda: call(lengths=[1.0, 2.0, 3.0]), TypeError, "lengths must be integers"),
+    (
+        lambda: call(lengths=[1, 2]),
+        ValueError,
+        "AttentionDecoder: lengths has shape [2], needed is [B] with B=3 (from t",
+    ),
+    (
+        lambda: call(lengths=[1, 2, 8]),
+        ValueError,
+        "AttentionDecoder: lengths go from 1 to 8, needed is 0 <= length <= S=7 (from e",
+    ),
+    (lambda: call(lengths=[1.0, 2.0, 3.0]), TypeError, "AttentionDecoder: lengths must be integers"),
     # generate
     (
         lambda: generate(start_symbol=V),
