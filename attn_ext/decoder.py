@@ -201,21 +201,27 @@ class AttentionDecoder(nn.Module):
             end_symbol: ends a sentence; None: every sentence goes on to `max_length`.
             max_length: the most steps to take; fewer are taken where all sentences have ended.
             beam_size: the beginnings of each sentence that are followed; 1 is greedy.
-            length_penalty: at least 0; 0 compares the probabilities themselves, which favours short sentences.
+            length_penalty: at least 0; 0 compares the probabilities themselves, which favours short sentences. One that
+                would divide by more than 2^100 at `max_length` is refused.
 
         Returns:
             tokens [B, at most max_length] int64 without the start symbol, `end_symbol` from a sentence's first one on;
             weights [B, at most max_length, S], 0 after a sentence's end.
         """
         max_length, beam_size = checks.positive("AttentionDecoder", max_length=max_length, beam_size=beam_size)
-        checks.not_negative("AttentionDecoder", length_penalty=length_penalty)
+        BeamSearch.check("AttentionDecoder", max_length, length_penalty)
         start_symbol = self._check_symbol("start_symbol", start_symbol)
         end_symbol = None if end_symbol is None else self._check_symbol("end_symbol", end_symbol)
         arguments = self._arguments()
         lengths = self._check_memory(arguments, encoder_outputs, lengths)
         state = self._check_hidden(arguments, "hidden", hidden)
-
         memory = self._memory(encoder_outputs, lengths)
+        if beam_size > 1 and memory.mask is not None and memory.mask.dim() == 3:
+            raise ValueError(
+                f"AttentionDecoder: encoder_outputs has a mask of shape {list(memory.mask.shape)}, whose T would be "
+                "the beams, which go on in each other's places; needed is a mask [B, S]"
+            )
+
         device, batch_size = self.embedding.weight.device, arguments.sizes["B"]
         search = BeamSearch(batch_size, beam_size, max_length, end_symbol, length_penalty, device)
         symbols = torch.full((batch_size, beam_size), start_symbol, device=device)

@@ -198,3 +198,28 @@ def test_beams_of_a_prepared_memory() -> None:
         assert all(map(torch.equal, results, expected))
     with attn_ext.use_backend("reference"):
         assert torch.equal(decoder.generate(None, encoder_outputs(), LENGTHS, **options)[0], expected[0])
+
+
+@pytest.mark.parametrize("length_penalty", [1e4, 10**400], ids=["1e4", "10**400"])
+def test_length_penalties_beyond_float32(length_penalty: float) -> None:
+    """Of which all hypotheses would be worth 0."""
+    with pytest.raises(ValueError, match=r"length_penalty is 1.*, needed is at most 240\.9 with max_length=3$"):
+        generate_with_penalty(length_penalty)
+    generate_with_penalty(240)
+
+
+def generate_with_penalty(length_penalty: float) -> None:
+    build().generate(
+        None, encoder_outputs(), start_symbol=START, end_symbol=END, max_length=3, length_penalty=length_penalty
+    )
+
+
+def test_masks_are_of_the_memory_not_of_beams() -> None:
+    """[B, T, S] with as many queries as beams: these change places, and their masks would not."""
+    decoder = build(method="general")
+    mask = torch.ones(B, 3, S, dtype=torch.bool)
+    options = {"start_symbol": START, "max_length": 3}
+    text = r"encoder_outputs has a mask of shape \[3, 3, 6\].*; needed is a mask \[B, S\]"
+    with pytest.raises(ValueError, match=text):
+        decoder.generate(None, decoder.attention.memory(encoder_outputs(), mask=mask), beam_size=3, **options)
+    decoder.generate(None, decoder.attention.memory(encoder_outputs(), mask=mask[:, 0]), beam_size=3, **options)
