@@ -66,7 +66,8 @@ class AttentionDecoder(nn.Module):
     In every call, `hidden` is [L, B, H], of an LSTM the tuple (h, c), as an encoder ends with or as the call before
     returned it; None is zeros. With input feeding it is a `DecoderState`, or any of these to begin with h~ = 0. And
     `encoder_outputs` is [B, S, Dm], or what `decoder.attention.memory` made of it, which has its own lengths. Rows of
-    it at and past `lengths` ([B] integers in [0, S]) may hold anything.
+    it at and past `lengths` ([B] integers in [0, S]) may hold anything. For a mask, pass
+    `decoder.attention.memory(encoder_outputs, lengths, mask)`.
 
     Raises:
         ValueError: a size, method, cell or dropout that does not fit; in a call, a shape, device or token out of range.
@@ -147,7 +148,9 @@ class AttentionDecoder(nn.Module):
         """All T steps: in one RNN call and one attention call where no step waits for another's prediction or h~.
 
         Args:
-            targets: [B, T] int64 (or int32), the decoder's inputs: the start symbol, then the symbols of the target.
+            targets: [B, T] int64 (or int32), the decoder's inputs: the start symbol, then the symbols of the target. A
+                loss compares what is one step ahead of them: of sentences [B, T + 1] that begin with the start symbol,
+                pass sentences[:, :-1], and compare log_probs with sentences[:, 1:].
             hidden, encoder_outputs, lengths: as the class says.
             teacher_forcing_ratio: the probability, drawn for every sentence and step after the first, that the decoder
                 reads targets[:, t] and not its own last prediction. At 0, nothing after targets[:, 0] is read.

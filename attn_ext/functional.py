@@ -67,6 +67,10 @@ def luong_attention(
     then the alignment a = softmax(scale * e) over the steps that may be attended (eq. 7), the context c = sum a_s m_s.
     B batch, T queries, S source steps, Dq query size, Dm memory size, A attention size.
 
+    torch.autocast casts the inputs as those of torch.nn.functional.linear. torch.compile and torch.export take a call
+    as it is. The transforms of torch.func and forward-mode derivatives are refused by the fused ops: within
+    ``use_backend("reference")`` they work, but for vmap over `lengths`.
+
     Args:
         query: [B, T, Dq], or [B, Dq] for one decoder step; float32, float64, bfloat16 or float16 (halves accumulate in
             float32). Any strides.
@@ -80,7 +84,8 @@ def luong_attention(
         lengths: [B] integers, 0 <= length <= S: source steps at and past the length are never attended.
         mask: [B, S] or [B, T, S] bool, True = may be attended (as in scaled_dot_product_attention).
         scale: multiplies the scores; None is 1.
-        need_weights: False returns None for the weights, and nothing of size [B, T, S] outlives the call.
+        need_weights: False returns None for the weights, and nothing of size [B, T, S] outlives a call of the fused ops
+            (of a step over an AttentionMemory, [B, S] does until its backward).
 
     Returns:
         context [B, T, Dm] (or [B, Dm]) and weights [B, T, S] (or [B, S]), in query's dtype. A query with nothing to

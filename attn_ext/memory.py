@@ -32,6 +32,13 @@ class AttentionMemory:
     :func:`attn_ext.luong_attention` with the encoder outputs themselves has one. For the same reason a memory that
     takes part in an autograd graph can be neither copied nor pickled.
 
+    Where any of what it is made of requires a gradient, the memory is one node of the graph that all its steps hang on:
+    of several backwards over them, all but the last need retain_graph=True, or each needs a memory of its own, as the
+    chunks of truncated backpropagation and steps in reentrant checkpoints do. Made under torch.no_grad() it has no
+    node, and its keys have no part in the gradients of concat's parameters.
+
+    The beams of a beam search are queries of one memory: [B, K, Dq] for K hypotheses a sentence.
+
     Under torch.autocast it is made of autocast's dtype; made before that, it keeps its own, and queries are cast to it.
 
     Args:

@@ -530,6 +530,19 @@ def test_compiled_steps(name: str, where: str, each_backend: str) -> None:
 
 
 @pytest.mark.fused
+@pytest.mark.parametrize("name", MODULES)
+def test_backwards_of_one_memory(name: str) -> None:
+    """It is one node: without retain_graph a second backward over its steps raises, over another it does not."""
+    loop = Loop(name)
+    memory = loop.memory()
+    loop.grads(loss_of(loop.steps(memory)), retain_graph=True)
+    loop.grads(loss_of(loop.steps(memory)))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loop.grads(loss_of(loop.steps(memory)))
+    loop.grads(loss_of(loop.steps(loop.memory())))
+
+
+@pytest.mark.fused
 def test_in_place_change_is_noticed() -> None:
     loop = Loop("dot")
     encoder_outputs = loop.encoder_outputs * 1

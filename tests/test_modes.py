@@ -182,6 +182,36 @@ def test_transforms_that_are_not_there_say_so() -> None:
         context(torch.autograd.forward_ad.make_dual(query, query))
 
 
+def test_transforms_in_the_reference() -> None:
+    """Where they are: forward and reverse mode agree, and a batch of calls is the calls."""
+    problem = Case("dot", dtype=torch.float64).problem()
+    query, memory = problem.tensors.values()
+
+    def context(query: Tensor, memory: Tensor) -> Tensor:
+        return attn_ext.dot_attention(query, memory, lengths=[5, 2])[0]
+
+    with attn_ext.use_backend("reference"):
+        forward, reverse = (mode(context)(query, memory) for mode in (torch.func.jacfwd, torch.func.jacrev))
+        torch.testing.assert_close(forward, reverse)
+        queries, memories = torch.stack([query, -query]), torch.stack([memory, 2 * memory])
+        expected = torch.stack([context(*pair) for pair in zip(queries, memories, strict=True)])
+        torch.testing.assert_close(torch.vmap(context)(queries, memories), expected)
+
+
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
+def test_export(method: str, each_backend: str) -> None:
+    """One program for all batches and lengths."""
+    module = attn_ext.LuongAttention(method, 4)
+    B, T, S = (torch.export.Dim(name) for name in "BTS")
+    program = torch.export.export(
+        module,
+        (torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.tensor([5, 2])),
+        dynamic_shapes={"hidden": {0: B, 1: T}, "encoder_outputs": {0: B, 1: S}, "lengths": {0: B}},
+    )
+    arguments = torch.randn(3, 7, 4), torch.randn(3, 9, 4), torch.tensor([1, 9, 0])
+    torch.testing.assert_close(program.module()(*arguments), module(*arguments))
+
+
 THREADED = [
     Case("dot", B=3, T=70, S=65, D=100, masking="lengths+rows"),
     Case("additive", B=3, T=70, S=65, D=100, masking="lengths+rows"),
