@@ -17,6 +17,10 @@ _OPS = torch.ops.attn_ext
 _MOST_QUERIES = 16
 
 
+def _is_short(query: Tensor) -> bool:
+    return query.dim() == 2 or query.shape[1] <= _MOST_QUERIES
+
+
 class AttentionMemory:
     """The encoder outputs of one batch with everything that does not change from step to step.
 
@@ -154,13 +158,12 @@ class AttentionMemory:
         """Whether `query` goes to the ops for a loop's steps, which the memory is prepared for."""
         if not self._is_prepared:
             return False
-        is_short = query.dim() == 2 or query.shape[1] <= _MOST_QUERIES
         if torch.is_grad_enabled() and (self._has_gradients or query.requires_grad):
-            return is_short and self._node is not None
+            return self._node is not None and _is_short(query)
         # The steps' ops project the queries, of which there can be more than of the memory's rows.
         return (
-            is_short
-            or self.method != "general"
+            self.method != "general"
+            or _is_short(query)
             or not functional.has_fewer_keys(query, self.memory, self.weight, self.lengths, self.mask)
         )
 

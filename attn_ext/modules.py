@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from attn_ext import checks, functional
 from attn_ext.memory import AttentionMemory
-
-
-def _has_size(tensor: Any, size: int) -> bool:
-    try:
-        return tensor.size(-1) == size
-    except functional.REFUSALS:  # no tensor, or one without a shape
-        return False
 
 
 class LuongAttention(nn.Module):
@@ -127,8 +119,12 @@ class LuongAttention(nn.Module):
         """
         rows = encoder_outputs.memory if isinstance(encoder_outputs, AttentionMemory) else encoder_outputs
         # Sizes that fit each other, and by chance the parameters, need not be this module's.
-        if not (_has_size(hidden, self.hidden_size) and _has_size(rows, self.memory_size)):
-            self._refuse_sizes(rows, hidden)
+        try:
+            fits = hidden.size(-1) == self.hidden_size and rows.size(-1) == self.memory_size
+        except functional.REFUSALS:  # no tensor, or one without a size
+            fits = False
+        if not fits:
+            self._check_sizes(rows, hidden)
         if isinstance(encoder_outputs, AttentionMemory):
             if encoder_outputs.method != self.method or lengths is not None or mask is not None:
                 caller = type(self).__name__
@@ -155,8 +151,7 @@ class LuongAttention(nn.Module):
 
         It belongs to this forward pass: after an optimizer step, make a new one.
         """
-        if not _has_size(encoder_outputs, self.memory_size):
-            self._refuse_sizes(encoder_outputs)
+        self._check_sizes(encoder_outputs)
         return AttentionMemory(
             encoder_outputs,
             self.method,
@@ -166,7 +161,7 @@ class LuongAttention(nn.Module):
             scale=self.scale,
         )
 
-    def _refuse_sizes(self, encoder_outputs: Tensor, hidden: Tensor | None = None) -> None:
+    def _check_sizes(self, encoder_outputs: Tensor, hidden: Tensor | None = None) -> None:
         arguments = checks.Arguments(type(self).__name__)
         arguments.bind("Dq", self.hidden_size, "hidden_size")
         arguments.bind("Dm", self.memory_size, "memory_size")
