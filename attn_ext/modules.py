@@ -117,32 +117,31 @@ class LuongAttention(nn.Module):
         Raises:
             ValueError, TypeError: as :func:`luong_attention`.
         """
-        rows = encoder_outputs.memory if isinstance(encoder_outputs, AttentionMemory) else encoder_outputs
-        # Sizes that fit each other, and by chance the parameters, need not be this module's.
+        is_memory = isinstance(encoder_outputs, AttentionMemory)
         try:
-            fits = hidden.size(-1) == self.hidden_size and rows.size(-1) == self.memory_size
-        except functional.REFUSALS:  # no tensor, or one without a size
-            fits = False
-        if not fits:
-            self._check_sizes(rows, hidden)
-        if isinstance(encoder_outputs, AttentionMemory):
-            if encoder_outputs.method != self.method or lengths is not None or mask is not None:
-                caller = type(self).__name__
-                checks.choice(caller, "the memory's method", encoder_outputs.method, [self.method])
-                encoder_outputs.refuse_second_opinion(
-                    caller, "encoder_outputs", self.method, lengths=lengths, mask=mask
+            # Sizes that fit each other, or in sum the weight, need not be this module's; if one is, the other is.
+            if hidden.size(-1) != self.hidden_size:
+                raise ValueError
+            if not is_memory:
+                return functional.luong_attention(
+                    hidden,
+                    encoder_outputs,
+                    self.method,
+                    **self._parameters_of_method(),
+                    lengths=lengths,
+                    mask=mask,
+                    scale=self.scale,
+                    need_weights=need_weights,
                 )
-            return encoder_outputs.attend(hidden, need_weights=need_weights)
-        return functional.luong_attention(
-            hidden,
-            encoder_outputs,
-            self.method,
-            **self._parameters_of_method(),
-            lengths=lengths,
-            mask=mask,
-            scale=self.scale,
-            need_weights=need_weights,
-        )
+        except functional.REFUSALS:
+            # In the names of this call, if the sizes are what is wrong.
+            self._check_sizes(encoder_outputs.memory if is_memory else encoder_outputs, hidden)
+            raise
+        if encoder_outputs.method != self.method or lengths is not None or mask is not None:
+            caller = type(self).__name__
+            checks.choice(caller, "the memory's method", encoder_outputs.method, [self.method])
+            encoder_outputs.refuse_second_opinion(caller, "encoder_outputs", self.method, lengths=lengths, mask=mask)
+        return encoder_outputs.attend(hidden, need_weights=need_weights)
 
     def memory(
         self, encoder_outputs: Tensor, lengths: Tensor | Sequence[int] | None = None, mask: Tensor | None = None
