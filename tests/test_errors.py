@@ -557,7 +557,6 @@ def test_refused_with_and_without_the_checks_first(step: str, one_step: bool, mo
         f"{what}: {text}" for what, text in outcomes.items() if not text.startswith(("(", "TypeError", "ValueError"))
     ]
     assert not inside, "no words of the checks"
-    monkeypatch.setattr(functional, "attend_unchecked", lambda *_: None)
     monkeypatch.setattr(functional, "goes_unchecked", lambda *_: False)
     assert outcomes == {what: outcome(call) for what, call in calls.items()}
 
