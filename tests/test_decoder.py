@@ -423,6 +423,20 @@ def test_dropout(num_layers: int) -> None:
     assert torch.equal(decoder(**arguments)[0], without(**arguments)[0])
 
 
+def test_dropout_has_three_places() -> None:
+    """With a share of all: nothing of the embedded symbols, of the first layer or of h~ goes on."""
+    decoder = build(num_layers=2, dropout=1.0)
+    read: dict[torch.nn.Module, Tensor] = {}
+    for layer in (decoder.rnn, decoder.output):
+        layer.register_forward_pre_hook(lambda layer, arguments: read.update({layer: arguments[0]}))
+    targets, hidden, encoder_outputs = inputs(decoder).values()
+    _, state, _ = decoder(targets, hidden, encoder_outputs)
+    assert not read[decoder.rnn].any()
+    assert not read[decoder.output].any()
+    _, another_state, _ = decoder(targets, hidden * torch.tensor([-1, 1]).view(2, 1, 1), encoder_outputs)
+    assert [torch.equal(*layer) for layer in zip(state, another_state, strict=True)] == [False, True]
+
+
 def test_dropout_spares_what_input_feeding_carries() -> None:
     decoder = build(input_feeding=True, dropout=1.0)
     _, state, _ = decoder(**inputs(decoder))
