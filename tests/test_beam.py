@@ -146,6 +146,41 @@ def test_the_search_ends_when_nothing_can_win() -> None:
     assert search.best()[0].tolist() == [[END]]
 
 
+def advance(search: BeamSearch, *probabilities: list[float]) -> tuple[list[list[int]], list[int]]:
+    """A step in which all beams of a sentence see the same probabilities [V]; symbols [B, K] and origins [B K]."""
+    log_probs = torch.tensor(probabilities).log().unsqueeze(1).expand(-1, search.beam_size, -1)
+    symbols, origins = search.advance(log_probs, torch.ones(len(probabilities), search.beam_size, 1))
+    return symbols.tolist(), origins.tolist()
+
+
+def test_as_many_can_end_as_go_on() -> None:
+    """Both beams are likeliest to end, and both are followed all the same."""
+    search = BeamSearch(1, 2, 5, END, 0.0, DEVICE)
+    assert advance(search, [0.0, 0.0, 0.6, 0.4]) == ([[2, 3]], [0, 0])
+    assert advance(search, [0.3, 0.6, 0.1, 0.0]) == ([[0, 0]], [0, 1])
+
+
+def test_a_sentence_is_done_when_as_many_have_ended_as_it_has_beams() -> None:
+    """Even where a longer one might be worth more; and the batch is done when all its sentences are."""
+    ends, goes_on = [0.0, 0.4, 0.6, 0.0], [0.5, 0.0, 0.5, 0.0]
+    alone, beside = (BeamSearch(batch_size, 2, 50, END, 2.0, DEVICE) for batch_size in (1, 2))
+    for done in (False, True):
+        advance(alone, ends)
+        advance(beside, ends, goes_on)
+        assert (alone.is_done(), beside.is_done()) == (done, False)
+
+
+def test_a_sentence_that_is_done_takes_no_more() -> None:
+    """The first one's third ending would be worth most, and comes only because the second goes on."""
+    search = BeamSearch(2, 2, 5, END, 2.0, DEVICE)
+    advance(search, [0.0, 0.3, 0.7, 0.0], [0.0, 0.0, 1.0, 0.0])
+    advance(search, [0.0, 0.51, 0.0, 0.49], [0.0, 0.0, 1.0, 0.0])
+    assert not search.is_done()
+    advance(search, [0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])
+    assert search.best()[0].tolist() == [[2, END, END], [2, 2, END]]
+    assert search.best()[1].squeeze(-1).tolist() == [[1, 1, 0], [1, 1, 1]]  # weights: two steps, and three
+
+
 def test_memory_is_never_copied(each_backend: str) -> None:
     """The beams are queries of one memory: nothing of the size of memory times beams is made."""
     decoder = AttentionDecoder(V, 5, 16, method="dot").double()
