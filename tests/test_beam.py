@@ -208,13 +208,20 @@ def test_no_sentences(end_symbol: int | None) -> None:
     assert tokens.shape[0] == weights.shape[0] == 0
 
 
+@torch.no_grad()
 def test_more_beams_than_sentences() -> None:
-    """Two symbols, two steps, 50 beams: the places that nothing fills stay empty."""
-    decoder = AttentionDecoder(2, 3, 4)
-    tokens, _ = decoder.generate(
-        None, torch.randn(2, 3, 4), start_symbol=0, end_symbol=1, max_length=2, beam_size=50, length_penalty=0
-    )
-    assert tokens.shape[1] <= 2
+    """Two symbols, two steps, 50 beams: the places that nothing fills stay empty, and the better ending is found."""
+    torch.manual_seed(0)
+    decoder = AttentionDecoder(2, 3, 4).double()
+    decoder.output.bias.copy_(torch.tensor([1.0, 0.0]))  # so that some end at once, and some do not
+    hidden, memory = torch.randn(1, 8, 4).double(), torch.randn(8, 3, 4).double()
+    options = {"start_symbol": START, "end_symbol": END, "max_length": 2, "beam_size": 50, "length_penalty": 2.0}
+    tokens, _ = decoder.generate(hidden, memory, **options)
+    log_probs, *_ = decoder(torch.full((8, 2), START), hidden, memory)  # what a sentence reads that begins with START
+    at_once, later = log_probs[:, 0, END], log_probs[:, 0, START] + log_probs[:, 1, END]
+    ends_later = later / (7 / 6) ** 2 > at_once
+    assert 0 < ends_later.sum() < 8
+    assert tokens.tolist() == [[START, END] if later else [END, END] for later in ends_later]
 
 
 @pytest.mark.parametrize("name", ["beam_size", "length_penalty"])
@@ -229,8 +236,7 @@ def test_beams_of_a_prepared_memory() -> None:
     options = {"start_symbol": START, "end_symbol": END, "max_length": 6, "beam_size": 3}
     expected = decoder.generate(None, encoder_outputs(), LENGTHS, **options)
     memory = decoder.attention.memory(encoder_outputs(), LENGTHS)
-    for results in (decoder.generate(None, memory, **options),):
-        assert all(map(torch.equal, results, expected))
+    assert all(map(torch.equal, decoder.generate(None, memory, **options), expected))
     with attn_ext.use_backend("reference"):
         assert torch.equal(decoder.generate(None, encoder_outputs(), LENGTHS, **options)[0], expected[0])
 
