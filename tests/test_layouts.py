@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attn_ext
+from benchmarks.peak_memory import extra_bytes
 from tests.cases import DTYPES, METHODS, Case, short
 
 
@@ -94,6 +98,25 @@ def test_expanded_gradients(method: str) -> None:
         problem.grad_outputs.update(grad_outputs)
         results.append(problem.results())
     torch.testing.assert_close(*results)
+
+
+def peak(function: Callable[..., Any], **arguments: Any) -> int:
+    """The bytes that a call holds at its peak beyond what it returns."""
+    call = partial(function, **arguments)
+    call.active = nullcontext
+    return extra_bytes(call)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("T", [1, 5, 70], ids="T={}".format)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_time_major_view_costs_no_copy(method: str, T: int) -> None:
+    """Forward nothing does, with backward nothing of the two ops: a projection's own backward is PyTorch's."""
+    problem = Case(method, B=3, T=T, S=37, D=20, Dm=24).problem()
+    views = laid_out(time_major, problem.tensors)
+    assert peak(problem.function, **views) == peak(problem.function, **problem.tensors)
+    if method in ("dot", "additive"):
+        assert peak(problem.with_tensors(**views).results) == peak(problem.results)
 
 
 def test_mask_slices() -> None:
