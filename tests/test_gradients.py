@@ -90,6 +90,25 @@ def test_retained_graph(method: str) -> None:
 
 
 @pytest.mark.fused
+@pytest.mark.fused
+@pytest.mark.parametrize("T", [1, 20, 70], ids="T={}".format)
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_nobody_asked_for_are_not_kept(method: str, T: int) -> None:
+    """Nothing of the size [B, T, S] waits for the backward, which takes them anew."""
+    problem = Case(method, T=T, S=300, D=4, Dm=4).problem()
+    tensors = {name: tensor.requires_grad_() for name, tensor in problem.tensors.items()}
+    kept: dict[bool, list[list[int]]] = {True: [], False: []}
+    for need_weights, shapes in kept.items():
+        watch = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, shapes=shapes: shapes.append(list(tensor.shape)) or tensor, lambda tensor: tensor
+        )
+        with watch:
+            problem.function(**tensors, need_weights=need_weights)
+    assert [2, T, 300] in kept[True]
+    assert kept[False]
+    assert not any(300 in shape and shape[-1] != 4 for shape in kept[False])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_input_changed_before_backward(method: str) -> None:
     """The backward pass reads its inputs again: one that changed in place is an error, not a wrong gradient."""
