@@ -340,6 +340,22 @@ def test_without_a_module() -> None:
     assert memory.attend(loop.start, need_weights=False)[1] is None
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("queries", [1, 17], ids=["a step", "many queries"])
+@pytest.mark.parametrize("name", MODULES)
+def test_without_weights(name: str, queries: int, autocast: bool, each_backend: str) -> None:
+    """None for them, and the same context, on every way that a call may go."""
+    loop = Loop(name, "lengths", torch.float32)
+    hidden = loop.start.unsqueeze(1).expand(-1, queries, -1)
+    with torch.autocast(cases.KERNELS, torch.bfloat16, enabled=autocast):
+        memory = loop.memory()
+        expected, weights = memory.attend(hidden)
+        assert weights.shape == (B, queries, S)
+        context, weights = memory.attend(hidden, need_weights=False)
+    assert weights is None
+    torch.testing.assert_close(context, expected)
+
+
 @pytest.mark.fused
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("masking", MASKINGS)
