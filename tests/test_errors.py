@@ -510,6 +510,19 @@ def test_odd_input(call: Callable[[], object]) -> None:
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("method", "parameter"), [("general", "weight"), ("concat", "weight"), ("concat", "bias")])
+def test_halves_with_a_float32_parameter(
+    method: str, parameter: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, each_backend: str
+) -> None:
+    """Refused too where the processor's products are of float32, and would take them."""
+    monkeypatch.setattr(functional, "_SLOW_ON_CPU", (torch.bfloat16, torch.float16))
+    halves = {name: value.to(dtype) for name, value in ARGUMENTS[method].items()}
+    text = f"^luong_attention: {parameter} is torch.float32, but query is {dtype}; they must be the same$"
+    with pytest.raises(TypeError, match=text):
+        luong(method, **halves | {parameter: ARGUMENTS[method][parameter]})
+
+
 STEPS: dict[str, Callable[..., object]] = {
     "dot": attn_ext.dot_attention,
     "additive": attn_ext.additive_attention,
