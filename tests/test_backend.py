@@ -167,6 +167,16 @@ def test_built_for_another_pytorch(copy_for_another_pytorch: Path) -> None:
     assert_falls_back(copy_for_another_pytorch, why, extension=f"built for PyTorch {built_for} by gcc 9")
 
 
+@pytest.mark.fused
+@pytest.mark.parametrize(("build", "runs"), [("", True), ("+cpu", True), ("+cu130", True), (".1", False)])
+def test_builds_of_one_release_share_an_extension(build: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever devices PyTorch is built for, its C++ interface is the release's."""
+    facts = backend.build_facts() | {"torch_version": torch.__version__.split("+")[0] + build}
+    monkeypatch.setattr(backend, "build_facts", lambda: facts)
+    problem = backend._load.__wrapped__()
+    assert problem is None if runs else "was built for PyTorch" in problem
+
+
 def test_fused_by_environment_where_nothing_is_compiled(copy_without_extension: Path) -> None:
     """Asked for by name, the reference is no substitute: an error at the first call, not a warning."""
     call = "import torch, attn_ext; attn_ext.dot_attention(torch.zeros(1, 2), torch.zeros(1, 3, 2))"
