@@ -1,16 +1,22 @@
-"""Interleaved timing: A B A B, so that a machine that slows down slows everybody down."""
+"""Interleaved timing: all in turns, so that a machine that slows down slows everybody down.
+
+Each round has an order of its own: a call finds the caches as the one before it left them, and nobody is always behind
+the same one, which may have read the same inputs.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import math
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +36,9 @@ SHORTEST_SAMPLE = 2e-4  # seconds: a call that takes less is repeated within a s
 
 # Of a tensor's largest value. Halves: a few units of their last place, which hand-written eager code loses on the way.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
+
+_ORDERS = random.Random(0)  # one for all rows, so that those of few rounds do not all have the same few orders
+Turn = TypeVar("Turn")
 
 
 class Timed(Protocol):
@@ -85,13 +94,20 @@ def sample(call: Timed, repeats: int = 1, warm: bool = False) -> float:
 class Schedule:
     """How long to measure: `seconds` a row, within `rounds`; a peer over `too_slow` seconds is not called again.
 
-    `warm`: every sample is. Otherwise it finds the caches, and the threads, as the round's call before it left them.
+    `warm`: every sample is. Otherwise it finds the caches, and the threads, as the call before it left them.
     """
 
     seconds: float = SECONDS_PER_ROW
     rounds: range = ROUNDS
     too_slow: float = math.inf
     warm: bool = False
+
+
+def shuffled(turns: Iterable[Turn]) -> list[Turn]:
+    """In another order each time, the same from one run of the program to the next."""
+    turns = list(turns)
+    _ORDERS.shuffle(turns)
+    return turns
 
 
 def interleave(calls: Sequence[Timed], schedule: Schedule) -> dict[str, list[float]]:
@@ -108,8 +124,8 @@ def interleave(calls: Sequence[Timed], schedule: Schedule) -> dict[str, list[flo
     seconds |= {name: [] for name in repeated}
     a_round = sum(again * (repeats + schedule.warm) for _, again, repeats in repeated.values())
     for _ in range(min(max(int(schedule.seconds / a_round), schedule.rounds[0]), schedule.rounds[-1])):
-        for name, (call, _, repeats) in repeated.items():
-            seconds[name].append(sample(call, repeats, schedule.warm))
+        for call, _, repeats in shuffled(repeated.values()):
+            seconds[call.name].append(sample(call, repeats, schedule.warm))
     return seconds
 
 
@@ -139,26 +155,31 @@ class Ratio:
 def race(
     benchmark: BenchmarkFixture, call: Timed, peers: Sequence[Timed], probes: Sequence[Timed], warm: bool, slow: float
 ) -> dict[str, list[float]]:
-    """Seconds by name, round by round: of `call`, whose rounds pytest-benchmark records, after its probes and peers.
+    """Seconds by name, round by round: of `call`, whose rounds pytest-benchmark records, and of its probes and peers.
 
-    Samples are warm, or find the caches as the round's call before left them. A peer that takes longer than `slow`
-    seconds takes part in the first `SLOW_ROUNDS` only.
+    Samples are warm, or find the caches as the call before left them. A peer that takes longer than `slow` seconds
+    takes part in the first `SLOW_ROUNDS` only.
     """
     seconds: dict[str, list[float]] = {other.name: [] for other in (*probes, *peers)}
     repeats: dict[str, int] = {}
     left: dict[str, int] = {}  # rounds, of the slow ones
 
-    def round_of_others() -> None:
+    def turn_of_probes() -> None:
         for probe in probes:
             seconds[probe.name].append(sample(probe, repeats[probe.name]))
         # Their threads still wait for more of the same, at the cost of a call that has one: until they sleep.
         time.sleep(SPINNING)
-        for peer in peers:
-            if left.get(peer.name) == 0:
-                continue
-            seconds[peer.name].append(sample(peer, repeats[peer.name], warm and peer.name not in left))
-            if peer.name in left:
-                left[peer.name] -= 1
+
+    def turn_of(peer: Timed) -> None:
+        if left.get(peer.name) == 0:
+            return
+        seconds[peer.name].append(sample(peer, repeats[peer.name], warm and peer.name not in left))
+        if peer.name in left:
+            left[peer.name] -= 1
+
+    def round_of_others() -> None:
+        for turn in shuffled([turn_of_probes, *(partial(turn_of, peer) for peer in peers)]):
+            turn()
         if warm:
             call()
 

@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import bounds, compare, grid, guards, limits, load, report, table, targets
+from benchmarks import bounds, compare, grid, guards, limits, load, report, table, targets, timing
 from benchmarks.decoder import DecoderLoop
 from benchmarks.implementations import DIRECTIONS, EAGER, FUSED, METHODS, OPS, REFERENCE, Call, Problem
 from benchmarks.shapes import GRID, GRID_COMPILED, GRID_SAMPLE, Shape, unnamed
-from benchmarks.timing import SHORTEST_SAMPLE, Ratio, Schedule, WrongResultError, check, interleave, sample
+from benchmarks.timing import SHORTEST_SAMPLE, Ratio, Schedule, WrongResultError, check, interleave, race, sample
 from tests.processes import python
 
 ROOT = Path(grid.__file__).parents[1]
@@ -184,23 +185,57 @@ def test_a_slow_peer_is_timed_once() -> None:
     assert [len(times) for times in interleave(calls[:1], replace(INSTANT, too_slow=0.0)).values()] == [1]
 
 
+@dataclass(frozen=True)
+class Noted:
+    """What is timed is its name in a list."""
+
+    name: str
+    made: list[str]
+    active: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def __call__(self) -> None:
+        self.made.append(self.name)
+        time.sleep(SHORTEST_SAMPLE)
+
+
 def test_a_warm_sample_follows_an_untimed_call() -> None:
-    made = []
-
-    @dataclass(frozen=True)
-    class Counted:
-        name: str
-        active: Callable[[], AbstractContextManager[object]] = nullcontext
-
-        def __call__(self) -> None:
-            made.append(self.name)
-            time.sleep(SHORTEST_SAMPLE)
-
-    sample(Counted("a"), warm=True)
+    made: list[str] = []
+    a, b = Noted("a", made), Noted("b", made)
+    sample(a, warm=True)
     assert made == ["a", "a"]
     made.clear()
-    interleave([Counted("a"), Counted("b")], replace(INSTANT, warm=True, rounds=range(2, 3)))
-    assert made[2:] == ["a", "a", "b", "b"] * 2  # behind a first call of each
+    interleave([a, b], replace(INSTANT, warm=True, rounds=range(2, 3)))
+    turns = made[2:]  # behind a first call of each
+    assert turns[::2] == turns[1::2]
+    assert [sorted(turns[i : i + 4]) for i in (0, 4)] == [["a", "a", "b", "b"]] * 2
+
+
+def test_nobody_is_always_behind_the_same_one() -> None:
+    made: list[str] = []
+    calls = [Noted(name, made) for name in "abc"]
+    seconds = interleave(calls, replace(INSTANT, rounds=range(50, 51)))
+    assert [len(times) for times in seconds.values()] == [50] * 3
+    rounds = {tuple(made[i : i + 3]) for i in range(len(made) - 150, len(made), 3)}
+    assert rounds == {*permutations("abc")}
+
+
+def test_a_raced_call_is_behind_everybody_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "ROUNDS", range(50, 51))
+
+    class Benchmark:
+        stats = None
+
+        def pedantic(self, calls: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+            for _ in range(rounds):
+                setup()
+                calls()
+
+    made: list[str] = []
+    a, b, call, probe = (Noted(name, made) for name in ("a", "b", "call", "probe"))
+    race(Benchmark(), call, [a, b], [probe], warm=False, slow=1.0)
+    rounds = " ".join(made).split(" call")[2:]  # behind two first calls of each
+    assert {each.split()[-1] for each in rounds if each} == {"a", "b", "probe"}
+    assert {tuple(sorted(each.split())) for each in rounds if each} == {("a", "b", "probe")}
 
 
 SPEECH = Shape("speech", 4, 40, 400, 256)
