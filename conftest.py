@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--benchmark-full",
         action="store_true",
-        help="the same with every shape of the grid, and torch.compile at every named shape: hours",
+        help="the same with every shape of the grid, and torch.compile with its autotuning too: hours",
     )
     parser.addoption(
         "--benchmark-unguarded",

@@ -56,7 +56,6 @@ SHAPES = (
     Shape("time series", 64, 24, 96, 64),
 )
 
-SHAPES_COMPILED = ("translation",)  # by their use: of the short report, where torch.compile would take most of its time
 DECODER = Shape("translation, a decoder", 64, 30, 30, 256)
 
 # The targets' shapes, as they number them.

@@ -343,7 +343,7 @@ def test_the_speed_report_and_its_readers(tmp_path: Path) -> None:
     rows = report.rows_of(json.loads(kept.read_text()))
     assert len(rows) == 2
     for row in rows:
-        assert row.ratios.keys() >= {"eager"}
+        assert row.ratios.keys() >= {"eager", "compiled"}
         assert 0 < row.share.value < 2
     assert python("-m", "benchmarks.compare", kept, kept, cwd=ROOT).returncode == 0
     printed = python("-m", "benchmarks.table", kept, cwd=ROOT)
@@ -352,6 +352,16 @@ def test_the_speed_report_and_its_readers(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     drawn = {path.name for path in (tmp_path / "docs").iterdir()}
     assert drawn == {"speedups.png", "speedups.svg"}
+
+
+def test_the_speed_report_without_a_compiler() -> None:
+    """torch.compile needs one, and so do the probes: both are named, and everybody else races."""
+    arguments = ("--benchmark", "--benchmark-unguarded", "-q", "-k", "1x1x24x128 and dot and not backward")
+    process = python("-m", "pytest", "-p", "no:cacheprovider", *arguments, cwd=ROOT, CXX="/no/such/compiler")
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr
+    assert "absent    compiled: does not compile here" in process.stdout
+    assert "absent    limits: " in process.stdout
+    assert "no compiler for the probes" in process.stdout
 
 
 def test_the_roofline_is_drawn_where_its_limits_were_measured() -> None:
