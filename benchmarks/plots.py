@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterable
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from benchmarks.grid import Cell
 from benchmarks.implementations import DIRECTIONS, FUSED, OPS
 from benchmarks.report import Row, rows_of, settings_of
 from benchmarks.resident_size import STEPS
+from benchmarks.shapes import Shape
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 
@@ -52,7 +52,7 @@ def limits(data: dict[str, Any]) -> Figure | None:
         return None
     rows: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for share in shares:
-        key = share["target"], share["kernel"], _sizes(share["shape"][name] for name in "BTSH")
+        key = share["target"], share["kernel"], Shape("", *(share["shape"][name] for name in "BTSH")).label
         rows.setdefault(key, {}).setdefault(share["direction"], []).append(share)
     figure, panels = plt.subplots(
         1, 2, figsize=(9, 1.6 + 0.3 * len(rows)), sharex=True, sharey=True, layout="constrained"
@@ -178,7 +178,7 @@ def resident(data: dict[str, Any]) -> Figure | None:
     axes.set_ylabel("resident size, MB")
     axes.grid(axis="y", color="#e2e8f0")
     axes.legend(frameon=False)
-    sizes = _sizes(curves[0]["sizes"])
+    sizes = Shape("", *curves[0]["sizes"]).label
     figure.suptitle(f"Resident size over training steps, (B,T,S,H) = {sizes}\n{_where(data)}", fontsize=9)
     return figure
 
@@ -281,10 +281,6 @@ PLOTS = {
 def _closest(cells: dict[Any, Cell], *key: object) -> float:
     cell = cells.get(key)
     return math.log(cell.worst[1].value) if cell is not None and cell.worst else math.nan
-
-
-def _sizes(values: Iterable[object]) -> str:
-    return f"({','.join(map(str, values))})"
 
 
 def _where(data: dict[str, Any]) -> str:

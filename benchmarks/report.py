@@ -114,14 +114,14 @@ class Row:
     @property
     def name(self) -> str:
         """What is measured."""
-        return f"{self.mode} {self.method} {_sizes(self.shape)} {self.shape.use}, {self.direction}"
+        return f"{self.mode} {self.method} {self.shape.label} {self.shape.use}, {self.direction}"
 
     def line(self) -> str:
         """What the table has of it."""
         share = f"{self.share.value:>5.0%} of {self.bound}" if self.share else f"      {self.bound}"
         ratios = sorted(self.ratios.items(), key=lambda item: item[1].value)
         return (
-            f"{self.method:<9}{self.shape.use:<24}{_sizes(self.shape):<18}{self.direction:<18}"
+            f"{self.method:<9}{self.shape.use:<24}{self.shape.label:<18}{self.direction:<18}"
             f"{_time(self.seconds[FUSED.name])}{' !' if self.is_disturbed else '  '}{share:<40}"
             f"{self.extra_bytes / 1e6:>7.1f} MB  " + ", ".join(f"{peer} {ratio.value:.2f}x" for peer, ratio in ratios)
         )
@@ -166,7 +166,7 @@ class Finding:
             text = f"{self.wanted:.0%}" if self.unit == "%" else f"{self.wanted:g}{suffix}"
             wanted = f"{'<=' if self.at_most else '>='} {text}"
         return (
-            f"  {self.kernel:<13}{_sizes(self.shape):<19}{self.direction:<17}{self.measure:<45}"
+            f"  {self.kernel:<13}{self.shape.label:<19}{self.direction:<17}{self.measure:<45}"
             f"{value + suffix:>9} {f'({low} to {high})':<20}{wanted:<10}{self.verdict}"
         )
 
@@ -229,7 +229,3 @@ def weakest_first(rows: Sequence[Row]) -> list[Row]:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:>9.3f} ms"
-
-
-def _sizes(shape: Shape) -> str:
-    return f"({','.join(map(str, shape.sizes))})"

@@ -25,6 +25,11 @@ class Shape:
         return self.B, self.T, self.S, self.H
 
     @property
+    def label(self) -> str:
+        """The sizes, as the reports write them."""
+        return f"({','.join(map(str, self.sizes))})"
+
+    @property
     def memory_bytes(self) -> int:
         """Of the memory [B, S, H] in float32."""
         return 4 * self.B * self.S * self.H

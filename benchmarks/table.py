@@ -27,7 +27,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
     yield f"| use | (B,T,S,H) | {' | '.join(f'{method}: forward, with backward' for method in methods)} |"
     yield "|---|---|" + "---|" * len(methods)
     for shape in dict.fromkeys(row.shape for row in weakest_first(rows)):
-        cells = [shape.use, f"({','.join(map(str, shape.sizes))})"]
+        cells = [shape.use, shape.label]
         for method in methods:
             of_cell = {row.direction: row for row in rows if (row.shape, row.method) == (shape, method) and row.ratios}
             cells.append(", ".join(_ratio(of_cell[each]) for each in DIRECTIONS if each in of_cell))

@@ -287,7 +287,7 @@ def shapes_of_the_grid(run: Run) -> Iterator[Finding]:
     print(
         f"  {which}, {len(shapes) * len(OPS) * len(DIRECTIONS)} cells, about {minutes:.0f} minutes where all are new;"
     )
-    print(f"  torch.compile at {', '.join(str(each.sizes) for each in GRID_COMPILED if each.sizes in _sizes(shapes))}")
+    print(f"  torch.compile at {', '.join(each.label for each in GRID_COMPILED if each in shapes)}")
     done = map(grid.Cell.from_json, run.document.data["grid"])
     cells = grid.measure(
         shapes, schedule, done, lambda cell: run.document.add("grid", cell.to_json()), minutes=run.minutes
@@ -383,10 +383,6 @@ def _small(shape: Shape) -> Shape:
     """What the reference can compute in a second."""
     B, T, S, H = shape.sizes
     return Shape(shape.use, min(B, 4), min(T, 64), S, H)
-
-
-def _sizes(shapes: Sequence[Shape]) -> set[tuple[int, int, int, int]]:
-    return {shape.sizes for shape in shapes}
 
 
 def _affordable(
