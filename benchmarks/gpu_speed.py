@@ -150,17 +150,17 @@ def fused(query: Tensor, memory: Tensor, keys: Tensor | None = None, v: Tensor |
 
 
 def eager(query: Tensor, memory: Tensor, **parameters: Tensor) -> Tensor:
-    return implementations._eager(query, memory, "", need_weights=False, **parameters)[0]
+    return implementations.eager(query, memory, "", need_weights=False, **parameters)[0]
 
 
 def for_the_compiler(query: Tensor, memory: Tensor, **parameters: Tensor) -> Tensor:
-    return implementations._eager(query, memory, "", need_weights=False, sum_of_products=True, **parameters)[0]
+    return implementations.eager(query, memory, "", need_weights=False, sum_of_products=True, **parameters)[0]
 
 
 def sdpa(backend: SDPBackend) -> Attend:
     def attend(query: Tensor, memory: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return implementations._sdpa(query, memory, "dot")[0]
+            return implementations.sdpa(query, memory, "dot")[0]
 
     return attend
 

@@ -77,7 +77,7 @@ def project(
     return query, keys
 
 
-def _eager(
+def eager(
     query: Tensor,
     memory: Tensor,
     method: str,
@@ -100,7 +100,7 @@ def _eager(
     return torch.bmm(weights, memory), weights if need_weights else None
 
 
-def _sdpa(
+def sdpa(
     query: Tensor, memory: Tensor, method: str, *, need_weights: bool = False, weight: Tensor | None = None
 ) -> Results:
     query, _ = project(query, memory, method, weight)
@@ -142,14 +142,14 @@ def _tutorial(
 
 FUSED = Implementation("fused", _public, partial(attn_ext.use_backend, "fused"))
 REFERENCE = Implementation("reference", _public, partial(attn_ext.use_backend, "reference"), tanh_copies=(2, 3))
-EAGER = Implementation("eager", _eager, tanh_copies=(2, 3))
+EAGER = Implementation("eager", eager, tanh_copies=(2, 3))
 TUTORIAL = Implementation("tutorial", _tutorial, methods=METHODS, tanh_copies=(4, 5))
-SDPA = Implementation("SDPA", _sdpa, methods=("dot", "general"), returns_weights=False)
+SDPA = Implementation("SDPA", sdpa, methods=("dot", "general"), returns_weights=False)
 SDPA_BACKENDS = tuple(
     replace(SDPA, name=f"SDPA {name}", active=partial(sdpa_kernel, backend))
     for name, backend in {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}.items()
 )
-COMPILED = Implementation("compiled", partial(_eager, sum_of_products=True), is_compiled=True, tanh_copies=(0, 2))
+COMPILED = Implementation("compiled", partial(eager, sum_of_products=True), is_compiled=True, tanh_copies=(0, 2))
 AUTOTUNED = replace(COMPILED, name="autotuned", compile_mode="max-autotune")
 
 
