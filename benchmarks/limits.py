@@ -27,6 +27,7 @@ from benchmarks.timing import sample
 SOURCE = Path(__file__).with_name("limits.cpp")
 BUILD = Path(__file__).parents[1] / "build" / "limits"
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")
+# Those of setup.py, which cannot be imported.
 FLAGS_OF_CAPABILITY = {
     "default": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),

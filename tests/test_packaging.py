@@ -1,13 +1,15 @@
-"""setup.py: what it decides about CUDA, and that a source distribution is complete."""
+"""setup.py: what it decides about CUDA, its flags, and that a source distribution is complete."""
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.limits import FLAGS_OF_CAPABILITY
 from tests.processes import PACKAGE, python
 
 ROOT = PACKAGE.parent
@@ -33,6 +35,20 @@ def test_forcing_cuda_where_there_is_none_is_an_error() -> None:
     process = python("setup.py", "--name", cwd=ROOT, FORCE_CUDA="1")
     assert process.returncode != 0
     assert f"attn_ext: FORCE_CUDA is set, but PyTorch {torch.__version__} has no CUDA" in process.stderr
+
+
+def test_limits_are_compiled_as_the_kernels_are() -> None:
+    """An instruction set's flags stand in setup.py, which nobody can import, and in benchmarks/limits.py."""
+    program = """
+import json, runpy, sys
+sys.argv = ["setup.py", "--name"]
+print(json.dumps(runpy.run_path("setup.py")["CPU_CAPABILITIES"]))
+"""
+    process = python("-c", program, cwd=ROOT, ATTN_EXT_CPU_ONLY="1")
+    assert process.returncode == 0, process.stderr
+    of_kernels = {name.lower(): tuple(flags) for name, flags in json.loads(process.stdout.splitlines()[-1]).items()}
+    assert of_kernels == {name: FLAGS_OF_CAPABILITY[name] for name in of_kernels}
+    assert len(of_kernels) in (1, len(FLAGS_OF_CAPABILITY))  # one elsewhere than on x86-64
 
 
 def test_the_sdist_carries_every_source(tmp_path: Path) -> None:
