@@ -51,17 +51,22 @@ print(json.dumps(runpy.run_path("setup.py")["CPU_CAPABILITIES"]))
     assert len(of_kernels) in (1, len(FLAGS_OF_CAPABILITY))  # one elsewhere than on x86-64
 
 
-def test_the_sdist_carries_every_source(tmp_path: Path) -> None:
-    process = python("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), cwd=ROOT)
+def test_the_sdist_carries_every_source_and_page(tmp_path: Path) -> None:
+    # A list of an earlier one, beside the sources, would be added to what this one carries.
+    command = ("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
+    process = python("setup.py", "-q", *command, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     (archive,) = tmp_path.glob("attn_ext-*.tar.gz")
     with tarfile.open(archive) as tar:
         carried = {Path(*Path(name).parts[1:]) for name in tar.getnames()}
-    endings = {".py", ".cpp", ".cu", ".cuh", ".h", ".typed"}
-    folders = ("attn_ext", "csrc", "tests", "benchmarks", "examples")
+    made = {".so", ".pyc"}
+    folders = ("attn_ext", "csrc", "tests", "benchmarks", "examples", "docs")
     wanted = {
-        path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in endings
+        path.relative_to(ROOT)
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in made and not path.name.startswith(".")
     }
-    wanted.add(Path("tests/instructions.json"))
     wanted |= {Path(name) for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "conftest.py")}
+    wanted.add(Path(".clang-format"))
     assert wanted - carried == set()
