@@ -423,6 +423,7 @@ def test_dropout(num_layers: int) -> None:
     assert torch.equal(decoder(**arguments)[0], without(**arguments)[0])
 
 
+@pytest.mark.cpu  # what cuDNN makes of a share of all is its own
 def test_dropout_has_three_places() -> None:
     """With a share of all: nothing of the embedded symbols, of the first layer or of h~ goes on."""
     decoder = build(num_layers=2, dropout=1.0)

@@ -108,6 +108,7 @@ def peak(function: Callable[..., Any], **arguments: Any) -> int:
 
 
 @pytest.mark.fused
+@pytest.mark.cpu  # whose allocations are counted
 @pytest.mark.parametrize("T", [1, 5, 70], ids="T={}".format)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_time_major_view_costs_no_copy(method: str, T: int) -> None:
