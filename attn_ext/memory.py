@@ -99,9 +99,7 @@ class AttentionMemory:
         if not self._is_prepared:
             return
         if query_weight is not None:
-            self._query_weight = query_weight.detach()
-            if functional.is_slow(query_weight):
-                self._query_weight = self._query_weight.float()
+            self._query_weight = query_weight.float() if functional.is_slow(query_weight) else query_weight
         if self.keys is not None and self.keys.is_cpu:  # a GPU's kernels take the exponentials as they read
             self._prepared_keys = _OPS.prepare_keys.default(self.keys.detach())
         if self._is_in_graph:

@@ -22,10 +22,6 @@ using at::AutoDispatchBelowADInplaceOrView;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-OptionalTensor if_defined(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 // The op `name` and its backward. The first `scored` of its inputs make the scores; the weights depend on no other.
 template <const char* name, size_t scored, class Inputs>
 struct Op;
@@ -106,8 +102,8 @@ struct Op<name, scored, std::index_sequence<i...>> {
       ctx->saved_data["scale"] = scale;
       ctx->save_for_backward(
           {inputs...,
-           lengths.value_or(Tensor()),
-           mask.value_or(Tensor()),
+           or_undefined(lengths),
+           or_undefined(mask),
            rounded ? exact[0] : context,
            need_weights ? rounded ? exact[1] : weights : Tensor(),
            logsumexp});

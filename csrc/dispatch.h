@@ -1,9 +1,8 @@
-// The ops by name, from wherever they are called in C++, and what a call within one of them stands beneath.
+// The ops by name, from wherever they are called in C++.
 #pragma once
 
 #include "attention.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <tuple>
@@ -13,13 +12,15 @@ namespace attn_ext {
 
 using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // what the forward ops return
 
-// Beneath autograd, and beneath autocast, which has had its say when the arguments were made.
-class BelowAutograd {
-  at::AutoDispatchBelowADInplaceOrView below_autograd_;
-  c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
-};
+inline OptionalTensor if_defined(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
 
-// The ops by name. Of two tensors, query and memory, is dot; of three, query, keys and values, keyed dot; of four, query, keys, v
+inline Tensor or_undefined(const OptionalTensor& tensor) {
+  return tensor.value_or(Tensor());
+}
+
+// Of two tensors, query and memory, is dot; of three, query, keys and values, keyed dot; of four, query, keys, v
 // and values, additive. Each has a backward op, of the same name and "_backward".
 constexpr char kDot[] = "attn_ext::dot_attention";
 constexpr char kKeyedDot[] = "attn_ext::keyed_dot_attention";

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 
 #include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -96,6 +97,12 @@ class Ledger : public torch::CustomClassHolder {
   std::unordered_map<int, std::weak_ptr<std::vector<Step>>> passes_;
 };
 
+// Beneath autograd, and beneath autocast, which has had its say when the arguments were made: a step has products in it.
+class BelowAutograd {
+  at::AutoDispatchBelowADInplaceOrView below_autograd_;
+  c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
+};
+
 constexpr char kLedger[] = "ledger";
 
 Ledger& ledger_of(AutogradContext& ctx) {
@@ -127,14 +134,6 @@ void refuse_second_derivative(variable_list& grads, const variable_list& origins
   }
 }
 
-OptionalTensor if_defined(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-Tensor or_undefined(const OptionalTensor& tensor) {
-  return tensor.value_or(Tensor());
-}
-
 Tensor project(const Tensor& input, const Tensor& weight) {
   // Halves are projected in float32 where functional.py found the processor without products of theirs.
   const bool widened = at::isReducedFloatingType(input.scalar_type()) && weight.scalar_type() == at::kFloat;
@@ -152,6 +151,7 @@ Tensor join(const std::vector<Step>& steps, Tensor Step::* field) {
 
 struct Node : torch::autograd::Function<Node> {
   static constexpr size_t kInputs = 7;
+  enum Saved { kMemory, kKeys, kV, kQueryWeight, kPreparedKeys, kLengths, kMask };  // forward's arguments
 
   static Tensor forward(
       AutogradContext* ctx,
@@ -188,7 +188,7 @@ struct Node : torch::autograd::Function<Node> {
     {
       const at::NoGradGuard no_grad;
       const BelowAutograd guard;
-      const Tensor &memory = saved[0], &keys = saved[1], &query_weight = saved[3];
+      const Tensor &memory = saved[kMemory], &keys = saved[kKeys], &query_weight = saved[kQueryWeight];
       if (ctx->needs_input_grad(0)) {
         grads[0] = grad_memory(steps, !keys.defined(), memory.scalar_type());
       }
@@ -239,10 +239,15 @@ struct Node : torch::autograd::Function<Node> {
         const OptionalTensor&,
         const OptionalTensor&,
         std::array<bool, 2>)>("attn_ext::additive_scores_backward");
-    const Tensor &keys = saved[1], &v = saved[2];
-    const OptionalTensor prepared_keys = if_defined(saved[4]), lengths = if_defined(saved[5]), mask = if_defined(saved[6]);
-    auto [grad_keys, grad_v] =
-        op.call(join(steps, &Step::grad_scores), join(steps, &Step::query), keys, prepared_keys, v, lengths, mask, wanted);
+    auto [grad_keys, grad_v] = op.call(
+        join(steps, &Step::grad_scores),
+        join(steps, &Step::query),
+        saved[kKeys],
+        if_defined(saved[kPreparedKeys]),
+        saved[kV],
+        if_defined(saved[kLengths]),
+        if_defined(saved[kMask]),
+        wanted);
     return {wanted[0] ? grad_keys : Tensor(), wanted[1] ? grad_v : Tensor()};
   }
 };
@@ -286,6 +291,21 @@ struct Arguments {
 };
 
 struct StepFunction : torch::autograd::Function<StepFunction> {
+  enum Saved {
+    kQuery,
+    kProjected,  // where there is a query_weight
+    kQueryWeight,
+    kKeys,
+    kPreparedKeys,
+    kV,
+    kMemory,
+    kLengths,
+    kMask,
+    kContext,  // as it was accumulated,
+    kWeights,  // and these
+    kLogsumexp,
+  };
+
   // The context, and the weights where they are asked for and have a derivative. All of the weights go to `weights`.
   static variable_list forward(
       AutogradContext* ctx,
@@ -329,7 +349,7 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
     step_backward(ctx, saved, grad_context, grad_weights, grads);
     if (at::GradMode::is_enabled()) {
       variable_list origins(incoming);
-      origins.insert(origins.end(), {saved[0], saved[2], saved[3], saved[5], saved[6]});
+      origins.insert(origins.end(), {saved[kQuery], saved[kQueryWeight], saved[kKeys], saved[kV], saved[kMemory]});
       refuse_second_derivative(grads, origins);
     }
     return grads;
@@ -358,22 +378,22 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
         const Tensor&)>("attn_ext::step_attention_backward");
     const at::NoGradGuard no_grad;
     const BelowAutograd guard;
-    const Tensor &query = saved[0], &query_weight = saved[2], &context = saved[9], &weights = saved[10];
-    const Tensor& projected = query_weight.defined() ? saved[1] : query;
+    const Tensor &query = saved[kQuery], &query_weight = saved[kQueryWeight], &weights = saved[kWeights];
+    const Tensor& projected = query_weight.defined() ? saved[kProjected] : query;
     const auto [grad_query, grad_scores] = op.call(
         if_defined(grad_context),
         if_defined(grad_weights),
         projected,
-        if_defined(saved[3]),
-        if_defined(saved[4]),
-        if_defined(saved[5]),
-        saved[6],
-        if_defined(saved[7]),
-        if_defined(saved[8]),
+        if_defined(saved[kKeys]),
+        if_defined(saved[kPreparedKeys]),
+        if_defined(saved[kV]),
+        saved[kMemory],
+        if_defined(saved[kLengths]),
+        if_defined(saved[kMask]),
         ctx->saved_data.at("scale").toDouble(),
-        context,
+        saved[kContext],
         weights,
-        saved[11]);
+        saved[kLogsumexp]);
     if (ctx->needs_input_grad(1)) {
       // One step or several: [B, T, ...].
       const auto steps = [&](const Tensor& t) { return t.defined() && query.dim() == 2 ? t.unsqueeze(1) : t; };
@@ -421,8 +441,12 @@ std::tuple<Tensor, Tensor> memory_attention(
     bool need_weights,
     const OptionalTensor& node) {
   const Arguments arguments{query_weight, keys, prepared_keys, v, memory, lengths, mask, scale, need_weights};
+  const auto has_tangent = [](const OptionalTensor& tensor) { return tensor && tensor->_fw_grad(0).defined(); };
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(has_tangent(query) || has_tangent(query_weight) || has_tangent(keys) || has_tangent(v) || has_tangent(memory)),
+      "the steps of an AttentionMemory have no forward-mode derivative. Make it, and call it, within use_backend('reference')");
   const bool has_node = node && node->requires_grad();
-  if (!query._fw_grad(0).defined() && !(at::GradMode::is_enabled() && (query.requires_grad() || has_node))) {
+  if (!(at::GradMode::is_enabled() && (query.requires_grad() || has_node))) {
     const BelowAutograd guard;
     auto [context, weights, logsumexp, exact] = arguments.attend(arguments.project(query), need_weights, false);
     return {context, weights};

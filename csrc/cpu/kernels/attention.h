@@ -456,7 +456,7 @@ struct AttentionBackward {
     acc* delta;
     acc* excess;  // sum_s de_ts of the item's steps
     int64_t tile_stride;
-    acc* coefficients;  // weights of kChunk queries, and right behind them the gradients of their scores, [kChunk][tile] each
+    acc* coefficients;  // [count][tile_stride], of the chunk at hand, its weights, and right behind them its scores' gradients
     int64_t columns_stride;
     acc* columns;  // [tile][2 kChunk] the same transposed, or null
     element* panel;

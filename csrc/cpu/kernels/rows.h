@@ -163,6 +163,7 @@ class Rows {
  private:
   bool may_be_in_place() const {
     if constexpr (std::is_same_v<element, Pair>) {
+      // dot_products() counts from row to row in whole pairs.
       return view_.element == 1 && size_ % 2 == 0 && view_.row % 2 == 0;
     }
     return view_.data == nullptr || (dtype_ == kAccumulated<element> && (view_.element == 1 || size_ <= 1));
