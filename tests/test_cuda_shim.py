@@ -29,6 +29,7 @@ PLANTED = {
     "every_thread_at_the_barrier": "thread 0 waits in sync_threads at planted.cpp",
     "inside_an_allocation": "outside of what was allocated",
     "inside_shared_memory": "byte 256 of shared memory, which has 256",
+    "last_launch_is_waited_for": "has not waited for the last launch",
     "no_copy_outlives_the_kernel": "has left with copies under way",
     "no_more_shared_memory_than_there_is": "invalid argument",
     "no_more_threads_than_there_are": "invalid configuration argument",
@@ -84,6 +85,12 @@ def test_a_planted_bug_is_found_and_named(planted: Path, kernel: str) -> None:
         assert any(word in said for word in ([words] if isinstance(words, str) else words))
         assert f"attn_ext::cuda::{kernel}(" in said
     assert output(planted, kernel, "right").decode().splitlines() == ["right"] * 5
+
+
+@pytest.mark.parametrize("ptx", [75, 80, 90, 120])
+def test_no_launch_begins_early_that_would_not_wait(planted: Path, ptx: int) -> None:
+    """A driver's code for Hopper, made of older PTX, has no wait in it: its merges had read what was still being written."""
+    assert output(planted, "behind", str(ptx)).decode().splitlines() == ["right"] * 5
 
 
 def test_a_seed_is_an_order_of_blocks_and_threads(planted: Path) -> None:

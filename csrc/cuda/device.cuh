@@ -37,6 +37,9 @@ struct alignas(16) Vector16 {
 template <class scalar>
 constexpr int kLanes = 16 / sizeof(scalar);
 
+// The PTX, as __CUDA_ARCH__ / 10, from which on kernels wait for the last launch.
+constexpr int kLeastThatWaits = 90;
+
 #if defined(__CUDACC__)
 
 // The block's dynamic shared memory, aligned to 16 bytes.

@@ -1,7 +1,7 @@
 // The way to launch a kernel. tests/cuda/shim.h has the runtime's part of it on the host.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "device.cuh"
 
 #include <cstddef>
 #include <stdexcept>
@@ -23,11 +23,24 @@ inline void check(cudaError_t error, const void* kernel) {
 // What a kernel may take of shared memory without asking.
 constexpr size_t kUnaskedSharedMemory = 48 * 1024;
 
-// Whether the next launch may come to its wait_for_last_launch while the one before it still runs.
-inline bool begins_early() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+// Whether a kernel may begin while the launch before it still runs: whether the current device's code of it waits. The PTX that it
+// was compiled to decides, not the device, nor the machine code, which a driver may have made of older PTX.
+template <auto kernel>
+bool begins_early() {
+  constexpr int most_devices = 64;
+  enum Answer : char { kUnasked, kWaits, kDoesNot };
+  thread_local Answer answers[most_devices] = {};  // asking may take as long as a launch
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= most_devices) {
+    return false;
+  }
+  if (answers[device] == kUnasked) {
+    const void* address = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, address), address);
+    answers[device] = attributes.ptxVersion >= kLeastThatWaits ? kWaits : kDoesNot;
+  }
+  return answers[device] == kWaits;
 }
 
 // An empty grid, of an empty batch for one, is no error and does nothing.
@@ -65,8 +78,9 @@ void launch(auto kernel, const auto&... rest) {
 }
 
 // A kernel that calls wait_for_last_launch before it touches anything, behind one that calls let_next_launch_begin.
-void launch_behind(auto kernel, const auto&... rest) {
-  launch_as(begins_early(), kernel, rest...);
+template <auto kernel>
+void launch_behind(const auto&... rest) {
+  launch_as(begins_early<kernel>(), kernel, rest...);
 }
 
 }  // namespace attn_ext::cuda

@@ -31,7 +31,7 @@ void merge_splits(const OneStep& call, Stream stream) {
     // Of weights, which are more than the columns as a rule, a thread takes several.
     const int64_t work = std::max<int64_t>({problem.memory_size, call.weights == nullptr ? 0 : problem.steps / 4, 1});
     const int parts = static_cast<int>((work + kStepBlock - 1) / kStepBlock);
-    launch_behind(merge_one_step<scalar>, dim3(problem.batch * parts), kStepBlock, 0, stream, call, parts);
+    launch_behind<merge_one_step<scalar>>(dim3(problem.batch * parts), kStepBlock, 0, stream, call, parts);
   });
 }
 
@@ -44,7 +44,7 @@ void merge_splits(const OneStepBackward& call, Stream stream) {
     const SlabBlocks of_query = has_query ? blocks_of(splits, size) : SlabBlocks{};
     const dim3 grid(of_v.count + problem.batch * of_query.count);
     const size_t shared = kSlabThreads * sizeof(accumulated_t<scalar>);
-    launch_behind(merge_gradients<scalar>, grid, kSlabThreads, shared, stream, call, of_v, of_query);
+    launch_behind<merge_gradients<scalar>>(grid, kSlabThreads, shared, stream, call, of_v, of_query);
   });
 }
 

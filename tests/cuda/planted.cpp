@@ -1,6 +1,7 @@
 // Kernels that are right, and wrong in one way when they are told so: what the shim has to find, and what it has to let pass.
 //   planted list                  names the kernels
 //   planted KERNEL right|wrong    prints what is wrong, or "right", for each of some orders of blocks and threads
+//   planted behind PTX            the same of a launch behind another, of kernels compiled to that PTX
 //   planted order SEED            prints the order in which threads came by
 //   planted exchange              prints what each thread got from the others
 //   planted approximations        writes floats with exp2_approx and reciprocal_approx of them
@@ -267,6 +268,14 @@ __global__ void threads_write_apart(int* out, bool wrong) {
   out[threadIdx.x / (wrong ? 2 : 1)] = 1;
 }
 
+// Behind another launch.
+__global__ void last_launch_is_waited_for(int* out, bool wrong) {
+  if (!wrong || threadIdx.x != 7) {
+    wait_for_last_launch();
+  }
+  out[threadIdx.x] += 1;
+}
+
 // What threads get from each other: a row of results each.
 __global__ void exchange(int* out, bool) {
   const int i = threadIdx.x;
@@ -330,6 +339,12 @@ Case reading(void (*kernel)(int*, const int*, bool), int shared_vectors = kThrea
   };
 }
 
+void behind(bool wrong) {
+  Buffer out(kThreads);
+  launch(whole_warps, 1, kThreads, 0, nullptr, out.values, false);
+  launch_behind<last_launch_is_waited_for>(1, kThreads, 0, nullptr, out.values, wrong);
+}
+
 #define ATTN_EXT_CASE(kind, kernel, ...) {#kernel, kind(kernel __VA_OPT__(, ) __VA_ARGS__)}
 
 const std::map<std::string, Case> kCases{
@@ -362,6 +377,7 @@ const std::map<std::string, Case> kCases{
     ATTN_EXT_CASE(reading, aligned_elements),
     ATTN_EXT_CASE(reading, streaming_is_for_global_memory),
     ATTN_EXT_CASE(reading, no_null_pointer),
+    {"last_launch_is_waited_for", behind},
     {"whole_warps",
      [](bool wrong) {
        Buffer out(kThreads);
@@ -454,6 +470,9 @@ int main(int count, char** arguments) {
     write_approximations();
   } else if (what == "exchange") {
     print_exchange();
+  } else if (what == "behind") {
+    attn_ext::shim::compiled_to(std::atoi(arguments[2]));
+    run(behind, false);
   } else if (what == "order") {
     print_order(std::atoi(arguments[2]));
   } else {

@@ -103,6 +103,7 @@ constexpr size_t kMostThreads = 1024;
 constexpr size_t kMostWarps = kMostThreads / kWarp;
 constexpr size_t kStack = 128 * 1024;
 constexpr size_t kPage = 4096;
+constexpr size_t kCallers = 16 * 1024;  // of the stack, where a launch's arguments are
 constexpr size_t kUnaskedShared = 48 * 1024;
 constexpr size_t kMostShared = 64 * 1024;  // sm_75's, the least of the GPUs that the kernels are for
 constexpr size_t kMargin = 1 << 20;        // what falls so near to shared memory was meant for it
@@ -135,6 +136,7 @@ struct Thread {
   void* stack_pointer;
   bool waits;
   bool done;
+  bool begins_early;  // and has not waited for the last launch
   Meeting meeting;
   std::source_location where;
   uint64_t mine;
@@ -218,6 +220,14 @@ class Executor {
     random_ = value * 0x9e3779b97f4a7c15 + 1;
   }
 
+  void compiled_to(int ptx_version) {
+    ptx_version_ = ptx_version;
+  }
+
+  int ptx_version() const {
+    return ptx_version_;
+  }
+
   void skip(const char* where) {
     skipped_ = where;
   }
@@ -245,7 +255,14 @@ class Executor {
     kernel_ = kernel;
     body_ = body;
     arguments_ = arguments;
+    callers_ = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
     shared_bytes_ = config.dynamicSmemBytes;
+    begins_early_ = false;
+    for (unsigned i = 0; i < config.numAttrs; ++i) {
+      const cudaLaunchAttribute& attribute = config.attrs[i];
+      begins_early_ |= attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                       attribute.val.programmaticStreamSerializationAllowed != 0;
+    }
     gridDim = grid;
     blockDim = block;
     launch_epoch_ = epoch_ + 1;
@@ -301,7 +318,8 @@ class Executor {
   template <bool write>
   void access(const void* at, size_t bytes, const void* caller) {
     const auto address = reinterpret_cast<uintptr_t>(at);
-    if (!running() || address - reinterpret_cast<uintptr_t>(stacks_) < kMostThreads * kStack) {
+    const bool is_of_stacks = address - reinterpret_cast<uintptr_t>(stacks_) < kMostThreads * kStack;
+    if (!running() || is_of_stacks || address - callers_ < kCallers || is_special(address)) {
       return;
     }
     caller_ = caller;
@@ -354,6 +372,12 @@ class Executor {
     ++current().groups;
   }
 
+  void wait_for_last_launch() {
+    if (ptx_version_ >= cuda::kLeastThatWaits) {
+      current().begins_early = false;
+    }
+  }
+
   void wait_copies(int pending) {
     Thread& thread = current();
     std::erase_if(thread.copies, [&](const Copy& copy) {
@@ -395,6 +419,7 @@ class Executor {
     thread.stack_pointer = frame;
     thread.waits = false;
     thread.done = false;
+    thread.begins_early = begins_early_;
     thread.groups = 0;
     thread.copies.clear();
   }
@@ -531,6 +556,12 @@ class Executor {
     return "thread " + to_string(thread_);
   }
 
+  // threadIdx and its like, which on a GPU are no memory.
+  static bool is_special(uintptr_t address) {
+    const auto is_in = [&](const dim3& index) { return address - reinterpret_cast<uintptr_t>(&index) < sizeof(dim3); };
+    return is_in(threadIdx) || is_in(blockIdx) || is_in(blockDim) || is_in(gridDim);
+  }
+
   bool is_shared(const void* at) const {
     return static_cast<size_t>(static_cast<const char*>(at) - shared_ + kMargin) < 2 * kMargin + kMostShared - 16;
   }
@@ -552,6 +583,9 @@ class Executor {
   }
 
   void check_global(const void* at, size_t bytes) {
+    if (current().begins_early) {
+      fail(me() + " takes " + to_string(bytes) + " bytes at " + address_of(at) + " and has not waited for the last launch");
+    }
     if (reinterpret_cast<uintptr_t>(at) < kPage) {
       fail(me() + " takes " + to_string(bytes) + " bytes at a null pointer");
     }
@@ -656,7 +690,10 @@ class Executor {
   const void* kernel_ = nullptr;
   void (*body_)(const void*) = nullptr;
   const void* arguments_ = nullptr;
+  uintptr_t callers_ = 0;  // their stack frames begin here
   uint32_t launch_epoch_ = 0;
+  bool begins_early_ = false;
+  int ptx_version_ = cuda::kLeastThatWaits;
   uint32_t block_epoch_ = 0;
 
   // The block: `ready_` may run, the others wait or are done.
@@ -707,6 +744,14 @@ void wait_copies(int pending) {
   executor().wait_copies(pending);
 }
 
+void wait_for_last_launch() {
+  executor().wait_for_last_launch();
+}
+
+void compiled_to(int ptx_version) {
+  executor().compiled_to(ptx_version);
+}
+
 }  // namespace attn_ext::shim
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -723,6 +768,12 @@ cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   return attn_ext::shim::executor().allow_shared(kernel, value);
+}
+
+// What a driver makes of older PTX is code of the device all the same.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {90, attn_ext::shim::executor().ptx_version()};
+  return cudaSuccess;
 }
 
 namespace attn_ext::cuda {

@@ -7,6 +7,7 @@
 //   - shared memory is read that this block has not written, or touched outside the size that was asked for,
 //   - two threads touch the same memory, one of them writing, and no barrier stands between them,
 //   - a copy_async16 is touched before its wait_copies,
+//   - global memory is touched by a thread that may run beside the last launch and has not waited for it,
 //   - an address is not aligned as the GPU needs it, null, or (where ASan's runtime is loaded) nobody's.
 // Accesses through plain pointers are seen when the kernels are compiled with -fsanitize=thread: shim.cpp answers to its hooks, in
 // the place of ThreadSanitizer's runtime, which must not be linked. Without that flag, NaNs in shared memory have to speak.
@@ -39,7 +40,11 @@ using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+struct cudaFuncAttributes {
+  int binaryVersion;
+  int ptxVersion;
+};
+
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 
 struct cudaLaunchAttribute {
@@ -49,7 +54,7 @@ struct cudaLaunchAttribute {
   } val;
 };
 
-// A launch is over before the next one begins, whatever its attributes allow.
+// A launch is over before the next one begins; one that its attribute allows to begin earlier has to wait as if it did.
 struct cudaLaunchConfig_t {
   dim3 gridDim;
   dim3 blockDim;
@@ -64,11 +69,6 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 9;
-  return cudaSuccess;
-}
-
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
@@ -76,6 +76,7 @@ inline cudaError_t cudaGetLastError() {
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaFuncGetName(const char** name, const void* kernel);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 
 namespace attn_ext::shim {
 
@@ -85,6 +86,7 @@ enum class Meeting { Barrier, AnyInBlock, SyncWarp, ShuffleXor, ShuffleDown, Shu
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*thread)(const void*), const void* arguments);
 uint64_t meet(Meeting meeting, uint64_t mine, int argument, const std::source_location& where);
 void wait_copies(int pending);
+void wait_for_last_launch();
 
 template <class T>
 T shuffle(Meeting meeting, T mine, int argument, const std::source_location& where) {
@@ -98,6 +100,9 @@ T shuffle(Meeting meeting, T mine, int argument, const std::source_location& whe
 
 // The order of blocks and threads; the same seed is the same order.
 void seed(uint64_t value);
+
+// Kernels are as if compiled to this PTX, for a device of 9.0: before 90 they do not wait for the last launch.
+void compiled_to(int ptx_version);
 
 }  // namespace attn_ext::shim
 
@@ -190,7 +195,9 @@ void wait_copies() {
   shim::wait_copies(pending);
 }
 
-inline void wait_for_last_launch() {}
+inline void wait_for_last_launch() {
+  shim::wait_for_last_launch();
+}
 
 inline void let_next_launch_begin() {}
 
