@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.cases import DTYPES, LOSSES, METHODS, Case, Problem, assert_same, short
+from tests.cases import DTYPES, LOSSES, METHODS, Case, Problem, assert_accurate, assert_same, short
 
 # Which tensors have a row per source step.
 SOURCE_SIDE = ("memory", "keys", "values")
@@ -61,6 +61,20 @@ def test_nothing_behind_the_mask_is_seen(
     assert_same(results, problem.results())
     for name in source_side:
         assert (results[f"grad {name}"][hidden] == 0).all(), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("T", [5, 33, 70], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_a_key_that_every_query_masks_is_not_seen(dtype: torch.dtype, T: int, value: float, each_backend: str) -> None:
+    """By a mask [B, T, S], too. The gradients of its neighbour, with which it had shared a reciprocal, were NaN."""
+    problem = Case("additive", B=3, T=T, S=70, D=20, dtype=dtype, masking="pairs").problem()
+    problem.options["mask"][..., 8] = False
+    keys = problem.tensors["keys"].clone()
+    keys[:, 8] = value
+    hidden = problem.with_tensors(keys=keys)
+    assert all(result.isfinite().all() for result in hidden.results().values())
+    assert_accurate(hidden)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -26,8 +26,9 @@ constexpr bool kFactors = std::is_same_v<acc, float>;
 // exp(2x) = 2^(this x).
 constexpr float kTwoOverLn2 = 2.88539008f;
 
+// NaN is.
 __device__ __forceinline__ bool is_beyond(float x, float limit) {
-  return x > limit || x < -limit;
+  return !(x <= limit && x >= -limit);
 }
 
 // r of any q and k: where exp is inf, it is 0.

@@ -460,6 +460,10 @@ struct GradientTile {
         for (int n = 0; n < kAtOnce; n += 2) {
           acc h0, h1;
           centred_reciprocals<direct>(h0, h1, query[i], key[n], key[n + 1]);
+          if constexpr (direct) {  // a gradient of 0 passes nothing on, whatever the key that a mask hides
+            h0 = grad[n] != 0 ? h0 : acc(0);
+            h1 = grad[n + 1] != 0 ? h1 : acc(0);
+          }
           const acc y0 = acc(0.25) - h0 * h0, y1 = acc(0.25) - h1 * h1;
           grad_query[i] += grad[n] * y0;
           grad_query[i] += grad[n + 1] * y1;
