@@ -38,6 +38,15 @@ def test_many_queries(dtype: torch.dtype, T: int, S: int) -> None:
     assert_same(problem.results(), problem.results())
 
 
+@pytest.mark.parametrize("T", [1, 3, 40], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_no_features_of_rows_that_have_some(dtype: torch.dtype, T: int) -> None:
+    """Rows that could be read 16 bytes at a time, if there were any."""
+    problem = Case("additive", T=T, S=20, D=8, Dm=8, dtype=dtype).problem()
+    none = {name: problem.tensors[name][..., :0] for name in ("query", "keys", "v")}
+    assert_accurate(problem.with_tensors(**none))
+
+
 # Rows that one query's kernels hold in registers, and longer ones (of double, from 512 on; of others, 1024), and what
 # vectors can read and what they cannot.
 WIDE = [(1024, 1024), (512, 512), (256, 256), (128, 128), (64, 128), (16, 8), (8, 16), (8, 1024), (1024, 8), (520, 264)]

@@ -316,7 +316,9 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
     return;  // the whole block
   }
   const Brought<Tile, scalar> brought(problem, place, attended);
-  brought.start(0, query_by_vectors, keys_by_vectors);
+  if (problem.key_size > 0) {
+    brought.start(0, query_by_vectors, keys_by_vectors);
+  }
   // Three in turn: while some warps are behind with a chunk, others store the next, and the one after that is made ready.
   Features* features = reinterpret_cast<Features*>(shared_memory() + 2 * Tile::kBuffer + Tile::kBroughtSize);
   const auto v_of_lane = [&](int64_t first) {
