@@ -785,11 +785,11 @@ float without_subnormals(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 
-// `y` or a neighbour, always the same for one x.
+// `y` or a neighbour, always the same for one x; 0 has none, of which one would be -0.
 float nearly(float y, float x) {
   const uint32_t hash = bits_of(x) * 2654435769u >> 16;
   const float infinity = hash % 3 == 1 ? kInfinity<float> : -kInfinity<float>;
-  return hash % 3 == 0 || !std::isfinite(y) ? y : std::nextafter(y, infinity);
+  return hash % 3 == 0 || y == 0 || !std::isfinite(y) ? y : std::nextafter(y, infinity);
 }
 
 }  // namespace
