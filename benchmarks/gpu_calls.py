@@ -5,7 +5,8 @@ and names those whose results' bits are not always the same. For a tool that bre
 before it is made, and `--only` spares the others.
 
 `--without-products` is for initcheck, which does not see the bulk tensor stores that cuBLAS's products may end with,
-and takes what they wrote for uninitialised: the loops of general and concat, which project their queries, are left out.
+and takes what they wrote for uninitialised: the loops of general and concat, which project their queries, are left out,
+and so are scores in rows that such a store can write.
 """
 
 from __future__ import annotations
@@ -19,14 +20,33 @@ import torch
 from torch import Tensor
 
 import attn_ext
+from attn_ext import functional
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALL = ((3, 1, 70, 33), (2, 1, 600, 64), (2, 37, 65, 40), (1, 130, 33, 8))  # B, T, S, D
+# Rows of scores as the softmax has them: 16 or 32 elements a lane, four at once or each by itself, or a block's.
+ROWS = ((2, 3, 300, 8), (1, 2, 509, 8), (1, 2, 1000, 8), (1, 2, 999, 8), (1, 2, 1100, 8))
+WIDE_TILES = ((512, 17, 3, 8),)  # as many as additive scores' larger tiles wait for
 LARGE = ((64, 1, 512, 1024), (32, 128, 128, 512), (3, 200, 1100, 136))
 MASKINGS = ("none", "lengths", "rows", "pairs")
-OPS = ("dot", "additive")
+OPS = ("dot", "additive", "keyed_dot")
 KINDS = (*OPS, "loops")
 CALL = "call: "  # before a name, where they are told
+
+
+def keyed_dot(query: Tensor, keys: Tensor, values: Tensor, **options: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The op beneath general attention of more queries than steps."""
+    options = {"lengths": None, "mask": None, "need_weights": True} | options
+    return functional.attend(query, keys, None, values, scale=1.0, **options)
+
+
+def sizes_of(op: str, large: bool, products: bool) -> Sequence[tuple[int, int, int, int]]:
+    small = {
+        "dot": SMALL + (ROWS if products else ()),
+        "additive": SMALL + WIDE_TILES,
+        "keyed_dot": SMALL[2:],  # one query is as good as more
+    }
+    return small[op] + (LARGE if large else ())
 
 
 def of_an_op(
@@ -47,9 +67,11 @@ def of_an_op(
         options["mask"] = (torch.rand(size, generator=generator) < 0.7).to(device)
     if op == "dot":
         inputs = [normal(B, T, D) / D**0.5, normal(B, S, D)]
+    elif op == "keyed_dot":
+        inputs = [normal(B, T, D) / D**0.5, normal(B, S, D), normal(B, S, D)]
     else:
         inputs = [normal(B, T, D), normal(B, S, D), normal(D) / D**0.5, normal(B, S, D)]
-    attend = attn_ext.dot_attention if op == "dot" else attn_ext.additive_attention
+    attend = {"dot": attn_ext.dot_attention, "additive": attn_ext.additive_attention, "keyed_dot": keyed_dot}[op]
     gradients = [normal(B, T, D), normal(B, T, S)]
 
     def call() -> list[Tensor]:
@@ -83,10 +105,11 @@ def of_a_loop(method: str, dtype: torch.dtype, device: str) -> Callable[[], list
 def calls(
     device: str, large: bool = False, kinds: Sequence[str] = KINDS, products: bool = True
 ) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
-    """By name; without `products`, those alone whose inputs no matrix product made."""
+    """By name; without `products`, those alone that read what no matrix product may have stored in bulk."""
     ops = [op for op in OPS if op in kinds]
-    for (op, sizes), dtype in product(product(ops, SMALL + (LARGE if large else ())), DTYPES):
-        masking = MASKINGS[(SMALL + LARGE).index(sizes) % 4 - DTYPES.index(dtype)]
+    each = [(op, i, sizes) for op in ops for i, sizes in enumerate(sizes_of(op, large, products))]
+    for (op, i, sizes), dtype in product(each, DTYPES):
+        masking = MASKINGS[i % 4 - DTYPES.index(dtype)]
         name = f"{op} {sizes} {str(dtype).removeprefix('torch.')} masked by {masking}"
         yield name, of_an_op(op, sizes, dtype, masking, device)
     methods = () if "loops" not in kinds else ("dot", "general", "concat") if products else ("dot",)

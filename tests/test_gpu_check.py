@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -183,6 +184,7 @@ def test_a_changed_bit_is_found() -> None:
 
 @pytest.mark.fused
 def test_every_call_runs() -> None:
+    """70 small ones, which the tools of the GPU make in turn: they are to leave the time to the measurements."""
     names = set()
     for name, call in gpu_calls.calls("cpu", large=False):
         names.add(name)
@@ -195,7 +197,8 @@ def test_calls_of_one_kind() -> None:
     every = [name for name, _ in gpu_calls.calls("cpu")]
     assert every == [name for kind in gpu_calls.KINDS for name, _ in gpu_calls.calls("cpu", kinds=[kind])]
     without = {name for name, _ in gpu_calls.calls("cpu", products=False)}
-    assert {name.split(",")[0] for name in set(every) - without} == {"a loop of general", "a loop of concat"}
+    left_out = {f"dot {sizes}" for sizes in gpu_calls.ROWS} | {"a loop of general", "a loop of concat"}
+    assert {re.split(r",? b?float", name)[0] for name in set(every) - without} == left_out
 
 
 def test_what_tests_make_lies_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
