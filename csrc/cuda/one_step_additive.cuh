@@ -59,16 +59,8 @@ struct StepRows {
 
   // Elements from `at` < size on, and zeros behind them.
   __device__ __forceinline__ Vector16 load(int s, int64_t at) const {
-    const scalar* from = first + s * row + at * element;
-    if (by_vectors) {
-      return load16_streaming(from);
-    }
-    acc x[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      x[i] = at + i < size ? to_acc(from[i * element]) : acc(0);
-    }
-    return pack<scalar>(x);
+    const scalar* from = first + s * row;
+    return by_vectors ? load16_streaming(from + at) : load_piece(from, element, at, size, false);
   }
 };
 
@@ -85,16 +77,6 @@ __device__ __forceinline__ void store_piece(
     if (at + i < size) {
       row[at + i] = from_acc<scalar>(x[i]);
     }
-  }
-}
-
-// A piece of a row of any strides, and zeros behind it.
-template <class scalar>
-__device__ __forceinline__ void load_piece(
-    accumulated_t<scalar> (&to)[kLanes<scalar>], const scalar* row, int64_t element, int64_t at, int64_t size) {
-#pragma unroll
-  for (int i = 0; i < kLanes<scalar>; ++i) {
-    to[i] = at + i < size ? to_acc(row[(at + i) * element]) : accumulated_t<scalar>(0);
   }
 }
 
@@ -438,8 +420,8 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   for (int64_t round = 0; round < columns.pieces; round += columns.width) {
     const int64_t at = columns.at(round, each);
     acc query[each], v[each], to_query[each] = {}, to_v[each] = {};
-    load_piece(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, at, size);
-    load_piece(v, static_cast<const scalar*>(problem.v.data), problem.v.element, at, size);
+    unpack<scalar>(query, load_piece(row_of<scalar>(problem.query, place.b, 0), problem.query.element, at, size, false));
+    unpack<scalar>(v, load_piece(static_cast<const scalar*>(problem.v.data), problem.v.element, at, size, false));
     for (int s = columns.first(round, count); s < count; s += rows * columns.groups) {
       acc grad[rows];
       Vector16 piece[rows];

@@ -55,9 +55,7 @@ struct StepTeams : LanesOfRow<scalar_, pieces> {
       if (by_vectors) {
         copy_async16(to + i, row + i * kEach, row != nullptr && i * kEach < size);
       } else {
-        acc x[kEach];
-        load_piece(x, row, element, i * kEach, row == nullptr ? 0 : size);
-        store16(to + i, pack<scalar>(x));
+        store16(to + i, load_piece(row, element, i * kEach, row == nullptr ? 0 : size, false));
       }
     }
   }

@@ -34,13 +34,7 @@ struct Columns : LanesOfRow<scalar, pieces> {
 
   // Of a row of any strides, and zeros beyond it or where it is not `there`.
   __device__ __forceinline__ Vector16 gather(const scalar* row, int64_t element, int piece, bool there) const {
-    const int end = there ? size : 0;
-    acc x[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      x[i] = column(piece) + i < end ? to_acc(row[(column(piece) + i) * element]) : acc(0);
-    }
-    return pack<scalar>(x);
+    return load_piece(row, element, column(piece), there ? size : 0, false);
   }
 
   // A row as it is stored, and zeros beyond it or without one.

@@ -26,8 +26,9 @@ bool takes_vectors(const View& view, int64_t size) {
 }
 
 // 16 bytes of a row of `size` elements, from element `at` on, and zeros beyond it.
-template <class scalar>
-__device__ __forceinline__ Vector16 load_piece(const scalar* row, int64_t element, int64_t at, int64_t size, bool by_vectors) {
+template <class scalar, class Index>
+__device__ __forceinline__ Vector16
+load_piece(const scalar* row, int64_t element, Index at, std::type_identity_t<Index> size, bool by_vectors) {
   if (by_vectors) {
     return at < size ? load16(row + at) : Vector16{};
   }
