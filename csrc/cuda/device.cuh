@@ -201,6 +201,15 @@ __device__ __forceinline__ void let_next_launch_begin() {
 
 #endif  // __CUDACC__
 
+// a b + c in one rounding, whatever stands around it: for sums that are to agree in every bit.
+__device__ __forceinline__ float fused(float a, float b, float c) {
+  return fmaf(a, b, c);
+}
+
+__device__ __forceinline__ double fused(double a, double b, double c) {
+  return fma(a, b, c);
+}
+
 __device__ __forceinline__ float to_acc(float x) {
   return x;
 }

@@ -292,15 +292,6 @@ __device__ __forceinline__ void finish_split(
   }
 }
 
-// a b + c in one rounding, whatever stands around it: for sums that are to agree in every bit.
-__device__ __forceinline__ float fused(float a, float b, float c) {
-  return fmaf(a, b, c);
-}
-
-__device__ __forceinline__ double fused(double a, double b, double c) {
-  return fma(a, b, c);
-}
-
 // From the warps' results to the block's, in every thread; by way of shared memory [kStepWarps].
 template <class acc, class Combine>
 __device__ __forceinline__ acc combine_warps(acc of_warp, acc* of_warps, const Combine& combine) {

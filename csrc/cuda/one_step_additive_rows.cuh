@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
     teams.sum_in_team(score);
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      score[r] = stream.attends(r) ? -2 * static_cast<acc>(problem.scale) * score[r] : -kInfinity<acc>;
+      score[r] = stream.attends(r) ? product(-2 * static_cast<acc>(problem.scale), score[r]) : -kInfinity<acc>;
       mine.largest = score[r] > mine.largest ? score[r] : mine.largest;
       if (scores != nullptr && stream.attends(r) && teams.lane() == 0) {
         scores[stream.step(r)] = score[r];
@@ -406,7 +406,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
         weight[r] = 0;
       } else {
         weight[r] = has_weights ? static_cast<const acc*>(call.weights)[first + step[r]]
-                                : exponential(fused(-2 * scale, weight[r], acc(0)) - logsumexp);  // the forward's score
+                                : exponential(product(-2 * scale, weight[r]) - logsumexp);  // the forward's score
       }
       grad_score[r] = scale * (weight[r] * ((grad_score[r] - delta[0]) + from_weights[r]));
       if (step[r] >= all_steps) {

@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
     acc largest = mine.largest;
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      score[r] = memory.attends(r) ? scale * score[r] : -kInfinity<acc>;
+      score[r] = memory.attends(r) ? product(scale, score[r]) : -kInfinity<acc>;
       largest = score[r] > largest ? score[r] : largest;
       if (scores != nullptr && memory.attends(r) && columns.lane() == 0) {
         scores[memory.step(r)] = score[r];
@@ -419,7 +419,7 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
       acc weight = 0, grad_score = 0;
       if (memory.attends(r)) {
         weight = call.weights != nullptr ? static_cast<const acc*>(call.weights)[first + s]
-                                         : exponential(fused(scale, sums_of_rows[r], acc(0)) - of_block[0]);  // the forward's score
+                                         : exponential(product(scale, sums_of_rows[r]) - of_block[0]);  // the forward's score
         grad_score = sums_of_rows[rows + r] - of_block[2];
         if (grad_weights != nullptr) {
           grad_score += to_acc(grad_weights[s * call.grad_weights.element]) - of_block[1];
