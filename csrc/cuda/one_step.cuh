@@ -74,6 +74,12 @@ struct Place {
   }
 };
 
+// How many steps of the split come before the end of what is attended.
+__device__ __forceinline__ int steps_to_attend(const Place& place, const Attendable& may_attend) {
+  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
+  return end > place.begin ? static_cast<int>(end - place.begin) : 0;
+}
+
 template <class acc>
 struct Softmaxed {
   acc largest = -kInfinity<acc>;

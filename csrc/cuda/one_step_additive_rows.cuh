@@ -200,8 +200,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwa
   let_next_launch_begin();
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
-  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
-  const int size = teams.memory_size, steps = end > place.begin ? static_cast<int>(end - place.begin) : 0;
+  const int size = teams.memory_size, steps = steps_to_attend(place, may_attend);
   const int ahead = Teams::kStages * teams.stride();
   acc* scores = part_of<acc>(call.scores, place.b * problem.steps + place.begin);
   Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes]
@@ -286,9 +285,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
   const int64_t first = place.b * problem.steps + place.begin;
-  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
-  const int steps = end > place.begin ? static_cast<int>(end - place.begin) : 0;  // behind these nothing is attended
-  const int all_steps = static_cast<int>(place.end - place.begin);
+  const int steps = steps_to_attend(place, may_attend), all_steps = static_cast<int>(place.end - place.begin);
   const int key_size = teams.key_size, memory_size = teams.memory_size;
   const int ahead = Teams::kStages * teams.stride();
   const acc scale = static_cast<acc>(problem.scale);

@@ -108,12 +108,6 @@ struct Columns : LanesOfRow<scalar, pieces> {
   }
 };
 
-// Of the split, from its first, as far as lengths go.
-__device__ __forceinline__ int steps_to_attend(const Place& place, const Attendable& may_attend) {
-  const int64_t end = place.end < may_attend.end() ? place.end : may_attend.end();
-  return end > place.begin ? static_cast<int>(end - place.begin) : 0;
-}
-
 // The `count` first steps of a split, of which those before `end` may be attended: each team's next rows of memory are under way.
 template <class scalar, int pieces, int rows, int depth>
 class MemoryUnderWay {
