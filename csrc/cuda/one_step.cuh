@@ -344,9 +344,4 @@ __device__ __forceinline__ accumulated_t<scalar> delta_of_weights(
   return block_sum(sum, of_warps);
 }
 
-// one_step_merge.cu, behind the kernels that let it begin: what the splits left to the outputs, where there are several, and
-// grad_v from all blocks' shares.
-void merge_splits(const OneStep& call, Stream stream);
-void merge_splits(const OneStepBackward& call, Stream stream);
-
 }  // namespace attn_ext::cuda

@@ -5,6 +5,7 @@
 #include "dtypes.h"
 #include "launch.h"
 #include "one_step_additive_rows.cuh"
+#include "one_step_merge.h"
 
 #include <algorithm>
 

@@ -3,6 +3,7 @@
 
 #include "dtypes.h"
 #include "launch.h"
+#include "one_step_merge.h"
 
 #include <algorithm>
 

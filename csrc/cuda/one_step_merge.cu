@@ -1,4 +1,6 @@
 // Launches of the merges: how many blocks share one, and how many threads a column.
+#include "one_step_merge.h"
+
 #include "one_step_merge.cuh"
 
 #include "dtypes.h"
