@@ -68,11 +68,6 @@ __device__ __forceinline__ T shuffle_xor(T x, int lanes) {
 }
 
 template <class T>
-__device__ __forceinline__ T shuffle_down(T x, int lanes) {
-  return __shfl_down_sync(0xffffffffu, x, lanes);
-}
-
-template <class T>
 __device__ __forceinline__ T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }

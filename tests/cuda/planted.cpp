@@ -281,7 +281,6 @@ __global__ void exchange(int* out, bool) {
   const int i = threadIdx.x;
   const int results[] = {
       shuffle_xor(i, 5),
-      shuffle_down(i, 3),
       shuffle(i, 7),
       warp_sum(i),
       warp_max(-i),
@@ -289,8 +288,8 @@ __global__ void exchange(int* out, bool) {
       any_in_block(i == 40),
       any_in_block(i == kThreads),
   };
-  for (int j = 0; j < 8; ++j) {
-    out[8 * i + j] = results[j];
+  for (int j = 0; j < 7; ++j) {
+    out[7 * i + j] = results[j];
   }
 }
 
@@ -420,9 +419,9 @@ void print_order(uint64_t seed) {
 }
 
 void print_exchange() {
-  const Buffer out(8 * kThreads);
+  const Buffer out(7 * kThreads);
   launch(exchange, 1, kThreads, 0, nullptr, out.values, false);
-  for (int i = 0; i < 8 * kThreads; ++i) {
+  for (int i = 0; i < 7 * kThreads; ++i) {
     std::printf("%d ", out.values[i]);
   }
 }

@@ -147,7 +147,7 @@ struct Thread {
 };
 
 const char* name_of(Meeting meeting) {
-  constexpr const char* names[] = {"sync_threads", "any_in_block", "sync_warp", "shuffle_xor", "shuffle_down", "shuffle"};
+  constexpr const char* names[] = {"sync_threads", "any_in_block", "sync_warp", "shuffle_xor", "shuffle"};
   return names[static_cast<int>(meeting)];
 }
 
@@ -488,16 +488,11 @@ class Executor {
       size_t from = lane;
       if (one.meeting == Meeting::ShuffleXor) {
         from = lane ^ thread.argument;
-      } else if (one.meeting == Meeting::ShuffleDown) {
-        from = lane + thread.argument;
       } else if (one.meeting == Meeting::Shuffle) {
         from = thread.argument;
       }
       if (!takes_the_block(one.meeting) && from >= kWarp) {
-        if (one.meeting != Meeting::ShuffleDown) {
-          raise("thread " + to_string(i) + " asks for lane " + to_string(from) + " at " + file_and_line(thread.where));
-        }
-        from = lane;
+        raise("thread " + to_string(i) + " asks for lane " + to_string(from) + " at " + file_and_line(thread.where));
       }
       thread.result = takes_the_block(one.meeting) ? any : threads_[first + from].mine;
       thread.waits = false;

@@ -81,7 +81,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
 namespace attn_ext::shim {
 
 // Where threads wait for each other: the whole block, or the warp.
-enum class Meeting { Barrier, AnyInBlock, SyncWarp, ShuffleXor, ShuffleDown, Shuffle };
+enum class Meeting { Barrier, AnyInBlock, SyncWarp, ShuffleXor, Shuffle };
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*thread)(const void*), const void* arguments);
 uint64_t meet(Meeting meeting, uint64_t mine, int argument, const std::source_location& where);
@@ -137,11 +137,6 @@ inline void sync_warp(const Where& where = Where::current()) {
 template <class T>
 T shuffle_xor(T x, int lanes, const Where& where = Where::current()) {
   return shim::shuffle(shim::Meeting::ShuffleXor, x, lanes, where);
-}
-
-template <class T>
-T shuffle_down(T x, int lanes, const Where& where = Where::current()) {
-  return shim::shuffle(shim::Meeting::ShuffleDown, x, lanes, where);
 }
 
 template <class T>
