@@ -305,7 +305,7 @@ void differentiate_scores(const Call& call, const Tensor& grad_scores, Gradients
 // a and de, as products take them.
 struct Coefficients {
   Tensor weights, grad_scores;
-  Tensor both;  // of halves: [B, 2, T, S]
+  Tensor both;  // of halves: [B, 2, T, S]; of additive scores, whose kernel takes de as it is, the weights alone: [B, 1, T, S]
 };
 
 Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved& saved, const Gradients& gradients) {
@@ -333,7 +333,7 @@ Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved
   const bool takes_halves = call.is_of_halves() && call.is_dot();
   backward.grad_scores = takes_halves && !gradients.scores.defined() ? nullptr : of.grad_scores.mutable_data_ptr();
   if (call.is_of_halves() && (call.is_dot() || gradients.memory.defined())) {
-    of.both = call.empty({problem.batch, 2, problem.queries, problem.steps});
+    of.both = call.empty({problem.batch, call.is_dot() ? 2 : 1, problem.queries, problem.steps});
     backward.rounded = of.both.mutable_data_ptr();
   }
   softmax_backward(backward, call.stream());

@@ -37,7 +37,7 @@ struct SoftmaxBackward {
   View grad_weights;              // [B, T, S]; data may be null
   void* recomputed;               // [B, T, S] acc, may be scores; each output may be null: not wanted
   void* grad_scores;              // [B, T, S] acc, may be grad_from_context
-  void* rounded;                  // of halves only, [B, 2, T, S]: the weights, and the scores' gradients
+  void* rounded;                  // of halves only: the weights, [B, T, S]; of dot products [B, 2, T, S], the scores' gradients too
 };
 void softmax_backward(const SoftmaxBackward& call, Stream stream);
 

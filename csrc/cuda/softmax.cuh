@@ -245,11 +245,12 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
   // A weight of 0 passes nothing on, whatever came in.
   const auto grad_score = [&](acc weight, acc grad, acc delta) { return weight != 0 ? scale * (weight * (grad - delta)) : acc(0); };
   constexpr bool rounds = !std::is_same_v<scalar, acc>;
-  const int64_t rounded_first = (2 * b * problem.queries + t) * problem.steps;
+  const bool rounds_both = problem.method != Method::Additive;
+  const int64_t rounded_first = ((rounds_both ? 2 : 1) * b * problem.queries + t) * problem.steps;
   acc* recomputed = part_of<acc>(call.recomputed, first);
   acc* grad_scores = part_of<acc>(call.grad_scores, first);
   scalar* rounded = rounds ? part_of<scalar>(call.rounded, rounded_first) : nullptr;
-  scalar* rounded_grads = rounded == nullptr ? nullptr : rounded + problem.queries * problem.steps;
+  scalar* rounded_grads = rounded == nullptr || !rounds_both ? nullptr : rounded + problem.queries * problem.steps;
   acc delta = 0;
   if constexpr (held > 0) {
     const HeldRow<held, width> at(may_attend, problem.steps);
