@@ -35,9 +35,9 @@ void for_steps(int64_t steps, bool aligned, const Launch& launch_of) {
 
 template <int held>
 void launch_rows(auto kernel, int64_t rows, Stream stream, const auto&... arguments) {
-  constexpr int64_t rows_of_block = held > 0 ? kRowBlock / kWarp : 1;
+  using Team = RowTeam<held>;
   const size_t shared = held > 0 ? 0 : kRowBlock / kWarp * sizeof(double);
-  launch(kernel, dim3((rows + rows_of_block - 1) / rows_of_block), kRowBlock, shared, stream, arguments...);
+  launch(kernel, dim3((rows + Team::kRows - 1) / Team::kRows), Team::kBlock, shared, stream, arguments...);
 }
 
 }  // namespace

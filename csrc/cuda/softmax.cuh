@@ -14,7 +14,8 @@
 
 namespace attn_ext::cuda {
 
-constexpr int kRowBlock = 256;  // threads, whether its warps work on one row or each on its own
+constexpr int kRowBlock = 256;   // threads that work on one row
+constexpr int kHeldBlock = 128;  // threads whose warps work each on its own: of more, a multiprocessor's registers are left over
 
 // Elements of a row that a lane of its warp holds at most: pairs of double would take more registers than there are.
 template <class acc>
@@ -24,9 +25,11 @@ constexpr int kMostHeld = std::is_same_v<acc, double> ? 16 : 32;
 template <int held>
 struct RowTeam {
   static constexpr int kThreads = held > 0 ? kWarp : kRowBlock;
+  static constexpr int kBlock = held > 0 ? kHeldBlock : kRowBlock;
+  static constexpr int kRows = kBlock / kThreads;  // of a block
 
   static __device__ __forceinline__ int64_t row() {
-    return held > 0 ? static_cast<int64_t>(blockIdx.x) * (kRowBlock / kWarp) + threadIdx.x / kWarp : blockIdx.x;
+    return held > 0 ? static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads : blockIdx.x;
   }
 
   static __device__ __forceinline__ int rank() {
@@ -159,7 +162,7 @@ __device__ __forceinline__ void store_if_wanted(T* row, int64_t s, accumulated_t
 }
 
 template <class scalar, int held, int width>
-__global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call) {
+__global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_rows(const Softmax call) {
   using acc = accumulated_t<scalar>;
   using Team = RowTeam<held>;
   const Problem& problem = call.problem;
@@ -224,7 +227,7 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_rows(const Softmax call)
 }
 
 template <class scalar, int held, int width>
-__global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const SoftmaxBackward call) {
+__global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_rows(const SoftmaxBackward call) {
   using acc = accumulated_t<scalar>;
   using Team = RowTeam<held>;
   const Problem& problem = call.problem;
@@ -311,7 +314,7 @@ __global__ void __launch_bounds__(kRowBlock, 1) softmax_backward_rows(const Soft
 
 // A warp a row. `by_vectors`: of memory and of the copy.
 template <class scalar>
-__global__ void __launch_bounds__(kRowBlock, 1) copy_attended_rows(const AttendedRows call, bool by_vectors) {
+__global__ void __launch_bounds__(RowTeam<1>::kBlock, 1) copy_attended_rows(const AttendedRows call, bool by_vectors) {
   const Problem& problem = call.problem;
   const int64_t row = RowTeam<1>::row(), size = problem.memory_size;
   if (row >= problem.batch * problem.steps) {
