@@ -84,26 +84,23 @@ class Slabs {
 
   void sum(const void* slabs, Stream stream) const {
     if (are_needed()) {
-      const int groups = count_ < kManySlabs ? 1 : kManySlabs / 4;
-      const int width = kSlabThreads / groups;
-      const size_t shared = groups > 1 ? kSlabThreads * sizeof(acc) : 0;
+      const SlabBlocks blocks = slab_blocks(count_, size_);
       launch(
           sum_slabs<scalar>,
-          dim3(ceil_div(size_, width)),
+          dim3(blocks.count),
           kSlabThreads,
-          shared,
+          blocks.groups > 1 ? kSlabThreads * sizeof(acc) : 0,
           stream,
           static_cast<scalar*>(out_),
           static_cast<const acc*>(slabs),
           count_,
           size_,
-          groups);
+          blocks.groups);
     }
   }
 
  private:
   using acc = accumulated_t<scalar>;
-  static constexpr int kManySlabs = 32;
 
   bool are_needed() const {
     return out_ != nullptr && count_ != 1;

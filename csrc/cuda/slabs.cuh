@@ -14,6 +14,17 @@ struct SlabBlocks {
   int groups;
 };
 
+// Of so many slabs, so that each thread has few of them; a block's elements are a sector of memory's at least.
+inline SlabBlocks slab_blocks(int64_t slabs, int64_t size) {
+  constexpr int each = 16, most = 32;
+  int groups = 1;
+  while (groups < most && groups * each < slabs) {
+    groups *= 2;
+  }
+  const int width = kSlabThreads / groups;
+  return {static_cast<unsigned>((size + width - 1) / width), groups};
+}
+
 // A block's elements. Shared memory where there are several groups: [kSlabThreads] acc.
 template <class scalar>
 __device__ __forceinline__ void sum_slabs_by(
