@@ -56,17 +56,17 @@ AdditiveBackwardPlan plan_of(const Problem& problem) {
   AdditiveBackwardPlan plan{};
   plan.query_tiles = ceil_div(problem.queries, Tile::kQueries);
   plan.chunks = ceil_div(problem.key_size, kFeatures);
-  const int64_t blocks = std::max<int64_t>(problem.batch * plan.query_tiles * plan.chunks, 1);
-  const int64_t step_chunks = std::max<int64_t>(ceil_div(problem.steps, Tile::kSteps), 1);
+  const int64_t blocks = std::max<int64_t>(problem.batch * plan.query_tiles * plan.chunks, 1);  // of no features there are none
+  const int64_t step_chunks = ceil_div(problem.steps, Tile::kSteps);
   // A split of fewer chunks would not be worth its slab of the queries' gradient.
   constexpr int64_t least_chunks = 4;
   const int64_t splits = std::clamp<int64_t>(kEnoughBlocks / blocks, 1, ceil_div(step_chunks, least_chunks));
   plan.split_steps = ceil_div(step_chunks, splits) * Tile::kSteps;
-  plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_steps), 1);
+  plan.splits = ceil_div(problem.steps, plan.split_steps);
   return plan;
 }
 
-// Where several blocks add to one gradient (or none does: no queries make zeros).
+// Where several blocks add to one gradient.
 template <class scalar>
 class Slabs {
  public:
@@ -103,7 +103,7 @@ class Slabs {
   using acc = accumulated_t<scalar>;
 
   bool are_needed() const {
-    return out_ != nullptr && count_ != 1;
+    return out_ != nullptr && count_ > 1;
   }
 
   void* out_;

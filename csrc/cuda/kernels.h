@@ -98,7 +98,7 @@ struct OneStepBackward {
 void one_step_dot_backward(const OneStepBackward& call, Stream stream);
 void one_step_additive_backward(const OneStepBackward& call, Stream stream);
 
-// additive_many.cu
+// additive_many.cu: of some queries and some steps
 
 // scores = v . tanh(q + k), not yet scaled and, but for double, without sum(v): it is the same for all steps and cancels in the
 // softmax. From one_step_additive's scores, and from both log-sum-exps, it is missing too. Anything where a query may not attend:
