@@ -24,10 +24,18 @@ constexpr int kAdditiveThreads = 128;
 constexpr int kAdditiveWarps = kAdditiveThreads / kWarp;
 constexpr int kFeatures = kWarp;  // of a chunk
 
-// exp(2x), or x where it is to be taken directly.
-template <class acc>
-__device__ __forceinline__ acc factor_of(acc x, bool direct) {
-  return direct ? x : exponential(2 * x);
+// exp(2x), or x where it is to be taken directly. The approximate one is off by the rounding of its argument, 2^-18 at most: too
+// much for float's gradients, and nothing beside a half's own rounding.
+template <class scalar>
+__device__ __forceinline__ accumulated_t<scalar> factor_of(accumulated_t<scalar> x, bool direct) {
+  if (direct) {
+    return x;
+  }
+  if constexpr (sizeof(scalar) == 2) {
+    return exp2_approx(kTwoOverLn2 * x);
+  } else {
+    return exponential(2 * x);
+  }
 }
 
 // A pair's reciprocal takes 1/v1 in, v1 being the larger of its two v: with v1 no nearer to 0 than kLeastDivisor, which is nothing
@@ -452,7 +460,7 @@ struct GradientTile {
       acc key[kAtOnce], grad_key[kAtOnce] = {};
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
-        key[n] = factor_of(to_acc(keys[(s + n) * kFeatures + lane]), direct);
+        key[n] = factor_of<scalar>(to_acc(keys[(s + n) * kFeatures + lane]), direct);
       }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -686,7 +694,7 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4) additive_backward_tile(
     direct = any_in_block(is_wide);
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
-      query[i] = factor_of(query[i], direct);
+      query[i] = factor_of<scalar>(query[i], direct);
     }
   }
 
