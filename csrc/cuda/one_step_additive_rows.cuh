@@ -457,6 +457,7 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
   for (int s = s0 + teams.team(); s < all_steps; s += teams.teams()) {
     pass_nothing(s);
   }
+  wait_copies<0>();  // the last ones are zeros: nobody has waited for them
   if (call.grad_query == nullptr && call.grad_v == nullptr) {
     return;
   }
@@ -474,7 +475,6 @@ __global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackw
   }
   acc* queries = reinterpret_cast<acc*>(shared_memory());  // [warps][key_size]
   acc* vs = queries + kStepWarps * key_size;               // [warps][key_size]
-  wait_copies<0>();                                        // the last ones are zeros: nobody has waited for them
   sync_threads();                                          // the streams, in whose place the sums stand, and v have been read
   teams.share(queries, to_query, 1, key_size);
   teams.share(vs, to_v, -1, key_size);
