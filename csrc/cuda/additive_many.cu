@@ -51,65 +51,32 @@ void for_rows_of_gradient(int64_t queries, const Launch& launch_of) {
   launch_of(std::integral_constant<int, 8>());
 }
 
+// Tiles of queries whose gradients of keys wait in slabs at a time: more of them would add to the workspace, and have no blocks to
+// gain where these are enough.
+constexpr int64_t kTilesAtOnce = 8;
+
+// Of the first launch.
 template <class Tile>
 AdditiveBackwardPlan plan_of(const Problem& problem) {
   AdditiveBackwardPlan plan{};
-  plan.query_tiles = ceil_div(problem.queries, Tile::kQueries);
   plan.chunks = ceil_div(problem.key_size, kFeatures);
-  const int64_t blocks = std::max<int64_t>(problem.batch * plan.query_tiles * plan.chunks, 1);  // of no features there are none
+  const int64_t of_tile = std::max<int64_t>(problem.batch * plan.chunks, 1);  // blocks; of no features there are none
+  plan.query_tiles = std::min(ceil_div(problem.queries, Tile::kQueries), std::max(kTilesAtOnce, ceil_div(kEnoughBlocks, of_tile)));
   const int64_t step_chunks = ceil_div(problem.steps, Tile::kSteps);
   // A split of fewer chunks would not be worth its slab of the queries' gradient.
   constexpr int64_t least_chunks = 4;
-  const int64_t splits = std::clamp<int64_t>(kEnoughBlocks / blocks, 1, ceil_div(step_chunks, least_chunks));
+  const int64_t splits = std::clamp<int64_t>(kEnoughBlocks / (of_tile * plan.query_tiles), 1, ceil_div(step_chunks, least_chunks));
   plan.split_steps = ceil_div(step_chunks, splits) * Tile::kSteps;
   plan.splits = ceil_div(problem.steps, plan.split_steps);
   return plan;
 }
 
-// Where several blocks add to one gradient.
 template <class scalar>
-class Slabs {
- public:
-  Slabs(void* out, int64_t count, int64_t size) : out_(out), count_(count), size_(size) {}
-
-  // Its part of the workspace, from `used` on.
-  void* place(void* workspace, size_t& used) const {
-    if (!are_needed()) {
-      return nullptr;
-    }
-    char* at = static_cast<char*>(workspace) + used;
-    used += count_ * size_ * sizeof(acc);
-    return at;
-  }
-
-  void sum(const void* slabs, Stream stream) const {
-    if (are_needed()) {
-      const SlabBlocks blocks = slab_blocks(count_, size_);
-      launch(
-          sum_slabs<scalar>,
-          dim3(blocks.count),
-          kSlabThreads,
-          blocks.groups > 1 ? kSlabThreads * sizeof(acc) : 0,
-          stream,
-          static_cast<scalar*>(out_),
-          static_cast<const acc*>(slabs),
-          count_,
-          size_,
-          blocks.groups);
-    }
-  }
-
- private:
-  using acc = accumulated_t<scalar>;
-
-  bool are_needed() const {
-    return out_ != nullptr && count_ > 1;
-  }
-
-  void* out_;
-  int64_t count_;
-  int64_t size_;
-};
+void launch_sum(scalar* out, const accumulated_t<scalar>* slabs, int64_t count, int64_t size, Stream stream) {
+  const SlabBlocks blocks = slab_blocks(count, size);
+  const size_t shared = blocks.groups > 1 ? kSlabThreads * sizeof(accumulated_t<scalar>) : 0;
+  launch(sum_slabs<scalar>, dim3(blocks.count), kSlabThreads, shared, stream, out, slabs, count, size, blocks.groups);
+}
 
 // A call of one type and tile.
 template <class scalar, int rows>
@@ -118,12 +85,13 @@ class BackwardRun {
   explicit BackwardRun(const AdditiveBackward& call)
       : call_(call),
         plan_(plan_of<Tile>(call.problem)),
-        query_(call.grad_query, plan_.splits, call.problem.batch * call.problem.queries * call.problem.key_size),
-        keys_(call.grad_keys, plan_.query_tiles, call.problem.batch * call.problem.steps * call.problem.key_size),
-        v_(call.grad_v, call.problem.batch * plan_.query_tiles * plan_.splits, call.problem.key_size) {
-    plan_.query_slabs = query_.place(call.workspace, workspace_size_);
-    plan_.key_slabs = keys_.place(call.workspace, workspace_size_);
-    plan_.v_slabs = v_.place(call.workspace, workspace_size_);
+        tiles_(ceil_div(call.problem.queries, Tile::kQueries)),
+        query_size_(call.problem.batch * call.problem.queries * call.problem.key_size),
+        keys_size_(call.problem.batch * call.problem.steps * call.problem.key_size),
+        v_count_(call.problem.batch * tiles_ * plan_.splits) {
+    query_slabs_ = place(call.grad_query, plan_.splits, query_size_);
+    key_slabs_ = place(call.grad_keys, plan_.query_tiles + (is_one_launch() ? 0 : 1), keys_size_);
+    v_slabs_ = place(call.grad_v, v_count_, call.problem.key_size);
   }
 
   size_t workspace_size() const {
@@ -131,33 +99,75 @@ class BackwardRun {
   }
 
   void launch_all(Stream stream) const {
-    const dim3 grid(call_.problem.batch * plan_.query_tiles * plan_.splits * plan_.chunks);
+    for (int64_t first_tile = 0; first_tile < tiles_; first_tile += plan_.query_tiles) {
+      launch_tiles(first_tile, std::min(plan_.query_tiles, tiles_ - first_tile), stream);
+    }
+    if (query_slabs_ != nullptr) {
+      launch_sum(static_cast<scalar*>(call_.grad_query), query_slabs_, plan_.splits, query_size_, stream);
+    }
+    if (v_slabs_ != nullptr) {
+      launch_sum(static_cast<scalar*>(call_.grad_v), v_slabs_, v_count_, call_.problem.key_size, stream);
+    }
+  }
+
+ private:
+  using acc = accumulated_t<scalar>;
+  using Tile = GradientTile<scalar, rows>;
+
+  bool is_one_launch() const {
+    return plan_.query_tiles == tiles_;
+  }
+
+  // Slabs, where several blocks add to one gradient: their part of the workspace.
+  acc* place(const void* gradient, int64_t count, int64_t size) {
+    if (gradient == nullptr || count == 1) {
+      return nullptr;
+    }
+    char* at = static_cast<char*>(call_.workspace) + workspace_size_;
+    workspace_size_ += count * size * sizeof(acc);
+    return reinterpret_cast<acc*>(at);
+  }
+
+  // Of several launches each but the first finds the sum of those before it in the keys' first slab, and adds its own behind it.
+  void launch_tiles(int64_t first_tile, int64_t tiles, Stream stream) const {
+    const Problem& problem = call_.problem;
+    const bool is_first = first_tile == 0, is_last = first_tile + tiles == tiles_;
+    AdditiveBackwardPlan plan = plan_;
+    plan.first_tile = first_tile;
+    plan.query_tiles = tiles;
+    plan.query_slabs = query_slabs_;
+    plan.key_slabs = key_slabs_ == nullptr || is_first ? key_slabs_ : key_slabs_ + keys_size_;
+    plan.v_slabs = v_slabs_ == nullptr ? nullptr : v_slabs_ + problem.batch * first_tile * plan.splits * problem.key_size;
     const bool grads_by_vectors =
-        reinterpret_cast<uintptr_t>(call_.grad_scores) % 16 == 0 && call_.problem.steps % kLanes<accumulated_t<scalar>> == 0;
+        reinterpret_cast<uintptr_t>(call_.grad_scores) % 16 == 0 && problem.steps % kLanes<accumulated_t<scalar>> == 0;
     launch(
         additive_backward_tile<scalar, rows>,
-        grid,
+        dim3(problem.batch * tiles * plan.splits * plan.chunks),
         kAdditiveThreads,
         Tile::kShared + sizeof(GradientBlock<scalar, rows>),
         stream,
         call_,
-        plan_,
+        plan,
         grads_by_vectors,
-        takes_vectors<scalar>(call_.problem.keys, call_.problem.key_size));
-    query_.sum(plan_.query_slabs, stream);
-    keys_.sum(plan_.key_slabs, stream);
-    v_.sum(plan_.v_slabs, stream);
+        takes_vectors<scalar>(problem.keys, problem.key_size));
+    if (key_slabs_ == nullptr) {
+      return;
+    }
+    const int64_t count = tiles + (is_first ? 0 : 1);
+    if (is_last) {
+      launch_sum(static_cast<scalar*>(call_.grad_keys), key_slabs_, count, keys_size_, stream);
+    } else {
+      launch_sum<acc>(key_slabs_, key_slabs_, count, keys_size_, stream);
+    }
   }
-
- private:
-  using Tile = GradientTile<scalar, rows>;
 
   const AdditiveBackward& call_;
   AdditiveBackwardPlan plan_;
-  Slabs<scalar> query_;
-  Slabs<scalar> keys_;
-  Slabs<scalar> v_;
+  int64_t tiles_, query_size_, keys_size_, v_count_;
   size_t workspace_size_ = 0;
+  acc* query_slabs_;
+  acc* key_slabs_;
+  acc* v_slabs_;
 };
 
 // run_of(BackwardRun)

@@ -1,4 +1,5 @@
-// Additive scores of many queries, and their gradients (the equations are in additive.cuh). Nothing of size T S A is ever stored.
+// Additive scores of many queries, and their gradients (the equations are in additive.cuh). Nothing of size T S A is ever stored:
+// what the keys get of several tiles of queries waits in slabs of size S A, of no more tiles than one launch has.
 //
 // Forward: a block of 128 threads has a tile of up to 64 queries and 64 steps, and walks the features in chunks. A chunk's
 // exponentials are taken on its way into shared memory, feature by feature, 1 for 32 products; a thread holds the sums of up to 8
@@ -401,8 +402,10 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
   }
 }
 
-// How the backward divides its work; blocks are numbered batch element, tile of queries, split of the steps, chunk of features.
+// How a launch of the backward divides its work; blocks are numbered batch element, tile of queries, split of the steps, chunk of
+// features.
 struct AdditiveBackwardPlan {
+  int64_t first_tile;  // of the queries
   int64_t query_tiles;
   int64_t splits;
   int64_t split_steps;  // whole chunks of steps
@@ -542,7 +545,8 @@ class GradientBlock {
     const int64_t size = problem.key_size, steps = problem.steps;
     group = blockIdx.x / plan.chunks;
     split = group % plan.splits;
-    query_tile = group / plan.splits % plan.query_tiles;
+    const int64_t tile = group / plan.splits % plan.query_tiles;
+    query_tile = plan.first_tile + tile;
     b = group / plan.splits / plan.query_tiles;
     first_feature = blockIdx.x % plan.chunks * kFeatures;
     first_step = static_cast<int>(split * plan.split_steps);
@@ -554,8 +558,7 @@ class GradientBlock {
     grads_ = static_cast<const acc*>(call.grad_scores) + (b * problem.queries + query_tile * Tile::kQueries) * steps;
     keys_ = row_of<scalar>(problem.keys, b, 0) + first_feature * problem.keys.element;
     const int64_t out = b * steps * size + first_feature;
-    key_slab_ =
-        plan.key_slabs == nullptr ? nullptr : static_cast<acc*>(plan.key_slabs) + query_tile * problem.batch * steps * size + out;
+    key_slab_ = plan.key_slabs == nullptr ? nullptr : static_cast<acc*>(plan.key_slabs) + tile * problem.batch * steps * size + out;
     grad_keys_ = call.grad_keys == nullptr ? nullptr : static_cast<scalar*>(call.grad_keys) + out;
   }
 

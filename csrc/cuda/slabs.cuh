@@ -1,4 +1,4 @@
-// out = sum over n of slabs[n], always in the same order. Bound by reading the slabs.
+// out = sum over n of slabs[n], always in the same order; out may be slabs[0]. Bound by reading the slabs.
 #pragma once
 
 #include "device.cuh"
