@@ -93,6 +93,12 @@ def test_no_launch_begins_early_that_would_not_wait(planted: Path, ptx: int) -> 
     assert output(planted, "behind", str(ptx)).decode().splitlines() == ["right"] * 5
 
 
+@pytest.mark.parametrize(("kilobytes", "blocks"), [(32, 1), (64, 1), (100, 3), (164, 4), (228, 6)])
+def test_blocks_have_shared_memory_and_the_systems_share(planted: Path, kilobytes: int, blocks: int) -> None:
+    """A plan by registers alone had four at a time, where 7.5 has room for one, and 8.6, 8.9 and 12.0 for three."""
+    assert int(output(planted, "room", str(kilobytes))) == blocks
+
+
 def test_a_seed_is_an_order_of_blocks_and_threads(planted: Path) -> None:
     orders = [[int(number) for number in output(planted, "order", seed).split()] for seed in ("1", "1", "2")]
     assert orders[0] == orders[1] != orders[2]

@@ -60,7 +60,7 @@ struct Splits {
 
 // one_step_dot.cu, one_step_additive.cu
 
-// Blocks that a multiprocessor has room for at a time.
+// Blocks that the current device's multiprocessors have room for at a time, by registers and shared memory.
 int64_t one_step_dot_blocks(const Problem& problem, bool backward);
 int64_t one_step_additive_blocks(const Problem& problem, bool backward);
 

@@ -3,7 +3,9 @@
 
 #include "device.cuh"
 
+#include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -22,6 +24,17 @@ inline void check(cudaError_t error, const void* kernel) {
 
 // What a kernel may take of shared memory without asking.
 constexpr size_t kUnaskedSharedMemory = 48 * 1024;
+
+// Blocks whose shared memory the current device's multiprocessors have room for at a time, with the 1 KB of each that is the
+// system's.
+inline int64_t blocks_by_shared_memory(size_t bytes) {
+  int device = 0, of_multiprocessor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) != cudaSuccess) {
+    return std::numeric_limits<int64_t>::max();
+  }
+  return std::max<int64_t>(static_cast<int64_t>(of_multiprocessor) / static_cast<int64_t>(bytes + 1024), 1);
+}
 
 // Whether a kernel may begin while the launch before it still runs: whether the current device's code of it waits. The PTX that it
 // was compiled to decides, not the device, nor the machine code, which a driver may have made of older PTX.

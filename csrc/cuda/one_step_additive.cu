@@ -63,15 +63,19 @@ size_t streamed_size(const Teams& teams, int64_t rows) {
 
 int64_t one_step_additive_blocks(const Problem& problem, bool backward) {
   int64_t blocks = kStepBlocks;
+  size_t shared = 0;
   for_dtype(problem.dtype, [&]<class scalar>(scalar) {
     if (is_streamed<scalar>(problem)) {
-      for_teams<scalar>(problem, View{}, [&]<int pieces>(const StepTeams<scalar, pieces>&) {
+      for_teams<scalar>(problem, View{}, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
         using Teams = StepTeams<scalar, pieces>;
         blocks = backward ? Teams::kBackwardBlocks : Teams::kForwardBlocks;
+        shared = streamed_size(teams, backward ? 3 : 2);
       });
+    } else {
+      shared = AdditiveStepShared<accumulated_t<scalar>>::size({1, std::min(problem.steps, kMostSplitSteps), nullptr}, backward);
     }
   });
-  return blocks;
+  return std::min(blocks, blocks_by_shared_memory(shared));
 }
 
 void one_step_additive(const OneStep& call, Stream stream) {

@@ -27,13 +27,21 @@ void for_columns(const Problem& problem, bool query_by_vectors, const Launch& la
   });
 }
 
+// Bytes of a block.
+template <class scalar, int pieces, int rows, int depth>
+constexpr size_t shared_size(bool backward) {
+  const size_t query = backward && kSharesQuery<scalar, pieces> ? pieces * kWarp * sizeof(Vector16) : 0;
+  return kOfWarps * sizeof(accumulated_t<scalar>) + kStepShared<scalar, pieces, rows, depth> + query;
+}
+
 }  // namespace
 
-int64_t one_step_dot_blocks(const Problem& problem, bool) {
+int64_t one_step_dot_blocks(const Problem& problem, bool backward) {
   int64_t blocks = 0;
   for_dtype(problem.dtype, [&]<class scalar>(scalar) {
     for_columns<scalar>(problem, false, [&]<int pieces, int rows, int depth>(const Columns<scalar, pieces>&) {
-      blocks = kDotBlocks<scalar, pieces>;
+      blocks = std::min<int64_t>(
+          kDotBlocks<scalar, pieces>, blocks_by_shared_memory(shared_size<scalar, pieces, rows, depth>(backward)));
     });
   });
   return blocks;
@@ -48,7 +56,7 @@ void one_step_dot(const OneStep& call, Stream stream) {
     const bool query_by_vectors = takes_vectors<scalar>(problem.query, problem.memory_size);
     for_columns<scalar>(problem, query_by_vectors, [&]<int pieces, int rows, int depth>(const Columns<scalar, pieces>& columns) {
       const dim3 grid(problem.batch * splits.count);
-      const size_t shared = kOfWarps * sizeof(acc) + kStepShared<scalar, pieces, rows, depth>;
+      constexpr size_t shared = shared_size<scalar, pieces, rows, depth>(false);
       launch(attend_one_step<scalar, pieces, rows, depth>, grid, kStepBlock, shared, stream, call, columns, scale);
     });
   });
@@ -66,8 +74,7 @@ void one_step_dot_backward(const OneStepBackward& call, Stream stream) {
                             reinterpret_cast<uintptr_t>(call.context) % sizeof(Vector16) == 0;
     for_columns<scalar>(problem, by_vectors, [&]<int pieces, int rows, int depth>(const Columns<scalar, pieces>& columns) {
       const dim3 grid(problem.batch * splits.count);
-      constexpr size_t query = kSharesQuery<scalar, pieces> ? pieces * kWarp * sizeof(Vector16) : 0;
-      const size_t shared = kOfWarps * sizeof(acc) + kStepShared<scalar, pieces, rows, depth> + query;
+      constexpr size_t shared = shared_size<scalar, pieces, rows, depth>(true);
       launch(differentiate_one_step<scalar, pieces, rows, depth>, grid, kStepBlock, shared, stream, call, columns, scale);
     });
   });

@@ -2,6 +2,7 @@
 //   planted list                  names the kernels
 //   planted KERNEL right|wrong    prints what is wrong, or "right", for each of some orders of blocks and threads
 //   planted behind PTX            the same of a launch behind another, of kernels compiled to that PTX
+//   planted room KB               blocks of 32 KB and a little for which a multiprocessor of so much shared memory has room
 //   planted order SEED            prints the order in which threads came by
 //   planted exchange              prints what each thread got from the others
 //   planted approximations        writes floats with exp2_approx and reciprocal_approx of them
@@ -472,6 +473,9 @@ int main(int count, char** arguments) {
   } else if (what == "behind") {
     attn_ext::shim::compiled_to(std::atoi(arguments[2]));
     run(behind, false);
+  } else if (what == "room") {
+    attn_ext::shim::shared_memory_of_multiprocessor(std::atoi(arguments[2]) * 1024);
+    std::printf("%d", static_cast<int>(blocks_by_shared_memory(32 * 1024 + 32)));
   } else if (what == "order") {
     print_order(std::atoi(arguments[2]));
   } else {

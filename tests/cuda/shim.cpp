@@ -224,6 +224,14 @@ class Executor {
     ptx_version_ = ptx_version;
   }
 
+  void shared_memory_of_multiprocessor(int bytes) {
+    multiprocessors_shared_ = bytes;
+  }
+
+  int shared_memory_of_multiprocessor() const {
+    return multiprocessors_shared_;
+  }
+
   int ptx_version() const {
     return ptx_version_;
   }
@@ -688,6 +696,7 @@ class Executor {
   uintptr_t callers_ = 0;  // their stack frames begin here
   uint32_t launch_epoch_ = 0;
   bool begins_early_ = false;
+  int multiprocessors_shared_ = 228 * 1024;
   int ptx_version_ = cuda::kLeastThatWaits;
   uint32_t block_epoch_ = 0;
 
@@ -747,6 +756,10 @@ void compiled_to(int ptx_version) {
   executor().compiled_to(ptx_version);
 }
 
+void shared_memory_of_multiprocessor(int bytes) {
+  executor().shared_memory_of_multiprocessor(bytes);
+}
+
 }  // namespace attn_ext::shim
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -763,6 +776,11 @@ cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   return attn_ext::shim::executor().allow_shared(kernel, value);
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = attn_ext::shim::executor().shared_memory_of_multiprocessor();
+  return cudaSuccess;
 }
 
 // What a driver makes of older PTX is code of the device all the same.

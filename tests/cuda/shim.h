@@ -40,6 +40,8 @@ using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+
 struct cudaFuncAttributes {
   int binaryVersion;
   int ptxVersion;
@@ -68,6 +70,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
@@ -103,6 +107,9 @@ void seed(uint64_t value);
 
 // Kernels are as if compiled to this PTX, for a device of 9.0: before 90 they do not wait for the last launch.
 void compiled_to(int ptx_version);
+
+// What a multiprocessor is said to have of shared memory; the most there is on a GPU, unless it is told.
+void shared_memory_of_multiprocessor(int bytes);
 
 }  // namespace attn_ext::shim
 
