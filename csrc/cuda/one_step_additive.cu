@@ -4,7 +4,7 @@
 
 #include "dtypes.h"
 #include "launch.h"
-#include "one_step_additive_rows.cuh"
+#include "one_step_additive_streamed.cuh"
 #include "one_step_merge.h"
 
 #include <algorithm>
@@ -35,11 +35,11 @@ bool is_streamed(const Problem& problem) {
 
 // launch_of(teams): how the longer of a step's rows is held.
 template <class scalar, class Launch>
-void for_teams(const Problem& problem, const View& grad_context, const Launch& launch_of) {
+void for_streamed_teams(const Problem& problem, const View& grad_context, const Launch& launch_of) {
   const int64_t longer = std::max(problem.key_size, problem.memory_size);
   for_lanes_of_row<scalar>(longer, [&]<int pieces>(std::integral_constant<int, pieces>, int log_lanes) {
     launch_of(
-        StepTeams<scalar, pieces>{
+        StreamedTeams<scalar, pieces>{
             {log_lanes},
             static_cast<int>(problem.key_size),
             static_cast<int>(problem.memory_size),
@@ -66,8 +66,8 @@ int64_t one_step_additive_blocks(const Problem& problem, bool backward) {
   size_t shared = 0;
   for_dtype(problem.dtype, [&]<class scalar>(scalar) {
     if (is_streamed<scalar>(problem)) {
-      for_teams<scalar>(problem, View{}, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
-        using Teams = StepTeams<scalar, pieces>;
+      for_streamed_teams<scalar>(problem, View{}, [&]<int pieces>(const StreamedTeams<scalar, pieces>& teams) {
+        using Teams = StreamedTeams<scalar, pieces>;
         blocks = backward ? Teams::kBackwardBlocks : Teams::kForwardBlocks;
         shared = streamed_size(teams, backward ? 3 : 2);
       });
@@ -84,10 +84,10 @@ void one_step_additive(const OneStep& call, Stream stream) {
     if (!is_streamed<scalar>(problem)) {
       return launch_one_step<scalar>(attend_one_step_additive<scalar>, call, false, stream);
     }
-    for_teams<scalar>(problem, View{}, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
+    for_streamed_teams<scalar>(problem, View{}, [&]<int pieces>(const StreamedTeams<scalar, pieces>& teams) {
       const dim3 grid(problem.batch * call.splits.count);
       const size_t shared = streamed_size(teams, 2);
-      launch(attend_one_step_additive_rows<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
+      launch(attend_one_step_additive_streamed<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
     });
   });
   merge_splits(call, stream);
@@ -99,10 +99,10 @@ void one_step_additive_backward(const OneStepBackward& call, Stream stream) {
     if (!is_streamed<scalar>(problem)) {
       return launch_one_step<scalar>(differentiate_one_step_additive<scalar>, call, true, stream);
     }
-    for_teams<scalar>(problem, call.grad_context, [&]<int pieces>(const StepTeams<scalar, pieces>& teams) {
+    for_streamed_teams<scalar>(problem, call.grad_context, [&]<int pieces>(const StreamedTeams<scalar, pieces>& teams) {
       const dim3 grid(problem.batch * call.splits.count);
       const size_t shared = streamed_size(teams, 3);
-      launch(differentiate_one_step_additive_rows<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
+      launch(differentiate_one_step_additive_streamed<scalar, pieces>, grid, kStepBlock, shared, stream, call, teams);
     });
   });
   merge_splits(call, stream);

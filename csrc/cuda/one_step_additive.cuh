@@ -1,6 +1,6 @@
 // One query a batch element with additive scores (the equations are in additive.cuh), of any rows: those longer than a warp's
-// registers hold, or not to be read 16 bytes at a time, come here; one_step_additive_rows.cuh has the others. Keys and memory are
-// each read once, and the keys once more by a backward that was left no weights.
+// registers hold, or not to be read 16 bytes at a time, come here; one_step_additive_streamed.cuh has the others. Keys and memory
+// are each read once, and the keys once more by a backward that was left no weights.
 //
 //   forward    e_s = scale v . tanh(q + k_s), p_s = exp(e_s - max);  c = sum_s p_s m_s / sum_s p_s
 //   backward   delta = g . c + sum_s a_s gw_s;  de_s = scale a_s (g . m_s + gw_s - delta);  dm_s = a_s g, and dq, dk, dv from de

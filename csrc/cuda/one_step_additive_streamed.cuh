@@ -16,7 +16,7 @@ constexpr int kAheadPieces = 8;
 
 // A step's two rows, and a lane's columns of either.
 template <class scalar_, int pieces>
-struct StepTeams : LanesOfRow<scalar_, pieces> {
+struct StreamedTeams : LanesOfRow<scalar_, pieces> {
   using scalar = scalar_;
   using Lanes = LanesOfRow<scalar, pieces>;
   using Lanes::kEach;
@@ -190,10 +190,10 @@ __device__ __forceinline__ void streamed_scores(
 }
 
 template <class scalar, int pieces>
-__global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kForwardBlocks))
-    attend_one_step_additive_rows(const OneStep call, const StepTeams<scalar, pieces> teams) {
+__global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kForwardBlocks))
+    attend_one_step_additive_streamed(const OneStep call, const StreamedTeams<scalar, pieces> teams) {
   using acc = accumulated_t<scalar>;
-  using Teams = StepTeams<scalar, pieces>;
+  using Teams = StreamedTeams<scalar, pieces>;
   using Stream = StepStream<Teams>;
   constexpr int rows = Teams::kRows, each = Teams::kEach;
   const Problem& problem = call.problem;
@@ -274,10 +274,10 @@ __device__ __forceinline__ double doubled_centred(double term) {
 }
 
 template <class scalar, int pieces>
-__global__ void __launch_bounds__(kStepBlock, (StepTeams<scalar, pieces>::kBackwardBlocks))
-    differentiate_one_step_additive_rows(const OneStepBackward call, const StepTeams<scalar, pieces> teams) {
+__global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kBackwardBlocks))
+    differentiate_one_step_additive_streamed(const OneStepBackward call, const StreamedTeams<scalar, pieces> teams) {
   using acc = accumulated_t<scalar>;
-  using Teams = StepTeams<scalar, pieces>;
+  using Teams = StreamedTeams<scalar, pieces>;
   using Stream = StepStream<Teams>;
   constexpr int rows = Teams::kRows, each = Teams::kEach;
   const Problem& problem = call.problem;
