@@ -273,6 +273,108 @@ __device__ __forceinline__ double doubled_centred(double term) {
   return 2 * term;
 }
 
+// dm = a g of a step, to its row from the lane's first column on.
+template <class scalar, int pieces>
+__device__ __forceinline__ void store_memory_gradient(
+    const StreamedTeams<scalar, pieces>& teams, scalar* to, accumulated_t<scalar> weight, const Vector16* grad) {
+  constexpr int each = kLanes<scalar>;
+#pragma unroll
+  for (int p = 0; p < pieces; ++p) {
+    if (teams.has(p, teams.memory_size)) {
+      accumulated_t<scalar> g[each];
+      teams.load(g, grad, p);
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        g[i] *= weight;
+      }
+      const Vector16 out = pack<scalar>(g);
+      if (teams.column(p) < teams.memory_size) {
+        store16_streaming(to + p * kWarp * each, out);
+      }
+    }
+  }
+}
+
+// A step's dk, to its row where that is wanted, and its share of dq, not yet times v, and of -dv; from de and 2h.
+template <class scalar, int pieces>
+__device__ __forceinline__ void add_key_gradient(
+    const StreamedTeams<scalar, pieces>& teams,
+    scalar* to,
+    bool is_wanted,
+    accumulated_t<scalar> grad_score,
+    const accumulated_t<scalar> (&doubled)[pieces][kLanes<scalar>],
+    const Vector16* v,
+    accumulated_t<scalar> (&to_query)[pieces][kLanes<scalar>],
+    accumulated_t<scalar> (&to_v)[pieces][kLanes<scalar>]) {
+  using acc = accumulated_t<scalar>;
+  constexpr int each = kLanes<scalar>;
+#pragma unroll
+  for (int p = 0; p < pieces; ++p) {
+    if (teams.has(p, teams.key_size)) {
+      acc out[each];
+      teams.load(out, v, p);
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        const acc h2 = doubled[p][i], for_v = grad_score * h2, y4 = fused(-for_v, h2, grad_score);
+        to_query[p][i] += y4;
+        to_v[p][i] += for_v;
+        out[i] *= y4;
+      }
+      if (is_wanted && teams.column(p) < teams.key_size) {
+        store16_streaming(to + p * kWarp * each, pack<scalar>(out));
+      }
+    }
+  }
+}
+
+// The split's dq and dv from its teams' shares; of one split dq is the output.
+template <class scalar, int pieces>
+__device__ __forceinline__ void finish_gradients(
+    const OneStepBackward& call,
+    const Place& place,
+    const StreamedTeams<scalar, pieces>& teams,
+    const Vector16* v,
+    accumulated_t<scalar> (&to_query)[pieces][kLanes<scalar>],
+    const accumulated_t<scalar> (&to_v)[pieces][kLanes<scalar>]) {
+  using acc = accumulated_t<scalar>;
+  constexpr int each = kLanes<scalar>;
+  const int key_size = teams.key_size;
+#pragma unroll
+  for (int p = 0; p < pieces; ++p) {
+    if (teams.column(p) < key_size) {
+      acc x[each];
+      teams.load(x, v, p);
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        to_query[p][i] *= x[i];
+      }
+    }
+  }
+  acc* queries = reinterpret_cast<acc*>(shared_memory());  // [warps][key_size]
+  acc* vs = queries + kStepWarps * key_size;               // [warps][key_size]
+  sync_threads();                                          // the streams, in whose place the sums stand, and v have been read
+  teams.share(queries, to_query, 1, key_size);
+  teams.share(vs, to_v, -1, key_size);
+  sync_threads();  // every warp's is there
+  const int64_t count = call.splits.count;
+  acc* of_splits = part_of<acc>(call.splits.partials, place.b * count * key_size);  // [count][key_size]
+  acc* grad_v = part_of<acc>(call.partial_grad_v, (place.b * count + place.split) * key_size);
+  scalar* grad_query = part_of<scalar>(call.grad_query, place.b * key_size);
+  for (int a = threadIdx.x; a < key_size; a += kStepBlock) {
+    if (grad_query != nullptr) {
+      const acc sum = shared_column(queries, key_size, a);
+      if (count == 1) {
+        grad_query[a] = from_acc<scalar>(sum);
+      } else {
+        of_splits[place.split * key_size + a] = sum;
+      }
+    }
+    if (grad_v != nullptr) {
+      grad_v[a] = shared_column(vs, key_size, a);
+    }
+  }
+}
+
 template <class scalar, int pieces>
 __global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kBackwardBlocks))
     differentiate_one_step_additive_streamed(const OneStepBackward call, const StreamedTeams<scalar, pieces> teams) {
@@ -417,41 +519,10 @@ __global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kB
         static_cast<acc*>(call.grad_scores)[first + step[r]] = grad_score[r];
       }
       if (call.grad_memory != nullptr) {
-        scalar* to = grad_row(call.grad_memory, step[r], memory_size);
-#pragma unroll
-        for (int p = 0; p < pieces; ++p) {
-          if (teams.has(p, memory_size)) {
-            acc g[each];
-            teams.load(g, grad, p);
-#pragma unroll
-            for (int i = 0; i < each; ++i) {
-              g[i] *= weight[r];
-            }
-            const Vector16 out = pack<scalar>(g);
-            if (teams.column(p) < memory_size) {
-              store16_streaming(to + p * kWarp * each, out);
-            }
-          }
-        }
+        store_memory_gradient(teams, grad_row(call.grad_memory, step[r], memory_size), weight[r], grad);
       }
       scalar* to = grad_row(call.grad_keys, step[r], key_size);
-#pragma unroll
-      for (int p = 0; p < pieces; ++p) {
-        if (teams.has(p, key_size)) {
-          acc out[each];
-          teams.load(out, v, p);
-#pragma unroll
-          for (int i = 0; i < each; ++i) {
-            const acc h2 = doubled[r][p][i], for_v = grad_score[r] * h2, y4 = fused(-for_v, h2, grad_score[r]);
-            to_query[p][i] += y4;
-            to_v[p][i] += for_v;
-            out[i] *= y4;
-          }
-          if (call.grad_keys != nullptr && teams.column(p) < key_size) {
-            store16_streaming(to + p * kWarp * each, pack<scalar>(out));
-          }
-        }
-      }
+      add_key_gradient(teams, to, call.grad_keys != nullptr, grad_score[r], doubled[r], v, to_query, to_v);
     }
   }
   for (int s = s0 + teams.team(); s < all_steps; s += teams.teams()) {
@@ -462,40 +533,7 @@ __global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kB
     return;
   }
 
-#pragma unroll
-  for (int p = 0; p < pieces; ++p) {
-    if (teams.column(p) < key_size) {
-      acc x[each];
-      teams.load(x, v, p);
-#pragma unroll
-      for (int i = 0; i < each; ++i) {
-        to_query[p][i] *= x[i];
-      }
-    }
-  }
-  acc* queries = reinterpret_cast<acc*>(shared_memory());  // [warps][key_size]
-  acc* vs = queries + kStepWarps * key_size;               // [warps][key_size]
-  sync_threads();                                          // the streams, in whose place the sums stand, and v have been read
-  teams.share(queries, to_query, 1, key_size);
-  teams.share(vs, to_v, -1, key_size);
-  sync_threads();  // every warp's is there
-  const int64_t count = call.splits.count;
-  acc* of_splits = part_of<acc>(call.splits.partials, place.b * count * key_size);  // [count][key_size]
-  acc* grad_v = part_of<acc>(call.partial_grad_v, (place.b * count + place.split) * key_size);
-  scalar* grad_query = part_of<scalar>(call.grad_query, place.b * key_size);
-  for (int a = threadIdx.x; a < key_size; a += kStepBlock) {
-    if (grad_query != nullptr) {
-      const acc sum = shared_column(queries, key_size, a);
-      if (count == 1) {
-        grad_query[a] = from_acc<scalar>(sum);
-      } else {
-        of_splits[place.split * key_size + a] = sum;
-      }
-    }
-    if (grad_v != nullptr) {
-      grad_v[a] = shared_column(vs, key_size, a);
-    }
-  }
+  finish_gradients(call, place, teams, v, to_query, to_v);
 }
 
 }  // namespace attn_ext::cuda
