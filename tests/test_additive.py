@@ -38,7 +38,9 @@ def test_many_queries(dtype: torch.dtype, T: int, S: int) -> None:
     assert_same(problem.results(), problem.results())
 
 
-@pytest.mark.parametrize(("dtype", "B", "T", "D"), [(torch.bfloat16, 64, 1032, 5), (torch.float64, 22, 530, 65)])
+@pytest.mark.parametrize(
+    ("dtype", "B", "T", "D"), [(torch.bfloat16, 64, 1032, 5), (torch.float64, 22, 530, 65)], ids=["bfloat16", "float64"]
+)
 def test_more_queries_than_tiles_of_one_launch(dtype: torch.dtype, B: int, T: int, D: int) -> None:
     """Of eight tiles of 128 queries, 32 of double, the keys' gradient waits in the workspace at a time."""
     assert_accurate(Case("additive", B=B, T=T, S=3, D=D, Dm=2, dtype=dtype, masking="lengths").problem())
