@@ -182,6 +182,31 @@ def test_transforms_that_are_not_there_say_so() -> None:
         context(torch.autograd.forward_ad.make_dual(query, query))
 
 
+@pytest.mark.fused
+@pytest.mark.parametrize("name", ["query", "memory", "weight", "v"])
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
+def test_forward_mode_through_a_memory_says_so(method: str, name: str) -> None:
+    """Whatever has the tangent: below autograd it would be left out."""
+    tensors = Case(method).problem().tensors
+    if name not in tensors:
+        pytest.skip(f"{method} has no {name}")
+
+    def context(value: Tensor) -> Tensor:
+        memory = attn_ext.AttentionMemory(method=method, **{n: t for n, t in given(value).items() if n != "query"})
+        return memory.attend(given(value)["query"])[0]
+
+    def given(value: Tensor) -> dict[str, Tensor]:
+        return tensors | {name: value}
+
+    value = tensors[name]
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(context, (value,), (value,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        context(torch.autograd.forward_ad.make_dual(value, value))
+    with attn_ext.use_backend("reference"):
+        torch.func.jvp(context, (value,), (value,))
+
+
 def test_transforms_in_the_reference() -> None:
     """Where they are: forward and reverse mode agree, and a batch of calls is the calls."""
     problem = Case("dot", dtype=torch.float64).problem()
