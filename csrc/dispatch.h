@@ -1,8 +1,9 @@
-// The ops by name, from wherever they are called in C++.
+// The ops by name, from wherever they are called in C++, and what a call within one of them stands beneath.
 #pragma once
 
 #include "attention.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <tuple>
@@ -19,6 +20,12 @@ inline OptionalTensor if_defined(const Tensor& tensor) {
 inline Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor.value_or(Tensor());
 }
+
+// Beneath autograd, and beneath autocast, which has had its say when the arguments were made: for what has products in it.
+class BelowAutograd {
+  at::AutoDispatchBelowADInplaceOrView below_autograd_;
+  c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
+};
 
 // Of two tensors, query and memory, is dot; of three, query, keys and values, keyed dot; of four, query, keys, v
 // and values, additive. Each has a backward op, of the same name and "_backward".

@@ -11,7 +11,6 @@
 #include "dispatch.h"
 
 #include <ATen/Functions.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -95,12 +94,6 @@ class Ledger : public torch::CustomClassHolder {
  private:
   std::mutex mutex_;
   std::unordered_map<int, std::weak_ptr<std::vector<Step>>> passes_;
-};
-
-// Beneath autograd, and beneath autocast, which has had its say when the arguments were made: a step has products in it.
-class BelowAutograd {
-  at::AutoDispatchBelowADInplaceOrView below_autograd_;
-  c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
 };
 
 constexpr char kLedger[] = "ledger";

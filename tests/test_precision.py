@@ -123,10 +123,11 @@ def test_dot_rows_with_much_in_common(T: int, S: int, need_weights: bool) -> Non
 
     truth = grad_query(torch.float64, "reference")
     error, own_error = (
-        (grad_query(torch.float32, backend) - truth).abs().max() / truth.abs().max()
-        for backend in ("auto", "reference")
+        (grad_query(torch.float32, b) - truth).abs().max() / truth.abs().max() for b in ("auto", "reference")
     )
-    assert error <= 2 * own_error
+    # Weights that are recomputed are as far off as their log-sum-exp, the size of the scores, is rounded.
+    rounding = 0 if need_weights else torch.finfo(torch.float32).eps * (query * memory[:, :1]).sum(-1).max()
+    assert error <= 2 * own_error + rounding
 
 
 @pytest.mark.parametrize("T", [1, 50], ids="T={}".format)

@@ -4,6 +4,9 @@
 //   backward   delta = g . c + sum_s a_s gw_s;  de_s = scale a_s (g . m_s + gw_s - delta);  dq = sum_s de_s m_s;
 //              dm_s = a_s g + de_s q
 //
+// sum_s de_s is 0 but for how delta is rounded; what is left of it, times the context, is taken off dq, where what the rows have in
+// common would multiply it.
+//
 // A team of lanes, up to a warp, takes `rows` rows of memory at a time, of which each lane has its columns, and has those columns
 // of all sums in its registers. The team's next rows are under way to shared memory meanwhile, so loads never pause, and no barrier
 // stands before the teams' results are merged. What all rows meet, q and g, is kept as it is stored: of halves that is half the
@@ -379,7 +382,7 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
   const scalar* grad_weights = call.grad_weights.data == nullptr
                                    ? nullptr
                                    : row_of<scalar>(call.grad_weights, place.b, 0) + place.begin * call.grad_weights.element;
-  acc grad_query[pieces][each];
+  acc grad_query[pieces][each], excess = 0;
   Columns<scalar, pieces>::clear(grad_query);
   for (; memory.has_rows(); memory.advance()) {
     memory.wait();
@@ -419,6 +422,7 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
           grad_score += to_acc(grad_weights[s * call.grad_weights.element]) - of_block[1];
         }
         grad_score = scale * (weight * grad_score);
+        excess += grad_score;
       }
       const bool is_there = s < count;
       scalar* grad_row =
@@ -452,14 +456,16 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
     return;
   }
 
-  sync_threads();  // every warp's rows have been read
+  excess = block_sum(columns.lane() == 0 ? excess : acc(0), of_warps);  // and every warp's rows have been read
   columns.share(sums, grad_query, 1, columns.width());
   sync_threads();  // every warp's sums are there
   const int64_t splits = call.splits.count, size = columns.size;
   scalar* to = static_cast<scalar*>(call.grad_query) + place.b * size;
   acc* partials = static_cast<acc*>(call.splits.partials) + (place.b * splits + place.split) * size;
+  const acc* context = has_grad ? static_cast<const acc*>(call.context) + place.b * size : nullptr;
   for (int d = threadIdx.x; d < columns.size; d += kStepBlock) {
-    const acc sum = shared_column(sums, columns.width(), d);
+    acc sum = shared_column(sums, columns.width(), d);
+    sum -= context == nullptr ? acc(0) : excess * context[d];
     if (splits == 1) {
       to[d] = from_acc<scalar>(sum);
     } else {

@@ -161,6 +161,12 @@ __device__ __forceinline__ void store_if_wanted(T* row, int64_t s, accumulated_t
   }
 }
 
+// Of weights, which are all 0 where there is nothing to attend.
+template <class acc>
+__device__ __forceinline__ acc inverse_of_sum(acc total) {
+  return total == 0 ? 0 : 1 / total;
+}
+
 template <class scalar, int held, int width>
 __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_rows(const Softmax call) {
   using acc = accumulated_t<scalar>;
@@ -196,7 +202,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_rows(const S
       total += x[i];
     }
     total = Team::sum(total);
-    const acc factor = total == 0 ? 0 : 1 / total;
+    const acc factor = inverse_of_sum(total);
 #pragma unroll
     for (int i = 0; i < held; ++i) {
       x[i] *= factor;
@@ -214,7 +220,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_rows(const S
       total += exponential_of_negative(score(s) - shift);
     }
     total = Team::sum(total);
-    const acc factor = total == 0 ? 0 : 1 / total;
+    const acc factor = inverse_of_sum(total);
     for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
       const acc weight = exponential_of_negative(score(s) - shift) * factor;
       store_if_wanted(weights, s, weight);
@@ -241,7 +247,8 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
   const bool recomputes = call.weights == nullptr;
   const acc* weights = static_cast<const acc*>(recomputes ? call.scores : call.weights) + first;
   const acc logsumexp = recomputes ? static_cast<const acc*>(call.logsumexp)[row] : 0;
-  // The forward's score to the bit: where all the weight is on one step, it is 1.
+  // The forward's score to the bit: where all the weight is on one step, it is 1. The sum of the weights is as far from 1 as their
+  // log-sum-exp is rounded, which grows with it: they are divided by it.
   const auto recomputed_weight = [&](acc score) { return exponential_of_negative(product(scale, score) - logsumexp); };
   const acc* from_context = call.grad_from_context == nullptr ? nullptr : static_cast<const acc*>(call.grad_from_context) + first;
   const scalar* grad_weights = call.grad_weights.data == nullptr ? nullptr : row_of<scalar>(call.grad_weights, b, t);
@@ -273,6 +280,18 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
     }
     at.clear_unattended(weight, acc(0));
     at.clear_unattended(grad, acc(0));
+    if (recomputes) {
+      acc total = 0;
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        total += weight[i];
+      }
+      const acc factor = inverse_of_sum(Team::sum(total));
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        weight[i] *= factor;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < held; ++i) {
       delta += weight[i] * grad[i];
@@ -287,9 +306,17 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
     at.store(grad_scores, grad);
     at.store(rounded_grads, grad);
   } else {
+    acc factor = 1;
     const auto weight_of = [&](int64_t s) {
-      return !may_attend(s) ? acc(0) : recomputes ? recomputed_weight(weights[s]) : weights[s];
+      return !may_attend(s) ? acc(0) : recomputes ? factor * recomputed_weight(weights[s]) : weights[s];
     };
+    if (recomputes) {
+      acc total = 0;
+      for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
+        total += weight_of(s);
+      }
+      factor = inverse_of_sum(Team::sum(total));
+    }
     const auto grad_of = [&](int64_t s) {
       acc grad = 0;
       if (may_attend(s)) {
