@@ -1,7 +1,7 @@
 // The kernels' compilations, and which of them this processor runs.
 #pragma once
 
-#include "kernels/problem.h"
+#include "kernels/call.h"
 
 namespace attn_ext::cpu {
 

@@ -1,7 +1,7 @@
 // How a call's work is divided among the threads. Free of torch headers.
 #pragma once
 
-#include "kernels/problem.h"
+#include "kernels/call.h"
 
 #include <algorithm>
 

@@ -1,7 +1,7 @@
 // What programs that run the CPU kernels without PyTorch around them give them: tensors, scratch, and an op on its inputs.
 #pragma once
 
-#include "../../csrc/cpu/kernels/problem.h"
+#include "../../csrc/cpu/kernels/call.h"
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>

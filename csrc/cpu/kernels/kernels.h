@@ -1,7 +1,7 @@
 // What a kernel file exports: its functions by dtype.
 #pragma once
 
-#include "attention.h"
+#include "many_queries.h"
 #include "one_query.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "factors.h"
-#include "problem.h"
+#include "call.h"
 #include "vec.h"
 
 #include <numeric>

@@ -1,7 +1,7 @@
 // Vectors of the accumulation type, and the way between them and tensors of any dtype. Compiled once per instruction set.
 #pragma once
 
-#include "problem.h"
+#include "call.h"
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>

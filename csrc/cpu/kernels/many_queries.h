@@ -13,7 +13,7 @@
 #pragma once
 
 #include "cache.h"
-#include "problem.h"
+#include "call.h"
 #include "products.h"
 #include "rows.h"
 #include "softmax.h"
