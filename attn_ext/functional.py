@@ -295,8 +295,7 @@ def _has_its_parameters(method: str, weight: Tensor | None, v: Tensor | None, bi
 
 def goes_unchecked(query: Tensor, *others: Tensor | None) -> bool:
     """Whether the ops may see a call as it is: nothing is traced, overridden or cast, and they are the backend."""
-    # Products make a sparse query dense, which the ops would refuse.
-    if is_compiling() or has_torch_function((query, *others)) or query.layout is not torch.strided:
+    if is_compiling() or has_torch_function((query, *others)):
         return False
     # A device writes its type's name anew at each look, which takes as long as all of these conditions.
     device_type = "cpu" if query.is_cpu else query.device.type
@@ -397,6 +396,8 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor, lengths: Tenso
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, but of float32 on a processor without products of `features`' type: there PyTorch's own are slower."""
     dtype = features.dtype
+    if features.layout is not torch.strided:  # the product would be dense, which the ops take
+        raise TypeError("features must be a dense (strided) tensor")
     if is_slow(features) and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
         return F.linear(features.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
     return F.linear(features, weight, bias)

@@ -169,8 +169,12 @@ class LuongAttention(nn.Module):
         arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")
 
     def _parameters_of_method(self) -> dict[str, Tensor | None]:
-        weight, bias = (None, None) if self.Wa is None else (self.Wa.weight, self.Wa.bias)
-        return {"weight": weight, "v": self.Va, "bias": bias}
+        # Each look at a parameter, or for one, takes as long as a dozen other steps of a small call.
+        if self.Wa is None:
+            return {}
+        if self.method == "general":
+            return {"weight": self.Wa.weight}
+        return {"weight": self.Wa.weight, "v": self.Va, "bias": self.Wa.bias}
 
     def extra_repr(self) -> str:
         sizes = f"{self.method!r}, hidden_size={self.hidden_size}, memory_size={self.memory_size}"

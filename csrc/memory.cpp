@@ -258,6 +258,8 @@ struct Arguments {
   bool need_weights;
 
   Tensor project(const Tensor& query) const {
+    // The product of a sparse one would be dense, which the op takes.
+    TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
     return query_weight ? attn_ext::project(query, *query_weight) : query;
   }
 
