@@ -379,8 +379,8 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor, lengths: Tenso
 
     On a GPU, whose products cost little beside a tensor more to read and to write, it is not known to.
     """
-    # An exported program is for all sizes.
-    if not query.is_cpu or query.dim() != 3 or memory.dim() != 3 or is_exporting():
+    # A single query never is the dearer side. An exported program is for all sizes.
+    if query.dim() != 3 or is_exporting() or query.size(1) == 1 or memory.dim() != 3 or not query.is_cpu:
         return False
     B, T, Dq = query.shape
     _, S, Dm = memory.shape

@@ -1,8 +1,9 @@
-"""How exact the additive op is: `python -m benchmarks.accuracy`.
+"""How exact the ops are: `python -m benchmarks.accuracy`.
 
-Errors against the reference in float64, next to those of the reference in float32, which takes PyTorch's tanh of every
-(query, step, feature). Scores are compared as the log of the weights, the gradients as they are; every error is divided
-by the largest magnitude of its tensor, scores' by 1: an error of e in a score changes a weight by a factor of exp(e).
+Errors against the reference in float64, next to those of the reference in float32, whose additive scores take PyTorch's
+tanh of every (query, step, feature). Scores are compared as the log of the weights, the gradients as they are; every
+error is divided by the largest magnitude of its tensor, scores' by 1: an error of e in a score changes a weight by a
+factor of exp(e).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import attn_ext
 from attn_ext import reference
 
 B, T, S, A = 2, 24, 50, 512
-TENSORS = ("scores", "context", "query", "keys", "v", "values")
+ADDITIVE = ("scores", "context", "query", "keys", "v", "values")
+DOT = ("scores", "context", "query", "memory")
 
 
-def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
+def additive_cases() -> Iterator[tuple[str, Tensor, Tensor]]:
     """Names, queries [B, T, A] and keys [B, S, A]."""
     torch.manual_seed(0)
     query, keys = torch.randn(B, T, A), torch.randn(B, S, A)
@@ -34,6 +36,17 @@ def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "one feature of one row at 10000", outlier, keys
 
 
+def dot_cases() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Names, queries [B, T, A] and memories [B, S, A], of one tile of source steps and of several."""
+    torch.manual_seed(0)
+    for steps in (S, 6 * S):
+        yield f"normal, S={steps}", A**-0.5 * torch.randn(B, T, A), torch.randn(B, steps, A)
+        # Integers, whose scores are exact: the sum of the scores' gradients, which is 0, is all that can go wrong.
+        query = torch.randint(-2, 3, (B, 1, A)).float().expand(B, T, A)
+        memory = torch.where(torch.rand(B, steps, A) < 4 / A, 0.0, query[:, :1].sign())
+        yield f"rows alike but in 4 of {A} features, S={steps}", query, memory
+
+
 def results(op: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *inputs: Tensor) -> list[Tensor]:
     """In float64: the log of the weights, the context, and the gradients of the inputs."""
     inputs = tuple(tensor.to(dtype).requires_grad_() for tensor in inputs)
@@ -43,25 +56,34 @@ def results(op: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *input
     return [tensor.detach().double() for tensor in (weights.double().log(), context, *grads)]
 
 
-def errors(actual: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
-    """The largest error of each tensor."""
-    by_name = {}
-    for name, result, truth in zip(TENSORS, actual, exact, strict=True):
-        size = 1.0 if name == "scores" else truth.abs().max().item()
-        by_name[name] = (result - truth).abs().max().item() / size
-    return by_name
+def print_rows(
+    name: str, tensors: tuple[str, ...], ops: dict[str, Callable[..., tuple[Tensor, Tensor]]], *inputs: Tensor
+) -> None:
+    """The largest error of each tensor, a row for each op; the last is the one whose float64 is the truth."""
+    exact = results(list(ops.values())[-1], torch.float64, *inputs)
+    for label, op in ops.items():
+        cells = [f"| {name} | {label}"]
+        for tensor, result, truth in zip(tensors, results(op, torch.float32, *inputs), exact, strict=True):
+            size = 1.0 if tensor == "scores" else truth.abs().max().item()
+            cells.append(f"{(result - truth).abs().max().item() / size:.1e}")
+        print(" | ".join(cells) + " |")
+
+
+def print_head(op: str, tensors: tuple[str, ...]) -> None:
+    print(f"\n{op}\n\n| inputs | implementation | {' | '.join(tensors)} |\n|---|---|{'---|' * len(tensors)}")
 
 
 def main() -> None:
-    print(f"B={B} T={T} S={S} A={A}, {torch.ops.attn_ext.cpu_capability()} kernels, PyTorch {torch.__version__}\n")
-    print(f"| inputs | implementation | {' | '.join(TENSORS)} |\n|---|---|{'---|' * len(TENSORS)}")
-    for name, query, keys in cases():
+    print(f"B={B} T={T} S={S} A={A}, {torch.ops.attn_ext.cpu_capability()} kernels, PyTorch {torch.__version__}")
+    print_head("additive", ADDITIVE)
+    for name, query, keys in additive_cases():
         # Weights neither so small that float32 has no logarithm of them nor so even that they hide the scores.
         v, values = torch.randn(A) * A**-0.5, torch.randn(B, S, A)
-        exact = results(reference.additive_attention, torch.float64, query, keys, v, values)
-        for label, op in (("fused", attn_ext.additive_attention), ("tanh", reference.additive_attention)):
-            row = errors(results(op, torch.float32, query, keys, v, values), exact)
-            print(f"| {name} | {label} | {' | '.join(f'{row[tensor]:.1e}' for tensor in TENSORS)} |")
+        ops = {"fused": attn_ext.additive_attention, "tanh": reference.additive_attention}
+        print_rows(name, ADDITIVE, ops, query, keys, v, values)
+    print_head("dot", DOT)
+    for name, query, memory in dot_cases():
+        print_rows(name, DOT, {"fused": attn_ext.dot_attention, "reference": reference.dot_attention}, query, memory)
 
 
 if __name__ == "__main__":
