@@ -80,8 +80,8 @@ inline Plan backward_plan(const Problem& problem, int64_t threads) {
 inline Plan forward_plan(const Problem& problem, int64_t threads) {
   const int64_t row = problem.memory_size * width_of(problem.dtype);
   const bool is_copied = problem.method != Method::Additive && !problem.is_one_query() && problem.steps <= kFewSteps;
-  // Halves are rounded when they are written.
-  if (!is_copied || width_of(problem.dtype) < 4 || problem.batch * problem.queries * row < kLarge) {
+  // The queries are about as large as the context. Halves are rounded when they are written.
+  if (!is_copied || width_of(problem.dtype) < 4 || 2 * problem.batch * problem.queries * row < kLarge) {
     return plan_of(problem, kChunk, threads);
   }
   Plan plan = plan_of(problem, std::clamp<int64_t>(kFewBytes / row, 1, kChunk), threads);
