@@ -90,7 +90,6 @@ def test_retained_graph(method: str) -> None:
 
 
 @pytest.mark.fused
-@pytest.mark.fused
 @pytest.mark.parametrize("T", [1, 20, 70], ids="T={}".format)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_that_nobody_asked_for_are_not_kept(method: str, T: int) -> None:
@@ -109,6 +108,7 @@ def test_weights_that_nobody_asked_for_are_not_kept(method: str, T: int) -> None
     assert not any(300 in shape and shape[-1] != 4 for shape in kept[False])
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("method", METHODS)
 def test_input_changed_before_backward(method: str) -> None:
     """The backward pass reads its inputs again: one that changed in place is an error, not a wrong gradient."""
