@@ -18,8 +18,8 @@
 // even two could leave the type's range, E = exp(2 (q + k)) is taken directly, which is exact for any input. A single query takes
 // it so too: for it the exponentials are as many either way, and the keys are read where they stand. A decoder's steps share their
 // keys: their exponentials come prepared.
-#include "many_queries.h"
 #include "kernels.h"
+#include "many_queries.h"
 #include "one_query.h"
 
 #include <optional>

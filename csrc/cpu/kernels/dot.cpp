@@ -1,8 +1,8 @@
 // Dot scores, e_ts = scale q_t . k_s. Without keys the memory is its own, k = m, and a tile of it serves everything.
 //
 // Backward: dq_t = sum_s de_ts k_s;  dk_s = sum_t de_ts q_t, which is part of dm_s where k = m.
-#include "many_queries.h"
 #include "kernels.h"
+#include "many_queries.h"
 #include "one_query.h"
 
 #include <optional>

@@ -1,8 +1,8 @@
 // Rows of tensors as the products take them: by address, in the accumulation type.
 #pragma once
 
-#include "factors.h"
 #include "call.h"
+#include "factors.h"
 #include "vec.h"
 
 #include <numeric>
