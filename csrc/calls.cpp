@@ -2,6 +2,7 @@
 // For attn_ext/functional.py and memory.py, where nothing is traced; beneath are the same ops by way of the same dispatcher.
 #include "dispatch.h"
 
+#include <ATen/ops/linear.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -30,6 +31,20 @@ struct Call<name, std::index_sequence<i...>> {
     return attended(std::move(context), std::move(weights), need_weights);
   }
 };
+
+// Dot attention of queries that `weight` projects.
+Attended general_attention(
+    const Tensor& query,
+    const Tensor& weight,
+    const Tensor& memory,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights) {
+  // The product of a sparse one would be dense, which the op takes.
+  TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
+  return Call<kDot, std::make_index_sequence<2>>::run(at::linear(query, weight), memory, lengths, mask, scale, need_weights);
+}
 
 Attended memory_attention(
     const Tensor& query,
@@ -66,6 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("dot_attention", torch::wrap_pybind_function_no_gil(Call<kDot, std::make_index_sequence<2>>::run));
   m.def("keyed_dot_attention", torch::wrap_pybind_function_no_gil(Call<kKeyedDot, std::make_index_sequence<3>>::run));
   m.def("additive_attention", torch::wrap_pybind_function_no_gil(Call<kAdditive, std::make_index_sequence<4>>::run));
+  m.def("general_attention", torch::wrap_pybind_function_no_gil(general_attention));
   m.def("memory_attention", torch::wrap_pybind_function_no_gil(memory_attention));
 }
 
