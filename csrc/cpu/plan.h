@@ -21,6 +21,9 @@ constexpr int64_t kQueriesGrain = 8 * kGrain;
 constexpr int64_t kFarMemory = int64_t{1} << 19;
 constexpr int64_t kLarge = int64_t{1} << 24;
 
+// Bytes of a group of one query's rows.
+constexpr int64_t kGroupBytes = 1 << 17;
+
 // Source steps whose context costs more to write than to sum, and how much of it is kept in cache until it is written.
 constexpr int64_t kFewSteps = 8;
 constexpr int64_t kFewBytes = int64_t{1} << 15;
@@ -47,12 +50,26 @@ inline int64_t tile_of(const Problem& problem, int64_t chunk) {
   return std::clamp<int64_t>(size / row / 32 * 32, 32, kShortTile);
 }
 
+// Rows that stay near while they serve one query. What a group's softmax takes by itself, a chain of sums and exponentials, is
+// small beside them.
+inline int64_t group_of(const Problem& problem) {
+  const int64_t keys = problem.method == Method::Dot ? 0 : problem.key_size;
+  const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
+  const int64_t most = std::clamp<int64_t>(kGroupBytes / row / 4 * 4, 4, kGroupRows);
+  // As even as can be: while a short one is worked on, no more rows than it has are fetched.
+  if (problem.steps <= most) {
+    return most;
+  }
+  return ceil_div(ceil_div(problem.steps, ceil_div(problem.steps, most)), 4) * 4;
+}
+
 // Items of `chunk` queries. With fewer of them than threads, the source is split, and where that has too few tiles the queries are
 // divided further, as far as a part is worth a thread.
 inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads) {
   Plan plan{};
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
   plan.tile = tile_of(problem, plan.chunk);
+  plan.group = problem.is_one_query() ? group_of(problem) : 0;
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
   const int64_t row = problem.memory_size + (problem.method == Method::Dot ? 0 : problem.key_size);
   const int64_t bytes = problem.batch * problem.steps * row * width_of(problem.dtype);

@@ -195,6 +195,7 @@ Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   Plan plan{};
   plan.tile = 32 * random.upto(1, (p.method == Method::Additive ? kShortTile : kTile) / 32);
+  plan.group = 4 * random.of({random.upto(1, 4), random.upto(1, kGroupRows / 4)});
   plan.chunk = std::clamp<int64_t>(random.of({most_queries, random.upto(1, 24)}), 1, std::min(most_queries, p.queries));
   plan.chunks = std::max<int64_t>(ceil_div(p.queries, plan.chunk), 1);
   const int64_t tiles = std::max<int64_t>(ceil_div(p.steps, plan.tile), 1);

@@ -673,8 +673,8 @@ class OneQueryAdditive {
         is_prepared_(problem.prepared_keys.data != nullptr),
         query_rows_(arena, problem.dtype, problem.query, 1, size_),
         query_exponentials_(is_prepared_ ? arena.take<acc>(shared_size_) : nullptr),
-        keys_(arena, problem.dtype, problem.keys, problem, plan, size_, true),
-        prepared_keys_(arena, kAccumulated<acc>, problem.prepared_keys, problem, plan, prepared_size(size_)),
+        keys_(arena, problem.dtype, problem.keys, plan, size_, true),
+        prepared_keys_(arena, kAccumulated<acc>, problem.prepared_keys, plan, prepared_size(size_)),
         v_(arena.take<acc>(shared_size_)),
         grad_v_(f == nullptr ? nullptr : arena.take<acc>(size_)) {
     if (f != nullptr) {

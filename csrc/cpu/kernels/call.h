@@ -20,6 +20,9 @@ constexpr int64_t kTile = 256;
 constexpr int64_t kShortTile = 128;  // where memory is not packed: additive scores, few queries
 constexpr int64_t kChunk = 128;
 
+// One query takes at most so many source steps at a time.
+constexpr int64_t kGroupRows = 128;
+
 // Rows of a product's result from which on it takes its other factor from packed panels, which makes deep products the fast ones.
 constexpr int64_t kMany = 64;
 
@@ -39,6 +42,7 @@ inline int64_t quotient(int64_t a, int64_t b) {
 
 struct Plan {
   int64_t tile;         // source steps per tile, a multiple of every vector's width
+  int64_t group;        // source steps that one query takes at a time, a multiple of 4
   int64_t chunk;        // queries per item, of a forward's at most kChunk
   int64_t chunks;       // items along T
   int64_t split_size;   // source steps per item, a multiple of tile

@@ -17,21 +17,9 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Rows that stay near while they serve. What a group's softmax takes by itself, a chain of sums and exponentials, is small beside
-// them.
-constexpr int64_t kGroupBytes = 1 << 17;
-constexpr int64_t kMostRows = 128;
-
-inline int64_t rows_of_group(const Problem& problem) {
-  const int64_t keys = problem.method == Method::Dot ? 0 : problem.key_size;
-  const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
-  const int64_t most = std::clamp<int64_t>(quotient(kGroupBytes, row) / 4 * 4, 4, kMostRows);
-  // As even as can be: while a short one is worked on, no more rows than it has are fetched.
-  if (problem.steps <= most) {
-    return most;
-  }
-  const int64_t groups = quotient(problem.steps + most - 1, most);
-  return (quotient(problem.steps + groups - 1, groups) + 3) / 4 * 4;
+// Whether a row's scores are all there at once.
+inline bool is_one_group(const Problem& problem, const Plan& plan) {
+  return plan.splits == 1 && problem.steps <= plan.group;
 }
 
 // What is worked on after a group: of the same batch element or, behind its last, of the next one.
@@ -121,8 +109,7 @@ inline void with_bool(bool condition, const F& f) {
 template <class acc>
 class RowGroup {
  public:
-  RowGroup(
-      Arena& arena, Dtype dtype, const View& view, const Problem& problem, const Plan& plan, int64_t size, bool converted = false)
+  RowGroup(Arena& arena, Dtype dtype, const View& view, const Plan& plan, int64_t size, bool converted = false)
       : source_(dtype),
         fetches_(plan.fetches),
         view_(view),
@@ -130,7 +117,7 @@ class RowGroup {
         in_place_((view.element == 1 || size <= 1) && !(converted && source_ != kAccumulated<acc>)),
         dtype_(in_place_ ? source_ : kAccumulated<acc>),
         stride_(padded<acc>(size)),
-        copies_(in_place_ ? nullptr : arena.take<acc>(rows_of_group(problem) * stride_)) {}
+        copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)) {}
 
   // Those of a tile; the next one's are asked for when these are first read.
   void load(int64_t b, const Tile& tile, const Upcoming& next) {
@@ -217,8 +204,9 @@ class RowGroup {
     });
   }
 
-  // to += sum_r factors[r] row_r; `fetches`: the next ones here. A few vectors of the sums stay in registers while the rows pass.
-  void add_to(acc* to, const acc* factors, bool fetches) const {
+  // to = factor sum_r factors[r] row_r, or to += where it `adds`; `fetches`: the next ones here. A few vectors of the sums stay in
+  // registers while the rows pass.
+  void sum_to(acc* to, const acc* factors, acc factor, bool adds, bool fetches) const {
     constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
@@ -227,19 +215,25 @@ class RowGroup {
           Vec<acc> sums[width.value][2], right[2];
 #pragma GCC unroll 4
           for (int w = 0; w < width.value; ++w) {
-            load_two(sums[w], to + d + w * both, count);
+            sums[w][0] = sums[w][1] = Vec<acc>(0);
           }
           for (int64_t r = 0; r < count_; ++r) {
-            const Vec<acc> factor(factors[r]);
+            const Vec<acc> of_row(factors[r]);
 #pragma GCC unroll 4
             for (int w = 0; w < width.value; ++w) {
               load<fetching.value, scalar>(right, rows_[r], next_[r], d + w * both, count);
-              sums[w][0] = at::vec::fmadd(factor, right[0], sums[w][0]);
-              sums[w][1] = at::vec::fmadd(factor, right[1], sums[w][1]);
+              sums[w][0] = at::vec::fmadd(of_row, right[0], sums[w][0]);
+              sums[w][1] = at::vec::fmadd(of_row, right[1], sums[w][1]);
             }
           }
 #pragma GCC unroll 4
           for (int w = 0; w < width.value; ++w) {
+            right[0] = right[1] = Vec<acc>(0);
+            if (adds) {
+              load_two(right, to + d + w * both, count);
+            }
+            sums[w][0] = at::vec::fmadd(sums[w][0], Vec<acc>(factor), right[0]);
+            sums[w][1] = at::vec::fmadd(sums[w][1], Vec<acc>(factor), right[1]);
             store_two<false>(to + d + w * both, sums[w], count);
           }
         };
@@ -273,8 +267,8 @@ class RowGroup {
   int64_t stride_;
   acc* copies_;
   int64_t count_ = 0;
-  const void* rows_[kMostRows];
-  const void* next_[kMostRows];
+  const void* rows_[kGroupRows];
+  const void* next_[kGroupRows];
 };
 
 // The rows of a [B, S, size] gradient, each written once and in their order, with zeros for the steps that nobody attends: where
@@ -307,7 +301,7 @@ class GradientRows {
     written_ = item.first_step;
   }
 
-  // The tile's rows: a_r g + de_r q, of the coefficients a and, kMostRows behind them, de. g or q may be null.
+  // The tile's rows: a_r g + de_r q, of the coefficients a and, kGroupRows behind them, de. g or q may be null.
   void combine(const Tile& tile, const acc* coefficients, const acc* g, const acc* q) {
     with_bool(streams_, [&](auto streams) { combine_terms<streams.value, false>(tile, coefficients, g, q, nullptr, nullptr); });
   }
@@ -372,7 +366,7 @@ class GradientRows {
     } else if (g != nullptr) {
       take(std::integral_constant<int, 1>(), rows, coefficients);
     } else if (q != nullptr) {
-      take(std::integral_constant<int, 1>(), rows + 1, coefficients + kMostRows);
+      take(std::integral_constant<int, 1>(), rows + 1, coefficients + kGroupRows);
     }
   }
 
@@ -393,7 +387,7 @@ class GradientRows {
       }
 #pragma GCC unroll 2
       for (int k = 0; k < terms; ++k) {
-        factors[k][r] = Vec<acc>(coefficients[k * kMostRows + r]);
+        factors[k][r] = Vec<acc>(coefficients[k * kGroupRows + r]);
       }
     }
     for_twos<acc>(size_, [&](int64_t d, auto filled) {
@@ -455,9 +449,8 @@ class GradientRows {
 // the last, elsewhere it is empty.
 template <class F>
 void for_groups(const Problem& problem, const Plan& plan, int64_t index, const F& f) {
-  const int64_t rows = rows_of_group(problem);
   const Item item = plan.item(problem, index);
-  SourceWalk walk(problem, item, rows);
+  SourceWalk walk(problem, item, plan.group);
   Upcoming two[2];
   two[0].batch = two[1].batch = item.batch;
   bool more = walk.next(two[0].tile);
@@ -467,15 +460,23 @@ void for_groups(const Problem& problem, const Plan& plan, int64_t index, const F
     if (!more && plan.fetches && index + 1 < plan.items(problem)) {
       const Item after = plan.item(problem, index + 1);
       next.batch = after.batch;
-      SourceWalk(problem, after, rows).next(next.tile);
+      SourceWalk(problem, after, plan.group).next(next.tile);
     }
     f(two[i].tile, next);
   }
 }
 
-// A group's values to and from where their steps are in a row.
+// A group's values to and from where their steps are in a row; a few are sooner moved one by one.
+template <class acc>
+bool moves_by_vectors(const Tile& tile) {
+  return tile.count >= Vec<acc>::size() && tile.contiguous();
+}
+
 template <class acc>
 void scatter(acc* row, const acc* values, const Tile& tile) {
+  if (moves_by_vectors<acc>(tile)) {
+    return scale_row(row + tile.steps[0], values, tile.count, acc(1));
+  }
   for (int64_t j = 0; j < tile.count; ++j) {
     row[tile.steps[j]] = values[j];
   }
@@ -483,6 +484,9 @@ void scatter(acc* row, const acc* values, const Tile& tile) {
 
 template <class acc>
 void gather(acc* values, const acc* row, const Tile& tile) {
+  if (moves_by_vectors<acc>(tile)) {
+    return scale_row(values, row + tile.steps[0], tile.count, acc(1));
+  }
   for (int64_t j = 0; j < tile.count; ++j) {
     values[j] = row[tile.steps[j]];
   }
@@ -493,13 +497,13 @@ template <class acc>
 struct GroupGradients {
   const Tile& tile;
   const RowGroup<acc>& memory;
-  const acc* coefficients;  // the weights, and kMostRows behind them the gradients of the scores
+  const acc* coefficients;  // the weights, and kGroupRows behind them the gradients of the scores
   const acc* grad_context;  // null: none came in
   GradientRows<acc>& grad_memory;
   acc* grad_query;
 
   const acc* grad_scores() const {
-    return coefficients + kMostRows;
+    return coefficients + kGroupRows;
   }
 
   // a_s g + de_s q; q may be null.
@@ -523,14 +527,14 @@ struct OneQueryForward {
           row_sum(arena.take<acc>(1)),
           context(arena.take<acc>(f.problem.memory_size)),
           weights(f.weights == nullptr ? nullptr : arena.take<acc>(f.plan.split_size)),
-          memory(arena, f.problem.dtype, f.problem.memory, f.problem, f.plan, f.problem.memory_size),
+          memory(arena, f.problem.dtype, f.problem.memory, f.plan, f.problem.memory_size),
           score(f.problem, f.plan, arena) {}
 
     Arena arena;
     acc* row_max;
     acc* row_sum;
-    acc* context;  // not yet divided by row_sum
-    acc* weights;  // of the split's steps, where they are wanted: as the context
+    acc* context;  // not yet divided by row_sum; but of one group it is, and may be the output itself
+    acc* weights;  // of the split's steps, where they are wanted, not yet divided either
     RowGroup<acc> memory;
     Score score;
   };
@@ -544,13 +548,17 @@ struct OneQueryForward {
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
     acc row_max = kNothing<acc>, row_sum = 0;
-    std::fill_n(slot.context, problem.memory_size, acc(0));
+    // Of one group the sum is known before the context is taken, which then goes where it belongs.
+    const bool one_group = is_one_group(problem, f.plan);
+    if (one_group && f.exact_context != nullptr) {
+      slot.context = static_cast<acc*>(f.exact_context) + item.batch * problem.memory_size;
+    }
     if (f.weights != nullptr) {
       std::fill_n(slot.weights, item.end_step - item.first_step, acc(0));
     }
     slot.score.begin(item.batch);
     for_groups(problem, f.plan, index, [&](const Tile& tile, const Upcoming& next) {
-      alignas(64) acc row[kMostRows];
+      alignas(64) acc row[kGroupRows];
       slot.memory.load(item.batch, tile, next);
       slot.score.load_keys(item.batch, tile, next);
       slot.score.scores(row, slot.memory);
@@ -569,17 +577,21 @@ struct OneQueryForward {
           scale_row(slot.weights, slot.weights, tile.steps[0] - item.first_step, correction);
         }
       }
+      const bool adds = row_sum != 0;
       row_sum += exponentials(row, whole, row_max);
       if (f.weights != nullptr) {
         scatter(slot.weights - item.first_step, row, tile);
       }
-      slot.memory.add_to(slot.context, row, !Score::kReadsMemory);
+      slot.memory.sum_to(slot.context, row, one_group ? 1 / row_sum : acc(1), adds, !Score::kReadsMemory);
     });
+    if (row_sum == 0) {
+      std::fill_n(slot.context, problem.memory_size, acc(0));
+    }
     *slot.row_max = row_max;
     *slot.row_sum = row_sum;
     if (f.plan.splits == 1) {
-      store_context(f, item, slot);
-      store_weights(f, item, slot, row_max, row_max, row_sum);
+      store_context(f, item, slot, one_group ? acc(1) : inverse(row_sum));
+      store_weights(f, item, slot, inverse(row_sum));
     }
   }
 
@@ -592,11 +604,13 @@ struct OneQueryForward {
     for (int64_t z = 1; z < f.plan.splits; ++z) {
       absorb(slot, Slot(f, slots + z * slot_size), f.problem.memory_size);
     }
-    store_context(f, f.plan.item(f.problem, first), slot);
-    const acc row_max = *slot.row_max, row_sum = *slot.row_sum;
+    const acc row_max = *slot.row_max, factor = inverse(*slot.row_sum);
+    store_context(f, f.plan.item(f.problem, first), slot, factor);
     for (int64_t z = 0; z < f.plan.splits; ++z) {
       const Slot part(f, slots + z * slot_size);
-      store_weights(f, f.plan.item(f.problem, first + z), part, z == 0 ? first_max : *part.row_max, row_max, row_sum);
+      const acc part_max = z == 0 ? first_max : *part.row_max;
+      store_weights(
+          f, f.plan.item(f.problem, first + z), part, part_max == row_max ? factor : std::exp(part_max - row_max) * factor);
     }
   }
 
@@ -618,27 +632,26 @@ struct OneQueryForward {
     return row_sum == 0 ? acc(0) : 1 / row_sum;
   }
 
-  static void store_context(const Forward& f, const Item& item, const Slot& slot) {
+  static void store_context(const Forward& f, const Item& item, const Slot& slot, acc factor) {
     const int64_t size = f.problem.memory_size;
     static_cast<acc*>(f.logsumexp)[item.batch] = *slot.row_max + std::log(*slot.row_sum);
-    store(f.problem.dtype, f.context, f.exact_context, item.batch * size, slot.context, size, inverse(*slot.row_sum));
+    store(f.problem.dtype, f.context, f.exact_context, item.batch * size, slot.context, size, factor);
   }
 
-  // Whose weights are relative to part_max.
-  static void store_weights(const Forward& f, const Item& item, const Slot& slot, acc part_max, acc row_max, acc row_sum) {
-    if (f.weights == nullptr) {
-      return;
+  static void store_weights(const Forward& f, const Item& item, const Slot& slot, acc factor) {
+    if (f.weights != nullptr) {
+      const int64_t first = item.batch * f.problem.steps + item.first_step;
+      store(f.problem.dtype, f.weights, f.exact_weights, first, slot.weights, item.end_step - item.first_step, factor);
     }
-    const acc factor = part_max == row_max ? inverse(row_sum) : std::exp(part_max - row_max) * inverse(row_sum);
-    const int64_t first = item.batch * f.problem.steps + item.first_step;
-    store(f.problem.dtype, f.weights, f.exact_weights, first, slot.weights, item.end_step - item.first_step, factor);
   }
 
-  // Rounded, and as it was accumulated where that is wanted.
+  // Rounded, and as it was accumulated where that is wanted and it is not there yet.
   static void store(Dtype dtype, void* out, void* exact, int64_t first, const acc* from, int64_t size, acc factor) {
-    store_row(dtype, out, first, from, size, factor);
-    if (exact != nullptr && exact != out) {
+    if (exact != nullptr && static_cast<acc*>(exact) + first != from) {
       store_row(kAccumulated<acc>, exact, first, from, size, factor);
+    }
+    if (out != exact) {
+      store_row(dtype, out, first, from, size, factor);
     }
   }
 };
@@ -656,7 +669,7 @@ struct OneQueryBackward {
           weights(arena, kAccumulated<acc>, f.weights, 1, f.problem.steps),
           grad_weights(arena, f.problem.dtype, f.grad_weights, 1, f.problem.steps),
           score_gradients(arena, kAccumulated<acc>, f.score_gradients, 1, f.problem.steps),
-          memory(arena, f.problem.dtype, f.problem.memory, f.problem, f.plan, f.problem.memory_size),
+          memory(arena, f.problem.dtype, f.problem.memory, f.plan, f.problem.memory_size),
           grad_memory(arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size, 0),
           score(f.problem, f.plan, arena, &f) {}
 
@@ -692,11 +705,11 @@ struct OneQueryBackward {
     const bool at_once = slot.score.takes_all_at_once(slot.memory, slot.grad_memory, incoming.grad_context);
     acc excess = 0;
     for_groups(problem, f.plan, index, [&](const Tile& tile, const Upcoming& next) {
-      acc coefficients[2 * kMostRows];
+      acc coefficients[2 * kGroupRows];
       const GroupGradients<acc> group{tile, slot.memory, coefficients, incoming.grad_context, slot.grad_memory, slot.grad_query};
       slot.memory.load(item.batch, tile, next);
       slot.score.load_keys(item.batch, tile, next);
-      excess += incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kMostRows, !at_once);
+      excess += incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kGroupRows, !at_once);
       if (grad_scores != nullptr) {
         scatter(grad_scores, group.grad_scores(), tile);
       }
@@ -742,7 +755,7 @@ struct OneQueryBackward {
           grad_weights(slot.grad_weights.load_only(b)),
           score_gradients(slot.score_gradients.load_only(b)),
           batch(b) {
-      if (score_gradients != nullptr || one_group(f)) {
+      if (score_gradients != nullptr || is_one_group(f.problem, f.plan)) {
         return;
       }
       if (grad_context != nullptr) {
@@ -756,6 +769,8 @@ struct OneQueryBackward {
 
     // Returns the sum of de. `fetches`: the memory's next rows here.
     acc find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool fetches) const {
+      // Then delta is sum_s a_s da_s, of what is there, and the context is not read.
+      const bool one_group = is_one_group(f.problem, f.plan);
       if (score_gradients != nullptr) {
         gather(de, score_gradients, tile);
         return 0;
@@ -765,7 +780,7 @@ struct OneQueryBackward {
       } else {
         slot.score.scores(a, slot.memory);
         std::fill(a + tile.count, a + whole_vectors<acc>(tile.count), kNothing<acc>);
-        recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], one_group(f));
+        recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], one_group);
       }
       std::fill_n(de, tile.count, acc(0));
       if (grad_context != nullptr) {
@@ -775,13 +790,8 @@ struct OneQueryBackward {
         de[j] += grad_weights[tile.steps[j]];
       }
       const acc scale = static_cast<acc>(f.problem.scale);
-      const acc subtract = one_group(f) ? dot_product(a, de, tile.count) : delta;
-      return differentiate_softmax(de, a, tile.count, subtract, scale, one_group(f));
-    }
-
-    // Then delta is sum_s a_s da_s, of what is there, and the context is not read.
-    static bool one_group(const Backward& f) {
-      return f.plan.splits == 1 && f.problem.steps <= rows_of_group(f.problem);
+      const acc subtract = one_group ? dot_product(a, de, tile.count) : delta;
+      return differentiate_softmax(de, a, tile.count, subtract, scale, one_group);
     }
   };
 };
