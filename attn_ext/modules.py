@@ -169,12 +169,13 @@ class LuongAttention(nn.Module):
         arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")
 
     def _parameters_of_method(self) -> dict[str, Tensor | None]:
-        # Each look at a parameter, or for one, takes as long as a dozen other steps of a small call.
-        if self.Wa is None:
+        # Each look at a module or a parameter takes as long as a dozen other steps of a small call.
+        projection = self.Wa
+        if projection is None:
             return {}
         if self.method == "general":
-            return {"weight": self.Wa.weight}
-        return {"weight": self.Wa.weight, "v": self.Va, "bias": self.Wa.bias}
+            return {"weight": projection.weight}
+        return {"weight": projection.weight, "v": self.Va, "bias": projection.bias}
 
     def extra_repr(self) -> str:
         sizes = f"{self.method!r}, hidden_size={self.hidden_size}, memory_size={self.memory_size}"
