@@ -89,7 +89,7 @@ def luong_attention(
 
     Returns:
         context [B, T, Dm] (or [B, Dm]) and weights [B, T, S] (or [B, S]), in query's dtype. A query with nothing to
-        attend has context 0, weights 0 and gradients 0.
+        attend, or whose scores are all -inf, has context 0, weights 0 and gradients 0.
 
     Raises:
         ValueError: a shape, device, length or method that does not fit; a parameter missing, or not of the method.

@@ -82,12 +82,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """weights = softmax over the allowed steps, 0 elsewhere;  context = sum_s weights_s values_s  (Luong, eq. 7)."""
     if allowed is not None:
-        # With nothing to attend, softmax(-inf, ...) would be NaN: any finite scores do there, their weights are zeroed.
-        attends = allowed.any(dim=-1, keepdim=True)
-        scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~attends, 0.0)
-    weights = torch.softmax(scores, dim=-1)
-    if allowed is not None:
-        weights = weights.masked_fill(~allowed, 0.0)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    # With nothing to attend, softmax(-inf, ...) would be NaN: any finite scores do there, their weights are zeroed.
+    unattended = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(unattended, 0.0), dim=-1)
+    weights = weights.masked_fill(unattended if allowed is None else unattended | ~allowed, 0.0)
     context = torch.matmul(weights, values)  # [B, T, Dm]
     if query.dim() == 2:
         context, weights = context.squeeze(1), weights.squeeze(1)

@@ -77,6 +77,24 @@ def test_a_key_that_every_query_masks_is_not_seen(dtype: torch.dtype, T: int, va
     assert_accurate(hidden)
 
 
+@pytest.mark.parametrize("masking", ["none", "lengths", "pairs"])
+@pytest.mark.parametrize("T", [1, 5, 33], ids="T={}".format)
+@pytest.mark.parametrize("S", [1, 70, 300], ids="S={}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_scores_that_all_overflow_attend_nothing(
+    dtype: torch.dtype, S: int, T: int, masking: str, each_backend: str
+) -> None:
+    """As in PyTorch's own attention: where every score is -inf, the weights, the context and all gradients are 0."""
+    problem = Case("dot", B=2, T=T, S=S, D=20, dtype=dtype, masking=masking).problem()
+    query = torch.full_like(problem.tensors["query"], 1e-15)
+    query[:, -1] = -1e30
+    huge = problem.with_tensors(query=query, memory=problem.tensors["memory"].abs() * 1e15 + 1e15)
+    results = huge.results()
+    assert all(result.isfinite().all() for result in results.values())
+    for name in ("weights", "context", "grad query"):
+        assert (results[name][:, -1] == 0).all(), name
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("what", ["length 0", "row mask", "pair mask"])
 @pytest.mark.parametrize("T", [1, 33], ids="T={}".format)
