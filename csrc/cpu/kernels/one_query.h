@@ -769,7 +769,7 @@ struct OneQueryBackward {
 
     // Returns the sum of de. `fetches`: the memory's next rows here.
     acc find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool fetches) const {
-      // Then delta is sum_s a_s da_s, of what is there, and the context is not read.
+      // Of one group delta is sum_s a_s da_s, of what is there, and the context is not read.
       const bool one_group = is_one_group(f.problem, f.plan);
       if (score_gradients != nullptr) {
         gather(de, score_gradients, tile);
