@@ -154,6 +154,7 @@ ops = make_extension(
         "csrc/ops.cpp",
         "csrc/autograd.cpp",
         "csrc/memory.cpp",
+        "csrc/projected.cpp",
         *sources("csrc/cpu", "*.cpp"),
         *(sources("csrc/cuda", "*.cpp") + sources("csrc/cuda", "*.cu") if with_cuda else []),
     ],

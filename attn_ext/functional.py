@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +34,9 @@ def _slow_on_cpu() -> tuple[torch.dtype, ...]:
 
 
 _SLOW_ON_CPU = _slow_on_cpu()
-# What a tensor of keys costs, and hiding a memory's rows before its projection, in the multiply-adds of products that
-# take as long: a call, and for each element of the memory. Measured on CPU.
-_KEYS, _HIDING = (1 << 18, 12), (1 << 21, 64)
+# What a tensor of keys costs, in the multiply-adds of products that take as long: a call, and for each element of the
+# memory. Measured on CPU.
+_KEYS = (1 << 18, 12)
 _OPS = torch.ops.attn_ext
 # What an op, or a look at what is no tensor, says to wrong arguments.
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -123,6 +123,12 @@ def luong_attention(
     scale = arguments.scale(scale)
     arguments.flag("need_weights", need_weights)
     with autocast.disabled(query):  # a projection may be of a wider type
+        if weight is not None and backend.fused_runs_on(query.device.type):
+            op = _OPS.projected_attention.default
+            context, weights = _attend_projected(
+                op, method, query, v, memory, lengths, mask, scale, need_weights, weight, bias
+            )
+            return context, weights if need_weights else None
         query, keys = project(query, memory, method, weight, bias, lengths, mask)
     return attend(query, keys, v, memory, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
 
@@ -271,29 +277,53 @@ def attend_unchecked(
         if method == "additive":
             if keys is None or v is None:
                 return None
-        elif _has_its_parameters(method, weight, v, bias):
-            # Its projection and op from C++: what Python does between two calls is a fifth of a small one's time.
-            if method == "general" and not (is_slow(query) or has_fewer_keys(query, memory, weight, lengths, mask)):
-                return backend.calls.general_attention(query, weight, memory, lengths, mask, scale, need_weights)
-            query, keys = project(query, memory, method, weight, bias, lengths, mask)
-        else:
+        elif not _has_its_parameters(method, query, weight, v, bias):
             return None
+        elif weight is not None:
+            op = backend.calls.projected_attention
+            return _attend_projected(op, method, query, v, memory, lengths, mask, scale, need_weights, weight, bias)
         op, tensors = _op_of(backend.calls, query, keys, v, memory)
         return op(*tensors, lengths, mask, scale, need_weights)
     except REFUSALS:
         return None
 
 
-def _has_its_parameters(method: str, weight: Tensor | None, v: Tensor | None, bias: Tensor | None) -> bool:
+def _attend_projected(
+    op: Callable[..., Attended],
+    method: str,
+    query: Tensor,
+    v: Tensor | None,
+    memory: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Attended:
+    """General and concat with their projections as one op, attn_ext::projected_attention by one of its names."""
+    by_keys = method == "general" and has_fewer_keys(query, memory, weight)
+    if is_slow(query):  # its products are taken in their weight's type
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    return op(query, weight, memory, v, bias, lengths, mask, scale, need_weights, by_keys)
+
+
+def _has_its_parameters(
+    method: str, query: Tensor, weight: Tensor | None, v: Tensor | None, bias: Tensor | None
+) -> bool:
     """Whether a refusal of the products or of the ops is all that these parameters can lead to."""
     if method == "dot":
         return weight is None and v is None and bias is None
-    # F.linear would take other weights, and broadcast a bias.
-    if weight is None or weight.dim() != 2 or weight.layout is not torch.strided:
+    # The products would take others, and broadcast a bias.
+    if weight is None or weight.dtype is not query.dtype or weight.layout is not torch.strided:
         return False
     if method == "general":
         return v is None and bias is None
-    return method == "concat" and v is not None and (bias is None or bias.shape == weight.shape[:1])
+    return (
+        method == "concat"
+        and v is not None
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype is query.dtype))
+    )
 
 
 def goes_unchecked(query: Tensor, *others: Tensor | None) -> bool:
@@ -370,14 +400,14 @@ def project(
         return query, None
     assert weight is not None
     if method == "general":
-        if has_fewer_keys(query, memory, weight, lengths, mask):
+        if has_fewer_keys(query, memory, weight):
             return query, project_keys(memory, weight.t(), None, lengths, mask)
         return linear(query, weight), None
     query_weight, key_weight = split_weight(memory, method, weight)
     return project_query(query, query_weight), project_keys(memory, key_weight, bias, lengths, mask)
 
 
-def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor, lengths: Tensor | None, mask: Tensor | None) -> bool:
+def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
     """Whether general attention costs less by way of keys [B, S, Dq] than by queries projected to [B, T, Dm].
 
     On a GPU, whose products cost little beside a tensor more to read and to write, it is not known to.
@@ -391,8 +421,6 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor, lengths: Tenso
     if saved <= 0:
         return False
     call, element = _KEYS
-    if _hides_rows(weight, lengths, mask):
-        call, element = call + _HIDING[0], element + _HIDING[1]
     return saved > call + element * B * S * Dm
 
 

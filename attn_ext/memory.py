@@ -162,7 +162,7 @@ class AttentionMemory:
         return (
             self.method != "general"
             or _is_short(query)
-            or not functional.has_fewer_keys(query, self.memory, self.weight, self.lengths, self.mask)
+            or not functional.has_fewer_keys(query, self.memory, self.weight)
         )
 
     def _attend_step(

@@ -10,7 +10,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include <string>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -22,14 +22,12 @@ using at::AutoDispatchBelowADInplaceOrView;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The op `name` and its backward. The first `scored` of its inputs make the scores; the weights depend on no other.
-template <const char* name, size_t scored, class Inputs>
-struct Op;
+// An op and its backward as a node of the graph. The first `scored` of its inputs make the scores; the weights depend on no other.
+template <class Op, size_t scored, class = std::make_index_sequence<Op::kInputs>>
+struct Autograd;
 
-template <const char* name, size_t scored, size_t... i>
-struct Op<name, scored, std::index_sequence<i...>> {
-  static constexpr size_t kInputs = sizeof...(i);
-
+template <class Op, size_t scored, size_t... i>
+struct Autograd<Op, scored, std::index_sequence<i...>> {
   static Forwards forward(
       Input<i>... inputs,
       const OptionalTensor& lengths,
@@ -39,7 +37,8 @@ struct Op<name, scored, std::index_sequence<i...>> {
       bool need_exact) {
     const bool has_tangent = (inputs._fw_grad(0).defined() || ...);  // apply() says that there is no forward mode
     if (!has_tangent && !torch::autograd::compute_requires_grad(inputs...)) {
-      return forward_below(inputs..., lengths, mask, scale, need_weights, need_exact);
+      const AutoDispatchBelowADInplaceOrView guard;
+      return Op::forward(inputs..., lengths, mask, scale, need_weights, need_exact);
     }
     Forwards outputs;
     const variable_list differentiable = Differentiable::apply(inputs..., lengths, mask, scale, need_weights, &outputs);
@@ -51,40 +50,6 @@ struct Op<name, scored, std::index_sequence<i...>> {
   }
 
  private:
-  static Forwards forward_below(
-      Input<i>... inputs,
-      const OptionalTensor& lengths,
-      const OptionalTensor& mask,
-      double scale,
-      bool need_weights,
-      bool need_exact) {
-    static const auto op = find<ForwardOp<i...>>(name);
-    const AutoDispatchBelowADInplaceOrView guard;
-    return op.call(inputs..., lengths, mask, scale, need_weights, need_exact);
-  }
-
-  static auto backward(
-      const OptionalTensor& grad_context,
-      const OptionalTensor& grad_weights,
-      Input<i>... inputs,
-      const OptionalTensor& lengths,
-      const OptionalTensor& mask,
-      double scale,
-      const Tensor& context,
-      const OptionalTensor& weights,
-      const Tensor& logsumexp,
-      std::array<bool, kInputs> wanted) -> std::tuple<Gradient<i>...> {
-    static const auto op = find<decltype(backward)>((std::string(name) + "_backward").c_str());
-    const auto call = [&] {
-      return op.call(grad_context, grad_weights, inputs..., lengths, mask, scale, context, weights, logsumexp, wanted);
-    };
-    if (at::GradMode::is_enabled()) {  // create_graph=True: this backward is itself to be differentiated
-      return call();
-    }
-    const AutoDispatchBelowADInplaceOrView guard;
-    return call();
-  }
-
   struct Differentiable : torch::autograd::Function<Differentiable> {
     // The context, and the weights where they are asked for and have a derivative; all that the op returns goes to `outputs`.
     static variable_list forward(
@@ -95,7 +60,8 @@ struct Op<name, scored, std::index_sequence<i...>> {
         double scale,
         bool need_weights,
         Forwards* outputs) {
-      *outputs = forward_below(inputs..., lengths, mask, scale, need_weights, true);
+      const AutoDispatchBelowADInplaceOrView guard;
+      *outputs = Op::forward(inputs..., lengths, mask, scale, need_weights, true);
       const auto& [context, weights, logsumexp, exact] = *outputs;
       const bool rounded = !exact.empty();
       ctx->set_materialize_grads(false);
@@ -112,25 +78,28 @@ struct Op<name, scored, std::index_sequence<i...>> {
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-      variable_list results(kInputs + 5);  // as many as forward's arguments
+      variable_list results(Op::kInputs + 5);  // as many as forward's arguments
       const Tensor grad_context = grads[0], grad_weights = grads.size() > 1 ? grads[1] : Tensor();
       if (!grad_context.defined() && !grad_weights.defined()) {
         return results;
       }
       const variable_list saved = ctx->get_saved_variables();
-      const Tensor &lengths = saved[kInputs], &mask = saved[kInputs + 1];
-      const Tensor &context = saved[kInputs + 2], &weights = saved[kInputs + 3], &logsumexp = saved[kInputs + 4];
-      const std::array<bool, kInputs> wanted{ctx->needs_input_grad(i)...};
+      constexpr size_t others = Op::kInputs;
+      const std::array<bool, Op::kInputs> wanted{ctx->needs_input_grad(i)...};
+      std::optional<AutoDispatchBelowADInplaceOrView> guard;
+      if (!at::GradMode::is_enabled()) {  // create_graph=True: this backward is itself to be differentiated
+        guard.emplace();
+      }
       const auto computed = Op::backward(
           if_defined(grad_context),
           if_defined(grad_weights),
           saved[i]...,
-          if_defined(lengths),
-          if_defined(mask),
+          if_defined(saved[others]),
+          if_defined(saved[others + 1]),
           ctx->saved_data["scale"].toDouble(),
-          context,
-          if_defined(weights),
-          logsumexp,
+          saved[others + 2],
+          if_defined(saved[others + 3]),
+          saved[others + 4],
           wanted);
       ((results[i] = wanted[i] ? std::get<i>(computed) : Tensor()), ...);
       return results;
@@ -138,16 +107,12 @@ struct Op<name, scored, std::index_sequence<i...>> {
   };
 };
 
-using Dot = Op<kDot, 2, std::make_index_sequence<2>>;            // query, memory
-using KeyedDot = Op<kKeyedDot, 2, std::make_index_sequence<3>>;  // query, keys; values
-using Additive = Op<kAdditive, 3, std::make_index_sequence<4>>;  // query, keys, v; values
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(attn_ext, Autograd, m) {
-  m.impl("dot_attention", Dot::forward);
-  m.impl("keyed_dot_attention", KeyedDot::forward);
-  m.impl("additive_attention", Additive::forward);
+  m.impl("dot_attention", Autograd<DotOp, 2>::forward);
+  m.impl("keyed_dot_attention", Autograd<KeyedDotOp, 2>::forward);
+  m.impl("additive_attention", Autograd<AdditiveOp, 3>::forward);
 }
 
 }  // namespace attn_ext

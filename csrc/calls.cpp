@@ -2,7 +2,6 @@
 // For attn_ext/functional.py and memory.py, where nothing is traced; beneath are the same ops by way of the same dispatcher.
 #include "dispatch.h"
 
-#include <ATen/ops/linear.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -18,32 +17,42 @@ Attended attended(Tensor context, Tensor weights, bool need_weights) {
   return {std::move(context), need_weights ? OptionalTensor(std::move(weights)) : std::nullopt};
 }
 
-// The op `name` of so many tensors.
-template <const char* name, class>
+template <class Op, class = std::make_index_sequence<Op::kInputs>>
 struct Call;
 
-template <const char* name, size_t... i>
-struct Call<name, std::index_sequence<i...>> {
+template <class Op, size_t... i>
+struct Call<Op, std::index_sequence<i...>> {
   static Attended run(
       Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
-    static const auto op = find<ForwardOp<i...>>(name);
-    auto [context, weights, logsumexp, exact] = op.call(inputs..., lengths, mask, scale, need_weights, false);
+    auto [context, weights, logsumexp, exact] = Op::forward(inputs..., lengths, mask, scale, need_weights, false);
     return attended(std::move(context), std::move(weights), need_weights);
   }
 };
 
-// Dot attention of queries that `weight` projects.
-Attended general_attention(
+Attended projected_attention(
     const Tensor& query,
     const Tensor& weight,
     const Tensor& memory,
+    const OptionalTensor& v,
+    const OptionalTensor& bias,
     const OptionalTensor& lengths,
     const OptionalTensor& mask,
     double scale,
-    bool need_weights) {
-  // The product of a sparse one would be dense, which the op takes.
-  TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
-  return Call<kDot, std::make_index_sequence<2>>::run(at::linear(query, weight), memory, lengths, mask, scale, need_weights);
+    bool need_weights,
+    bool by_keys) {
+  static const auto op = find<std::tuple<Tensor, Tensor>(
+      const Tensor&,
+      const Tensor&,
+      const Tensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      const OptionalTensor&,
+      double,
+      bool,
+      bool)>("attn_ext::projected_attention");
+  auto [context, weights] = op.call(query, weight, memory, v, bias, lengths, mask, scale, need_weights, by_keys);
+  return attended(std::move(context), std::move(weights), need_weights);
 }
 
 Attended memory_attention(
@@ -78,10 +87,10 @@ Attended memory_attention(
 
 // Other threads of Python run meanwhile; what the ops refuse becomes Python's ValueError and TypeError, as torch.ops would have it.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("dot_attention", torch::wrap_pybind_function_no_gil(Call<kDot, std::make_index_sequence<2>>::run));
-  m.def("keyed_dot_attention", torch::wrap_pybind_function_no_gil(Call<kKeyedDot, std::make_index_sequence<3>>::run));
-  m.def("additive_attention", torch::wrap_pybind_function_no_gil(Call<kAdditive, std::make_index_sequence<4>>::run));
-  m.def("general_attention", torch::wrap_pybind_function_no_gil(general_attention));
+  m.def("dot_attention", torch::wrap_pybind_function_no_gil(Call<DotOp>::run));
+  m.def("keyed_dot_attention", torch::wrap_pybind_function_no_gil(Call<KeyedDotOp>::run));
+  m.def("additive_attention", torch::wrap_pybind_function_no_gil(Call<AdditiveOp>::run));
+  m.def("projected_attention", torch::wrap_pybind_function_no_gil(projected_attention));
   m.def("memory_attention", torch::wrap_pybind_function_no_gil(memory_attention));
 }
 

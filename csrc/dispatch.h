@@ -6,7 +6,10 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <array>
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace attn_ext {
@@ -27,11 +30,10 @@ class BelowAutograd {
   c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
 };
 
-// Of two tensors, query and memory, is dot; of three, query, keys and values, keyed dot; of four, query, keys, v
-// and values, additive. Each has a backward op, of the same name and "_backward".
-constexpr char kDot[] = "attn_ext::dot_attention";
-constexpr char kKeyedDot[] = "attn_ext::keyed_dot_attention";
-constexpr char kAdditive[] = "attn_ext::additive_attention";
+template <class Signature>
+auto find(const char* op) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();
+}
 
 // For each of an op's tensors, by its number.
 template <size_t>
@@ -39,13 +41,47 @@ using Input = const Tensor&;
 template <size_t>
 using Gradient = Tensor;
 
-// need_weights, need_exact
-template <size_t... i>
-using ForwardOp = Forwards(Input<i>..., const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool, bool);
+// The op `name` of so many tensors, and its backward op.
+template <const char* name, class Numbers>
+struct Op;
 
-template <class Signature>
-auto find(const char* op) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();
-}
+template <const char* name, size_t... i>
+struct Op<name, std::index_sequence<i...>> {
+  static constexpr size_t kInputs = sizeof...(i);
+
+  static Forwards forward(
+      Input<i>... inputs,
+      const OptionalTensor& lengths,
+      const OptionalTensor& mask,
+      double scale,
+      bool need_weights,
+      bool need_exact) {
+    static const auto op = find<decltype(forward)>(name);
+    return op.call(inputs..., lengths, mask, scale, need_weights, need_exact);
+  }
+
+  static std::tuple<Gradient<i>...> backward(
+      const OptionalTensor& grad_context,
+      const OptionalTensor& grad_weights,
+      Input<i>... inputs,
+      const OptionalTensor& lengths,
+      const OptionalTensor& mask,
+      double scale,
+      const Tensor& context,
+      const OptionalTensor& weights,
+      const Tensor& logsumexp,
+      std::array<bool, kInputs> wanted) {
+    static const auto op = find<decltype(backward)>((std::string(name) + "_backward").c_str());
+    return op.call(grad_context, grad_weights, inputs..., lengths, mask, scale, context, weights, logsumexp, wanted);
+  }
+};
+
+inline constexpr char kDot[] = "attn_ext::dot_attention";
+inline constexpr char kKeyedDot[] = "attn_ext::keyed_dot_attention";
+inline constexpr char kAdditive[] = "attn_ext::additive_attention";
+
+using DotOp = Op<kDot, std::make_index_sequence<2>>;            // query, memory
+using KeyedDotOp = Op<kKeyedDot, std::make_index_sequence<3>>;  // query, keys, values
+using AdditiveOp = Op<kAdditive, std::make_index_sequence<4>>;  // query, keys, v, values
 
 }  // namespace attn_ext

@@ -405,6 +405,12 @@ TORCH_LIBRARY(attn_ext, m) {
       " Tensor values, Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp,"
       " bool[4] wanted) -> (Tensor grad_query, Tensor grad_keys, Tensor grad_v, Tensor grad_values)");
 
+  // Beneath general, without a v, and concat, [A, Dq + Dm] of whose weight projects queries and memory. by_keys: of general, whether
+  // the memory is what is projected.
+  m.def(
+      "projected_attention(Tensor query, Tensor weight, Tensor memory, Tensor? v, Tensor? bias, Tensor? lengths, Tensor? mask,"
+      " float scale, bool need_weights, bool by_keys) -> (Tensor context, Tensor weights)");
+
   // For the steps of a decoder's loop over one AttentionMemory (memory.cpp): of either score, additive with keys and v. A step's
   // backward gives the query's gradient and that of the scores, [B, T, S]; what the memory's tensors get from all steps comes
   // later. prepared_keys is what prepare_keys made of the keys: exp(2 keys) and what goes with it.

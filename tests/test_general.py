@@ -18,11 +18,9 @@ from tests.cases import DTYPES, MASKINGS, Case, assert_accurate, short
 pytestmark = pytest.mark.cpu  # a GPU's are always the queries
 
 
-def has_keys(T: int, S: int, Dq: int = 64, Dm: int = 64, *, lengths: bool = False, weight_grad: bool = True) -> bool:
-    query, memory = torch.zeros(8, T, Dq), torch.zeros(8, S, Dm)
-    weight = torch.zeros(Dm, Dq, requires_grad=weight_grad)
-    options = (torch.full((8,), S), None) if lengths else (None, None)
-    return functional.project(query, memory, "general", weight, None, *options)[1] is not None
+def has_keys(T: int, S: int, Dq: int = 64, Dm: int = 64) -> bool:
+    query, memory, weight = torch.zeros(8, T, Dq), torch.zeros(8, S, Dm), torch.zeros(Dm, Dq)
+    return functional.has_fewer_keys(query, memory, weight)
 
 
 def test_the_fewer_rows_are_projected() -> None:
@@ -33,16 +31,11 @@ def test_the_fewer_rows_are_projected() -> None:
     # The scores are products of the query's size then, which may be much the larger or the smaller.
     assert has_keys(T=100, S=100, Dm=256)
     assert not has_keys(T=110, S=100, Dq=256)
-    # Before the weight's gradient the memory's rows behind the lengths are hidden, which has to pay.
-    assert not has_keys(T=50, S=20, lengths=True)
-    assert has_keys(T=50, S=20, lengths=True, weight_grad=False)
-    assert has_keys(T=100, S=20, Dq=256, Dm=256, lengths=True)
-    assert not has_keys(T=100, S=90, Dq=256, Dm=256, lengths=True)
 
 
 def test_one_decoder_step_is_projected_itself() -> None:
     query, memory, weight = torch.zeros(2, 4), torch.zeros(2, 0, 6), torch.zeros(6, 4)
-    assert functional.project(query, memory, "general", weight, None, None, None)[1] is None
+    assert not functional.has_fewer_keys(query, memory, weight)
 
 
 @pytest.fixture
@@ -50,15 +43,13 @@ def keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So that there are some at the small sizes of a test, which are seen to be made."""
     made = []
 
-    def project_keys(memory: Tensor, key_weight: Tensor | None, *others: Tensor | None) -> Tensor | None:
-        keys = unwatched(memory, key_weight, *others)
-        made.append(keys is not None)
-        return keys
+    def has_fewer_keys(*tensors: Tensor) -> bool:
+        made.append(unwatched(*tensors))
+        return made[-1]
 
-    unwatched = functional.project_keys
-    monkeypatch.setattr(functional, "project_keys", project_keys)
+    unwatched = functional.has_fewer_keys
+    monkeypatch.setattr(functional, "has_fewer_keys", has_fewer_keys)
     monkeypatch.setattr(functional, "_KEYS", (0, 0))
-    monkeypatch.setattr(functional, "_HIDING", (0, 0))
     yield
     assert any(made)
 

@@ -135,10 +135,14 @@ def test_create_graph_gives_the_same_gradients(method: str) -> None:
     torch.testing.assert_close(plain, tuple(grad.detach() for grad in differentiable))
 
 
-def test_second_derivative_where_query_is_memory() -> None:
-    def attend(memory: Tensor) -> tuple[Tensor, Tensor | None]:
-        return attn_ext.dot_attention(memory, memory)
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
+def test_second_derivative_where_query_is_memory(method: str) -> None:
+    tensors = Case(method, D=4, Dm=4, dtype=torch.float64).problem().tensors
+    memory = tensors.pop("memory").requires_grad_()
+    tensors.pop("query")
 
-    memory = Case("dot", dtype=torch.float64).problem().tensors["memory"].requires_grad_()
+    def attend(memory: Tensor) -> tuple[Tensor, Tensor | None]:
+        return attn_ext.luong_attention(memory, memory, method, **tensors)
+
     assert gradcheck(attend, memory)
     assert gradgradcheck(attend, memory)

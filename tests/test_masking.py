@@ -63,6 +63,19 @@ def test_nothing_behind_the_mask_is_seen(
         assert (results[f"grad {name}"][hidden] == 0).all(), name
 
 
+@pytest.mark.fused
+@pytest.mark.cpu  # elsewhere a look would wait for the device
+@pytest.mark.parametrize("behind", [0.0, 1e30, math.nan, math.inf], ids=str)
+def test_a_memory_is_copied_only_if_something_is_to_be_hidden(behind: float) -> None:
+    """Its rows from the product that is the weight's gradient, where they are multiplied by gradients of 0."""
+    problem = Case("concat", B=3, T=5, S=37, D=20, masking="lengths").problem()
+    memory = problem.tensors["memory"].masked_fill(never_attended(problem).unsqueeze(-1), behind)
+    with torch.autograd.profiler.profile() as profile:
+        problem.with_tensors(memory=memory).results()
+    copies = sum(event.name == "aten::masked_fill" for event in profile.function_events)
+    assert copies == (0 if math.isfinite(behind) else 1)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("T", [5, 33, 70], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

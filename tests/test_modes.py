@@ -98,7 +98,7 @@ class _Watched(Tensor):
 def test_overrides_see_the_op(call: str) -> None:
     """__torch_function__, of a mode or of a tensor's class, is asked about the ops as about PyTorch's own."""
     problem = Case("dot" if call == "step" else call, S=37).problem()
-    op = {"step": "memory", "dot": "dot", "general": "dot"}.get(call, "additive")
+    op = {"step": "memory", "dot": "dot", "additive": "additive"}.get(call, "projected")
     memory = "values" if call == "additive" else "memory"
 
     def results(**tensors: Tensor) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from tests import cases
@@ -317,6 +318,76 @@ def test_no_gradient_comes_back(method: str) -> None:
     except (RuntimeError, ValueError):
         return
     assert all((grad == 0).all() for grad in grads)
+
+
+# Attention with its projections: general by its queries, by its keys, and concat.
+
+each_projection = pytest.mark.parametrize("projection", ["general", "general by keys", "concat"])
+
+
+def projected_arguments(projection: str, case: Case) -> tuple[Any, ...]:
+    problem = case.problem()
+    tensors = [problem.tensors.get(name) for name in ("query", "weight", "memory", "v", "bias")]
+    options = [problem.options["lengths"], problem.options["mask"], 0.5, problem.options["need_weights"]]
+    return (*tensors, *options, projection == "general by keys")
+
+
+@each_projection
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "with gradients"])
+def test_opcheck_of_projections(projection: str, gradients: bool, masking: str, dtype: torch.dtype) -> None:
+    *tensors, lengths, mask, scale, need_weights, by_keys = projected_arguments(
+        projection, Case(projection.split()[0], masking=masking, dtype=dtype)
+    )
+    leaves = [tensor if tensor is None else tensor.requires_grad_(gradients) for tensor in tensors]
+    opcheck(torch.ops.attn_ext.projected_attention.default, (*leaves, lengths, mask, scale, need_weights, by_keys))
+
+
+@each_projection
+@pytest.mark.parametrize(
+    "sizes", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (1, 1, 1, 1), (1, 70, 40, 33)], ids=str
+)
+def test_opcheck_of_sizes_of_projections(projection: str, sizes: tuple[int, ...]) -> None:
+    case = Case(projection.split()[0], *sizes, masking="lengths")
+    opcheck(torch.ops.attn_ext.projected_attention.default, projected_arguments(projection, case))
+
+
+@each_projection
+def test_nothing_crashes_in_a_projection(projection: str) -> None:
+    """As for the ops beneath."""
+    valid = projected_arguments(projection, Case(projection.split()[0], masking="lengths+pairs"))
+    accepted = set()
+    for position, argument in enumerate(valid):
+        for what, wrong in spoiled(argument) if isinstance(argument, Tensor) else ():
+            try:
+                torch.ops.attn_ext.projected_attention(*valid[:position], wrong, *valid[position + 1 :])
+            except (RuntimeError, ValueError, TypeError):
+                continue
+            accepted.add((position, what))
+    assert not accepted
+
+
+@each_projection
+def test_a_bias_without_a_v(projection: str) -> None:
+    query, weight, memory, _, _, *options = projected_arguments(projection, Case(projection.split()[0]))
+    with pytest.raises(ValueError, match="bias came without v"):
+        torch.ops.attn_ext.projected_attention(query, weight, memory, None, torch.zeros(4), *options)
+
+
+@each_projection
+def test_projections_of_tensors_without_data(projection: str) -> None:
+    """Nothing is looked at then, whatever may be hidden."""
+    *tensors, lengths, mask, scale, need_weights, by_keys = projected_arguments(
+        projection, Case(projection.split()[0], masking="lengths+pairs")
+    )
+    with FakeTensorMode() as mode:
+        fakes = [tensor if tensor is None else mode.from_tensor(tensor).requires_grad_() for tensor in tensors]
+        options = (mode.from_tensor(lengths), mode.from_tensor(mask), scale, need_weights, by_keys)
+        context, weights = torch.ops.attn_ext.projected_attention(*fakes, *options)
+        (context.sum() + weights.sum()).backward()
+    for fake in fakes:
+        assert fake is None or fake.grad.shape == fake.shape
 
 
 # The ops of a decoder loop's steps, which AttentionMemory calls.

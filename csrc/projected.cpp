@@ -1,0 +1,345 @@
+// General and concat attention with their projections as one node of the graph.
+//
+//   general   (W q) . m = q . (W^T m)                 dot on W q, or keyed dot on the keys W^T m
+//   concat    v . tanh(Wq q + Wk m + bias)            additive on both, with [Wq Wk] = W
+//
+// Between nodes of their own, the projections' gradients would be tensors of memory's size and small calls' time: here the memory's
+// joins that of the op in place, and a weight's parts are written where they belong.
+#include "dispatch.h"
+#include "projection.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+namespace attn_ext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Options {
+  bool by_keys;  // of general: whether the memory is what is projected
+  const OptionalTensor& lengths;
+  const OptionalTensor& mask;
+  double scale;
+};
+
+// What projects queries, and what memory; undefined where they stay as they are. Of a weight's gradient: the parts to be written.
+struct Parts {
+  Parts(const Tensor& weight, const Tensor& memory, bool is_concat, bool by_keys) {
+    if (is_concat) {
+      std::tie(of_query, of_keys) = split(weight, memory.sym_size(2));
+    } else {
+      (by_keys ? of_keys : of_query) = by_keys ? weight.t() : weight;
+    }
+  }
+
+  Tensor of_query, of_keys;
+};
+
+// A call's tensors as they meet: the query and, if there are any, the keys, projected.
+struct Projected {
+  Tensor query, keys;
+
+  static Projected make(const Tensor& query, const Tensor& memory, const Parts& parts, const OptionalTensor& bias) {
+    return {
+        parts.of_query.defined() ? project(query, parts.of_query) : query,
+        parts.of_keys.defined() ? project(memory, parts.of_keys, bias) : Tensor()};
+  }
+};
+
+// additive with a v, keyed dot with keys alone, dot without either.
+Forwards attend(
+    const Projected& projected,
+    const OptionalTensor& v,
+    const Tensor& memory,
+    const Options& options,
+    bool need_weights,
+    bool need_exact) {
+  const auto& [query, keys] = projected;
+  const auto& [_, lengths, mask, scale] = options;
+  if (v) {
+    return AdditiveOp::forward(query, keys, *v, memory, lengths, mask, scale, need_weights, need_exact);
+  }
+  if (keys.defined()) {
+    return KeyedDotOp::forward(query, keys, memory, lengths, mask, scale, need_weights, need_exact);
+  }
+  return DotOp::forward(query, memory, lengths, mask, scale, need_weights, need_exact);
+}
+
+// The op's gradients of what met, where wanted: query and keys as they were projected.
+struct Wanted {
+  bool query, keys, v, memory;
+};
+
+Gradients differentiate(
+    const Tensor& grad_context,
+    const Tensor& grad_weights,
+    const Projected& projected,
+    const OptionalTensor& v,
+    const Tensor& memory,
+    const Options& options,
+    const Tensor& context,
+    const Tensor& weights,
+    const Tensor& logsumexp,
+    const Wanted& wanted) {
+  const auto& [query, keys] = projected;
+  const auto& [_, lengths, mask, scale] = options;
+  const OptionalTensor of_context = if_defined(grad_context), of_weights = if_defined(grad_weights), saved = if_defined(weights);
+  Gradients grads;
+  if (v) {
+    std::tie(grads.query, grads.keys, grads.v, grads.memory) = AdditiveOp::backward(
+        of_context,
+        of_weights,
+        query,
+        keys,
+        *v,
+        memory,
+        lengths,
+        mask,
+        scale,
+        context,
+        saved,
+        logsumexp,
+        {wanted.query, wanted.keys, wanted.v, wanted.memory});
+  } else if (keys.defined()) {
+    std::tie(grads.query, grads.keys, grads.memory) = KeyedDotOp::backward(
+        of_context,
+        of_weights,
+        query,
+        keys,
+        memory,
+        lengths,
+        mask,
+        scale,
+        context,
+        saved,
+        logsumexp,
+        {wanted.query, wanted.keys, wanted.memory});
+  } else {
+    std::tie(grads.query, grads.memory) = DotOp::backward(
+        of_context, of_weights, query, memory, lengths, mask, scale, context, saved, logsumexp, {wanted.query, wanted.memory});
+  }
+  return grads;
+}
+
+struct Node : torch::autograd::Function<Node> {
+  // The tensors that have gradients: forward's first arguments. There is no bias without a v, so the numbers are those of the
+  // edges.
+  enum Input { kQuery, kWeight, kMemory, kV, kBias, kInputs };
+  enum Saved { kLengths = kInputs, kMask, kProjected, kKeys, kContext, kWeights, kLogsumexp };
+
+  // The context, and the weights where they are asked for. These always have a derivative: whatever has one takes part in the
+  // scores.
+  static variable_list forward(
+      AutogradContext* ctx,
+      const Tensor& query,
+      const Tensor& weight,
+      const Tensor& memory,
+      const OptionalTensor& v,
+      const OptionalTensor& bias,
+      const Options* options,
+      bool need_weights) {
+    const BelowAutograd guard;
+    const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), options->by_keys), bias);
+    const auto [context, weights, logsumexp, exact] = attend(projected, v, memory, *options, need_weights, true);
+    const bool rounded = !exact.empty();
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["scale"] = options->scale;
+    ctx->saved_data["by_keys"] = options->by_keys;
+    ctx->save_for_backward(
+        {query,
+         weight,
+         memory,
+         or_undefined(v),
+         or_undefined(bias),
+         or_undefined(options->lengths),
+         or_undefined(options->mask),
+         projected.query.is_same(query) ? Tensor() : projected.query,
+         projected.keys,
+         rounded ? exact[0] : context,
+         need_weights ? rounded ? exact[1] : weights : Tensor(),
+         logsumexp});
+    return need_weights ? variable_list{context, weights} : variable_list{context};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
+    const variable_list grads{incoming[0], incoming.size() > 1 ? incoming[1] : Tensor()};
+    variable_list results(kInputs + 2);  // as many as forward's arguments
+    if (!grads[0].defined() && !grads[1].defined()) {
+      return results;
+    }
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
+    const Options options{ctx->saved_data["by_keys"].toBool(), lengths, mask, ctx->saved_data["scale"].toDouble()};
+    std::array<bool, kInputs> wanted{};
+    for (size_t i = 0; i < kInputs; ++i) {
+      wanted[i] = saved[i].defined() && ctx->needs_input_grad(i);
+    }
+    if (at::GradMode::is_enabled()) {
+      differentiably(grads, saved, options, wanted, results);
+    } else {
+      at_once(grads, saved, options, wanted, results);
+    }
+    return results;
+  }
+
+ private:
+  static void at_once(
+      const variable_list& grads,
+      const variable_list& saved,
+      const Options& options,
+      const std::array<bool, kInputs>& wanted,
+      variable_list& results) {
+    const BelowAutograd guard;
+    const Tensor &query = saved[kQuery], &weight = saved[kWeight], &memory = saved[kMemory];
+    const bool is_concat = saved[kV].defined();
+    const Parts parts(weight, memory, is_concat, options.by_keys);
+    const Projected projected{parts.of_query.defined() ? saved[kProjected] : query, saved[kKeys]};
+    const Gradients computed = differentiate(
+        grads[0],
+        grads[1],
+        projected,
+        if_defined(saved[kV]),
+        memory,
+        options,
+        saved[kContext],
+        saved[kWeights],
+        saved[kLogsumexp],
+        {wanted[kQuery] || (wanted[kWeight] && parts.of_query.defined()),
+         parts.of_keys.defined() && (wanted[kWeight] || wanted[kMemory] || wanted[kBias]),
+         wanted[kV],
+         wanted[kMemory]});
+    if (wanted[kQuery]) {
+      results[kQuery] = parts.of_query.defined() ? grad_of_input(computed.query, parts.of_query, query) : computed.query;
+    }
+    if (wanted[kWeight]) {
+      results[kWeight] = at::empty_symint(weight.sym_sizes(), weight.options());
+      const Parts into(results[kWeight], memory, is_concat, options.by_keys);
+      if (into.of_query.defined()) {
+        write_grad_of_weight(into.of_query, computed.query, query);
+      }
+      if (into.of_keys.defined()) {
+        write_grad_of_key_weight(into.of_keys, computed.keys, memory, options.lengths, options.mask);
+      }
+    }
+    if (wanted[kMemory]) {
+      results[kMemory] =
+          parts.of_keys.defined() ? add_grad_of_input(computed.memory, computed.keys, parts.of_keys) : computed.memory;
+    }
+    if (wanted[kV]) {
+      results[kV] = computed.v;
+    }
+    if (wanted[kBias]) {
+      results[kBias] = at::sum(rows_of(computed.keys), 0).to(saved[kBias].scalar_type());
+    }
+  }
+
+  // Under create_graph=True: by the derivatives of the op and of the products, which have derivatives themselves.
+  static void differentiably(
+      const variable_list& grads,
+      const variable_list& saved,
+      const Options& options,
+      const std::array<bool, kInputs>& wanted,
+      variable_list& results) {
+    variable_list inputs(kInputs), asked, outputs, arriving;
+    for (size_t i = 0; i < kInputs; ++i) {
+      if (saved[i].defined()) {
+        inputs[i] = saved[i].view_as(saved[i]);  // one that was passed twice keeps its gradients apart
+        if (wanted[i]) {
+          asked.push_back(inputs[i]);
+        }
+      }
+    }
+    // Nobody may attend hidden rows, and products of NaN with gradients of 0 are NaN.
+    const Tensor& memory = inputs[kMemory];
+    const Tensor seen = wanted[kWeight] ? without_hidden_rows(memory, options.lengths, options.mask) : memory;
+    const OptionalTensor v = if_defined(inputs[kV]);
+    const Parts parts(inputs[kWeight], memory, v.has_value(), options.by_keys);
+    const auto projected = Projected::make(inputs[kQuery], seen, parts, if_defined(inputs[kBias]));
+    const auto attended = attend(projected, v, memory, options, grads[1].defined(), false);
+    if (grads[0].defined()) {
+      outputs.push_back(std::get<0>(attended));
+      arriving.push_back(grads[0]);
+    }
+    if (grads[1].defined()) {
+      outputs.push_back(std::get<1>(attended));
+      arriving.push_back(grads[1]);
+    }
+    const variable_list computed = torch::autograd::grad(outputs, asked, arriving, std::nullopt, /*create_graph=*/true);
+    auto next = computed.begin();
+    for (size_t i = 0; i < kInputs; ++i) {
+      if (wanted[i]) {
+        results[i] = *next++;
+      }
+    }
+  }
+};
+
+// What the products would take, or would say in words of their own. What is made of these tensors, the ops check.
+void check(const Tensor& query, const Tensor& weight, const Tensor& memory, const OptionalTensor& v, const OptionalTensor& bias) {
+  const auto type = query.scalar_type(), weight_type = weight.scalar_type();
+  TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
+  TORCH_CHECK_TYPE(weight.layout() == at::kStrided, "weight must be a dense (strided) tensor");
+  TORCH_CHECK_TYPE(memory.layout() == at::kStrided, "memory must be a dense (strided) tensor");
+  TORCH_CHECK_TYPE(memory.scalar_type() == type, "memory is ", memory.scalar_type(), ", needed is ", type);
+  TORCH_CHECK_TYPE(
+      weight_type == type || (weight_type == at::kFloat && at::isReducedFloatingType(type)),
+      "weight is ",
+      weight_type,
+      ", needed is ",
+      type);
+  TORCH_CHECK_VALUE(
+      query.dim() == 3 || query.dim() == 2, "query has shape ", query.sym_sizes(), ", needed is [B, T, size] or [B, size]");
+  TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sym_sizes(), ", needed are two dimensions");
+  if (bias) {
+    TORCH_CHECK_VALUE(v.has_value(), "bias came without v");
+    TORCH_CHECK_VALUE(
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
+        "bias has shape ",
+        bias->sym_sizes(),
+        ", needed is [",
+        weight.sym_size(0),
+        "]");
+  }
+}
+
+// A query [B, T, Dq] or [B, Dq] against a memory: concat with a v, general without.
+std::tuple<Tensor, Tensor> projected_attention(
+    const Tensor& query,
+    const Tensor& weight,
+    const Tensor& memory,
+    const OptionalTensor& v,
+    const OptionalTensor& bias,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights,
+    bool by_keys) {
+  check(query, weight, memory, v, bias);
+  const Options options{by_keys, lengths, mask, scale};
+  const auto has_tangent = [](const OptionalTensor& tensor) { return tensor && tensor->_fw_grad(0).defined(); };
+  const bool forward_mode = has_tangent(query) || has_tangent(weight) || has_tangent(memory) || has_tangent(v) || has_tangent(bias);
+  if (!forward_mode && !torch::autograd::compute_requires_grad(query, weight, memory, v, bias)) {
+    const BelowAutograd guard;
+    const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), by_keys), bias);
+    auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, need_weights, false);
+    return {std::move(context), std::move(weights)};
+  }
+  // Where there are tangents, apply() says that there is no forward mode.
+  const variable_list outputs = Node::apply(query, weight, memory, v, bias, &options, need_weights);
+  return {outputs[0], outputs.size() > 1 ? outputs[1] : at::empty({0}, query.options())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(attn_ext, CompositeImplicitAutograd, m) {
+  m.impl("projected_attention", projected_attention);
+}
+
+}  // namespace attn_ext

@@ -1,0 +1,96 @@
+// The products with a weight around the ops, and their gradients. They run beneath autograd, which has nodes of its own for what
+// they are part of (projected.cpp, memory.cpp).
+#pragma once
+
+#include "attention.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+
+#include <cmath>
+
+namespace attn_ext {
+
+inline Tensor as(at::ScalarType type, const Tensor& tensor) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
+// [B, T, D] as [B T, D]: a view where the strides allow.
+inline Tensor rows_of(const Tensor& tensor) {
+  return tensor.dim() == 2 ? tensor : tensor.flatten(0, 1);
+}
+
+// What of concat's weight [A, Dq + Dm], or of its gradient, belongs to queries, and what to the memory of `memory_size` features.
+inline std::pair<Tensor, Tensor> split(const Tensor& weight, const c10::SymInt& memory_size) {
+  const auto query_size = weight.sym_size(1) - memory_size;
+  return {weight.narrow_symint(1, 0, query_size), weight.narrow_symint(1, query_size, memory_size)};
+}
+
+// weight x + bias for each x of the input, [..., in] and [out, in]. Halves are multiplied in float32 where their weight comes in
+// it, as functional.py has it on a processor without products of theirs.
+inline Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}) {
+  const bool time_major = input.dim() == 3 && !input.is_contiguous() && input.transpose(0, 1).is_contiguous();
+  if (time_major) {  // so is the result then, and nothing is copied
+    return project(input.transpose(0, 1), weight, bias).transpose(0, 1);
+  }
+  const Tensor rows = as(weight.scalar_type(), rows_of(input)), factors = weight.t();
+  const Tensor projected = as(input.scalar_type(), bias ? at::addmm(*bias, rows, factors) : at::mm(rows, factors));
+  return input.dim() == 2 ? projected : projected.view_symint({input.sym_size(0), input.sym_size(1), weight.sym_size(0)});
+}
+
+// What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`.
+inline Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input) {
+  return as(input.scalar_type(), at::mm(as(weight.scalar_type(), rows_of(grad)), weight)).view_symint(input.sym_sizes());
+}
+
+// As grad_of_input, but added to what the input has already, contiguous; returns the sum.
+inline Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight) {
+  if (sum.scalar_type() != weight.scalar_type()) {
+    return at::add(sum, grad_of_input(grad, weight, sum));
+  }
+  rows_of(sum).addmm_(rows_of(grad), weight);
+  return sum;
+}
+
+// What a projection's weight gets, written to `result` [out, in].
+inline void write_grad_of_weight(const Tensor& result, const Tensor& grad, const Tensor& input) {
+  const auto type = result.scalar_type();
+  Tensor out = result;
+  at::mm_out(out, as(type, rows_of(grad)).t(), as(type, rows_of(input)));
+}
+
+// The memory with 0 in the rows that no query may attend.
+inline Tensor without_hidden_rows(const Tensor& memory, const OptionalTensor& lengths, const OptionalTensor& mask) {
+  Tensor hidden;
+  if (mask) {
+    hidden = (mask->dim() == 3 ? mask->any(1) : *mask).logical_not();
+  }
+  if (lengths) {
+    const Tensor steps = at::arange(memory.sym_size(1), lengths->options());
+    const Tensor behind = steps.ge(lengths->unsqueeze(1));
+    hidden = hidden.defined() ? hidden.logical_or_(behind) : behind;
+  }
+  return hidden.defined() ? memory.masked_fill(hidden.unsqueeze(2), 0) : memory;
+}
+
+// write_grad_of_weight of keys that the memory was projected to. A row that no query may attend has a gradient of 0 and may hold
+// anything; NaN and infinity survive the product with it.
+inline void write_grad_of_key_weight(
+    const Tensor& result,
+    const Tensor& grad_keys,
+    const Tensor& memory,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask) {
+  const bool hides_rows = lengths || mask;
+  // A look at the result costs less than a copy of the memory, but elsewhere it would wait for a device, or there is nothing to
+  // see.
+  const bool can_look = memory.is_cpu() && !at::isTensorSubclassLike(memory);
+  if (!hides_rows || can_look) {
+    write_grad_of_weight(result, grad_keys, memory);
+  }
+  if (hides_rows && !(can_look && std::isfinite(result.sum().item<double>()))) {
+    write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, lengths, mask));
+  }
+}
+
+}  // namespace attn_ext
