@@ -122,15 +122,18 @@ def luong_attention(
     arguments.mask(mask)
     scale = arguments.scale(scale)
     arguments.flag("need_weights", need_weights)
-    with autocast.disabled(query):  # a projection may be of a wider type
-        if weight is not None and backend.fused_runs_on(query.device.type):
-            op = _OPS.projected_attention.default
-            context, weights = _attend_projected(
-                op, method, query, v, memory, lengths, mask, scale, need_weights, weight, bias
-            )
-            return context, weights if need_weights else None
-        query, keys = project(query, memory, method, weight, bias, lengths, mask)
-    return attend(query, keys, v, memory, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
+    return attend(
+        query,
+        None,
+        v,
+        memory,
+        lengths=lengths,
+        mask=mask,
+        scale=scale,
+        need_weights=need_weights,
+        weight=weight,
+        bias=bias,
+    )
 
 
 def dot_attention(
@@ -223,15 +226,27 @@ def attend(
     mask: Tensor | None,
     scale: float,
     need_weights: bool,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Attended:
-    """Checked and projected arguments, in the backend in force: additive with a `v`, dot products without."""
-    if backend.fused_runs_on(query.device.type):
-        op, tensors = _op_of(_OPS, query, keys, v, memory)
-        context, weights, *_ = op.default(*tensors, lengths, mask, scale, need_weights, False)
-        return context, weights if need_weights else None
-    op, tensors = _op_of(reference, query, keys, v, memory)
-    with autocast.disabled(query):  # the reference's products are of the accumulation type
-        return op(*tensors, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
+    """Checked arguments, in the backend in force: additive with a `v`, dot products without.
+
+    Query and memory are projected ones, or with a `weight` are yet to be: concat with a `v`, general without.
+    """
+    options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
+    with autocast.disabled(query):  # a projection may be of a wider type, and so are the reference's products
+        if not backend.fused_runs_on(query.device.type):
+            if weight is not None:
+                return reference.projected_attention(query, weight, memory, v, bias, **options)
+            op, tensors = _op_of(reference, query, keys, v, memory)
+            return op(*tensors, **options)
+        if weight is not None:
+            op = _OPS.projected_attention.default
+            context, weights = _project_and_attend(op, query, v, memory, *options.values(), weight, bias)
+        else:
+            op, tensors = _op_of(_OPS, query, keys, v, memory)
+            context, weights, *_ = op.default(*tensors, *options.values(), False)
+    return context, weights if need_weights else None
 
 
 def _op_of(
@@ -260,8 +275,8 @@ def attend_unchecked(
 ) -> Attended | None:
     """`attend` for arguments as the caller gave them; None if they need a conversion, or a check's words for a refusal.
 
-    Query and memory are projected first, but for "additive", which is of projected ones. The checks would be most of a
-    small call's time. The ops refuse what they refuse, so they come after a refusal.
+    "additive" is of projected tensors. The checks would be most of a small call's time. The ops refuse what they
+    refuse, so they come after a refusal.
     """
     try:
         if not goes_unchecked(query, weight, bias, keys, v, memory, lengths, mask):
@@ -281,16 +296,15 @@ def attend_unchecked(
             return None
         elif weight is not None:
             op = backend.calls.projected_attention
-            return _attend_projected(op, method, query, v, memory, lengths, mask, scale, need_weights, weight, bias)
+            return _project_and_attend(op, query, v, memory, lengths, mask, scale, need_weights, weight, bias)
         op, tensors = _op_of(backend.calls, query, keys, v, memory)
         return op(*tensors, lengths, mask, scale, need_weights)
     except REFUSALS:
         return None
 
 
-def _attend_projected(
+def _project_and_attend(
     op: Callable[..., Attended],
-    method: str,
     query: Tensor,
     v: Tensor | None,
     memory: Tensor,
@@ -302,9 +316,8 @@ def _attend_projected(
     bias: Tensor | None,
 ) -> Attended:
     """General and concat with their projections as one op, attn_ext::projected_attention by one of its names."""
-    by_keys = method == "general" and has_fewer_keys(query, memory, weight)
-    if is_slow(query):  # its products are taken in their weight's type
-        weight, bias = weight.float(), None if bias is None else bias.float()
+    by_keys = v is None and has_fewer_keys(query, memory, weight)
+    weight, bias = of_products(query, weight, bias)
     return op(query, weight, memory, v, bias, lengths, mask, scale, need_weights, by_keys)
 
 
@@ -371,42 +384,6 @@ def check_memory(
             arguments.floating("bias", bias, "A")
 
 
-def split_weight(memory: Tensor, method: str, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The parts of `weight` that project queries and memory; None where there is nothing to project.
-
-    As one split, whose gradient is written once: those of two slices would each be filled up with zeros, and added.
-    """
-    if method != "concat":
-        return weight, None
-    assert weight is not None
-    size = memory.shape[-1]
-    return weight.split([weight.shape[1] - size, size], dim=1)
-
-
-def project(
-    query: Tensor,
-    memory: Tensor,
-    method: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The query, and the keys that it meets: None where the memory is its own.
-
-    General's (weight q) . m is q . (weight^T m) too: whichever rows are the fewer are projected.
-    """
-    if method == "dot":
-        return query, None
-    assert weight is not None
-    if method == "general":
-        if has_fewer_keys(query, memory, weight):
-            return query, project_keys(memory, weight.t(), None, lengths, mask)
-        return linear(query, weight), None
-    query_weight, key_weight = split_weight(memory, method, weight)
-    return project_query(query, query_weight), project_keys(memory, key_weight, bias, lengths, mask)
-
-
 def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
     """Whether general attention costs less by way of keys [B, S, Dq] than by queries projected to [B, T, Dm].
 
@@ -424,42 +401,20 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
     return saved > call + element * B * S * Dm
 
 
-def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, but of float32 on a processor without products of `features`' type: there PyTorch's own are slower."""
-    dtype = features.dtype
-    if features.layout is not torch.strided:  # the product would be dense, which the ops take
-        raise TypeError("features must be a dense (strided) tensor")
-    if is_slow(features) and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
-        return F.linear(features.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
-    return F.linear(features, weight, bias)
+def of_products(features: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A projection's parameters, in the type that products with `features` are to be taken in.
+
+    That is float32 on a processor without products of `features`' type: there PyTorch's own are slower.
+    """
+    if not (features.dtype in _SLOW_ON_CPU and features.is_cpu):
+        return parameters
+    return tuple(None if parameter is None else parameter.float() for parameter in parameters)
 
 
-def is_slow(tensor: Tensor) -> bool:
-    """Whether the processor has no matrix products of `tensor`'s type: float32's are faster."""
-    return tensor.dtype in _SLOW_ON_CPU and tensor.is_cpu
-
-
-def project_query(query: Tensor, query_weight: Tensor | None) -> Tensor:
-    """What meets the memory (general: weight q, [B, T, Dm]) or its keys (concat: Wq q, [B, T, A])."""
-    return query if query_weight is None else linear(query, query_weight)
-
-
-def project_keys(
-    memory: Tensor, key_weight: Tensor | None, bias: Tensor | None, lengths: Tensor | None, mask: Tensor | None
-) -> Tensor | None:
-    """The keys that queries meet: key_weight m + bias, [B, S, A]; None where the memory is its own keys."""
-    if key_weight is None:
-        return None
-    if _hides_rows(key_weight, lengths, mask):
-        allowed = reference.allowed_positions(memory, lengths, mask)
-        assert allowed is not None
-        memory = memory.masked_fill(~allowed.any(dim=1).unsqueeze(-1), 0.0)
-    return linear(memory, key_weight, bias)
-
-
-def _hides_rows(key_weight: Tensor, lengths: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether rows that nobody may attend are to be zeros: NaN there would reach the weight's gradient, as 0 * NaN."""
-    return (lengths is not None or mask is not None) and torch.is_grad_enabled() and key_weight.requires_grad
+def linear(features: Tensor, weight: Tensor) -> Tensor:
+    """F.linear, in that type."""
+    (factors,) = of_products(features, weight)
+    return F.linear(features.to(factors.dtype), factors).to(features.dtype)
 
 
 def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq", name: str = "query") -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from attn_ext import autocast, backend, checks, functional
+from attn_ext import autocast, backend, checks, functional, reference
 
 _OPS = torch.ops.attn_ext
 
@@ -54,7 +54,8 @@ class AttentionMemory:
             lengths as int64 on memory's device. None where there is none.
         method: "dot", "general" or "concat".
         scale: as a float; 1.0 where none was given.
-        keys: concat's, of the memory, [B, S, A]; None otherwise.
+        keys: concat's, Wm memory + bias with [Wq Wm] = weight, [B, S, A]; rows that no query may attend hold anything.
+            None otherwise.
 
     Raises:
         ValueError, TypeError: as :func:`attn_ext.luong_attention`.
@@ -84,28 +85,33 @@ class AttentionMemory:
         arguments.mask(mask)
         self.mask = mask
         self.scale = arguments.scale(scale)
-        query_weight, key_weight = functional.split_weight(memory, method, weight)
         with autocast.disabled(memory):
-            self.keys = functional.project_keys(memory, key_weight, bias, self.lengths, mask)
-        self._prepare_steps(query_weight)
+            self._prepare(bias)
 
-    def _prepare_steps(self, query_weight: Tensor | None) -> None:
-        """What the ops for a loop's steps take besides: all of it made of the attributes above and their projection."""
-        shared = (self.memory, self.keys, self.v, query_weight)
-        self._has_gradients = any(tensor is not None and tensor.requires_grad for tensor in shared)
+    def _prepare(self, bias: Tensor | None) -> None:
+        """The keys, and what the ops for a loop's steps take besides: all of it made of the attributes above."""
+        memory, weight, v = self.memory, self.weight, self.v
+        made_of = (memory, weight, v, bias)
+        self._has_gradients = any(tensor is not None and tensor.requires_grad for tensor in made_of)
         self._is_in_graph = self._has_gradients and torch.is_grad_enabled()
-        self._is_prepared = not is_compiling() and backend.fused_runs_on(self.memory.device.type)
-        self._query_weight = self._prepared_keys = self._node = None
-        if not self._is_prepared:
+        self.keys = self._query_weight = self._prepared_keys = self._node = None
+        is_fused = backend.fused_runs_on(memory.device.type)
+        self._is_prepared = is_fused and not is_compiling()
+        if not is_fused:
+            if v is not None:
+                _, key_weight = reference.split_weight(weight, memory)
+                self.keys = reference.project_keys(memory, key_weight, bias, self.lengths, self.mask)
             return
-        if query_weight is not None:
-            self._query_weight = query_weight.float() if functional.is_slow(query_weight) else query_weight
-        if self.keys is not None and self.keys.is_cpu:  # a GPU's kernels take the exponentials as they read
-            self._prepared_keys = _OPS.prepare_keys.default(self.keys.detach())
+        weight, bias = functional.of_products(memory, weight, bias)
+        node, keys, prepared_keys = _OPS.memory_node.default(memory, weight, v, bias, self.lengths, self.mask)
         if self._is_in_graph:
-            self._node = _OPS.memory_node.default(
-                self.memory, self.keys, self._prepared_keys, self.v, query_weight, self.lengths, self.mask
-            )
+            self._node = node
+        if weight is not None:  # the steps hang on the node, which has its gradient
+            weight = weight.detach()
+            self._query_weight = weight if v is None else reference.split_weight(weight, memory)[0]
+        if v is not None:
+            self.keys = keys
+            self._prepared_keys = prepared_keys if prepared_keys.numel() else None
 
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """:func:`attn_ext.luong_attention` of `query` [B, T, Dq] or [B, Dq] over this memory."""
@@ -132,20 +138,20 @@ class AttentionMemory:
         if not is_compiling() and backend.fused_runs_on(query.device.type) and self._is_step(query):
             context, weights = self._attend_step(_OPS.memory_attention.default, query, need_weights)
             return context, weights if need_weights else None
-        if self.method == "general":
-            query, keys = functional.project(query, self.memory, "general", self.weight, None, self.lengths, self.mask)
-        else:
-            query_weight, _ = functional.split_weight(self.memory, self.method, self.weight)
-            query, keys = functional.project_query(query, query_weight), self.keys
+        weight = self.weight
+        if self.method == "concat":
+            query_weight, _ = reference.split_weight(weight, self.memory)
+            query, weight = functional.linear(query, query_weight), None
         return functional.attend(
             query,
-            keys,
+            self.keys,
             self.v,
             self.memory,
             lengths=self.lengths,
             mask=self.mask,
             scale=self.scale,
             need_weights=need_weights,
+            weight=weight,
         )
 
     def check(self, arguments: checks.Arguments, name: str, dims: str) -> None:

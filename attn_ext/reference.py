@@ -7,6 +7,7 @@ end. Everything here is differentiable to any order by autograd.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -63,6 +64,40 @@ def additive_attention(
     hidden = torch.tanh(q.unsqueeze(2) + k.unsqueeze(1))  # [B, T, S, A]
     scores = torch.matmul(hidden, v.to(q.dtype)) * scale  # [B, T, S]
     return _attend(scores, m, allowed, query, need_weights)
+
+
+def projected_attention(
+    query: Tensor,
+    weight: Tensor,
+    memory: Tensor,
+    v: Tensor | None,
+    bias: Tensor | None,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """General, without a v: score = scale * (weight q) . m; concat: score = scale * v . tanh(weight [q; m] + bias)."""
+    options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
+    if v is None:
+        return dot_attention(F.linear(query, weight), memory, **options)
+    query_weight, key_weight = split_weight(weight, memory)
+    keys = project_keys(memory, key_weight, bias, lengths, mask)
+    return additive_attention(F.linear(query, query_weight), keys, v, memory, **options)
+
+
+def split_weight(weight: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """[Wq Wm] = weight: concat's, for queries and for the memory."""
+    size = memory.shape[-1]
+    return weight.split([weight.shape[1] - size, size], dim=1)
+
+
+def project_keys(
+    memory: Tensor, key_weight: Tensor, bias: Tensor | None, lengths: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """Wm m + bias. NaN in a row that no query may attend would reach the gradient of Wm, as 0 * NaN."""
+    return F.linear(_without_unattended_rows(memory, allowed_positions(memory, lengths, mask)), key_weight, bias)
 
 
 def allowed_positions(memory: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -35,12 +35,12 @@ struct Autograd<Op, scored, std::index_sequence<i...>> {
       double scale,
       bool need_weights,
       bool need_exact) {
-    const bool has_tangent = (inputs._fw_grad(0).defined() || ...);  // apply() says that there is no forward mode
-    if (!has_tangent && !torch::autograd::compute_requires_grad(inputs...)) {
+    if (!have_tangents(inputs...) && !torch::autograd::compute_requires_grad(inputs...)) {
       const AutoDispatchBelowADInplaceOrView guard;
       return Op::forward(inputs..., lengths, mask, scale, need_weights, need_exact);
     }
     Forwards outputs;
+    // Where there are tangents, apply() says that there is no forward mode.
     const variable_list differentiable = Differentiable::apply(inputs..., lengths, mask, scale, need_weights, &outputs);
     std::get<0>(outputs) = differentiable[0];
     if (differentiable.size() > 1) {

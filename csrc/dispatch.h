@@ -9,6 +9,7 @@
 #include <array>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,19 @@ inline OptionalTensor if_defined(const Tensor& tensor) {
 
 inline Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor.value_or(Tensor());
+}
+
+// Whether any of the tensors, optional or not, takes part in forward mode, which the ops do not have.
+template <class... Tensors>
+bool have_tangents(const Tensors&... tensors) {
+  const auto has_tangent = []<class T>(const T& tensor) {
+    if constexpr (std::is_same_v<T, Tensor>) {
+      return tensor._fw_grad(0).defined();
+    } else {
+      return tensor && tensor->_fw_grad(0).defined();
+    }
+  };
+  return (has_tangent(tensors) || ...);
 }
 
 // Beneath autograd, and beneath autocast, which has had its say when the arguments were made: for what has products in it.

@@ -3,22 +3,26 @@
 // memory_node makes one node of the graph out of the tensors that the steps share, and every step hangs on it. A step's backward
 // takes its query's gradient alone and leaves its small tensors with the node's ledger; autograd runs the node's own backward when
 // those of all steps are over, and the ledger becomes, with a weights, g = d context, de = d scores, q the projected queries of all
-// steps:
+// steps, x the queries as they came:
 //
-//   dot, general   d memory = [a; de]^T [g; q]
-//   additive       d memory = a^T g, and the gradients of keys and v as of one call with all the queries
-//   general, additive   d query_weight = dq^T (the queries before their projection)
+//   dot       d memory = [a; de]^T [g; q]
+//   general   the same, and d weight = dq^T x
+//   concat    d keys and d v as of one call with all the queries,
+//             d memory = a^T g + d keys Wk, and d weight = [dq^T x, d keys^T memory]
 #include "dispatch.h"
+#include "projection.h"
 
 #include <ATen/Functions.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <memory>
 #include <mutex>
@@ -127,12 +131,6 @@ void refuse_second_derivative(variable_list& grads, const variable_list& origins
   }
 }
 
-Tensor project(const Tensor& input, const Tensor& weight) {
-  // Halves are projected in float32 where functional.py found the processor without products of theirs.
-  const bool widened = at::isReducedFloatingType(input.scalar_type()) && weight.scalar_type() == at::kFloat;
-  return widened ? at::linear(input.to(at::kFloat), weight).to(input.scalar_type()) : at::linear(input, weight);
-}
-
 // The field of all steps, one after the other along T.
 Tensor join(const std::vector<Step>& steps, Tensor Step::* field) {
   std::vector<Tensor> parts;
@@ -142,59 +140,76 @@ Tensor join(const std::vector<Step>& steps, Tensor Step::* field) {
   return at::cat(parts, 1);
 }
 
-struct Node : torch::autograd::Function<Node> {
-  static constexpr size_t kInputs = 7;
-  enum Saved { kMemory, kKeys, kV, kQueryWeight, kPreparedKeys, kLengths, kMask };  // forward's arguments
+// Concat's keys, and what its steps take besides.
+struct Keys {
+  Tensor keys, prepared;
 
-  static Tensor forward(
+  static Keys make(const Tensor& memory, const OptionalTensor& weight, const OptionalTensor& v, const OptionalTensor& bias) {
+    if (!v) {
+      return {};
+    }
+    static const auto prepare_keys = find<Tensor(const Tensor&)>("attn_ext::prepare_keys");
+    const Tensor keys = project(memory, Parts(*weight, memory, true).of_keys, bias);
+    return {keys, keys.is_cpu() ? prepare_keys.call(keys) : Tensor()};  // a GPU's kernels take the exponentials as they read
+  }
+};
+
+struct Node : torch::autograd::Function<Node> {
+  // The tensors that have gradients: forward's first arguments. Each is there only if those before it are, so the numbers are those
+  // of the edges.
+  enum Input { kMemory, kWeight, kV, kBias, kInputs };
+  enum Saved { kLengths = kInputs, kMask, kKeys, kPreparedKeys };
+
+  // What the steps hang on and, of concat, the keys.
+  static variable_list forward(
       AutogradContext* ctx,
       const Tensor& memory,
-      const OptionalTensor& keys,
+      const OptionalTensor& weight,
       const OptionalTensor& v,
-      const OptionalTensor& query_weight,
-      const OptionalTensor& prepared_keys,
+      const OptionalTensor& bias,
       const OptionalTensor& lengths,
-      const OptionalTensor& mask) {
+      const OptionalTensor& mask,
+      Keys* made) {
+    const BelowAutograd guard;
+    *made = Keys::make(memory, weight, v, bias);
+    const auto& [keys, prepared_keys] = *made;
     ctx->set_materialize_grads(false);
     ctx->saved_data[kLedger] = c10::IValue::make_capsule(c10::make_intrusive<Ledger>());
-    // A mask by query is of a step's queries, not of all steps'.
-    const bool by_row = mask && mask->dim() == 2;
     ctx->save_for_backward(
         {memory,
-         or_undefined(keys),
+         or_undefined(weight),
          or_undefined(v),
-         or_undefined(query_weight),
-         or_undefined(prepared_keys),
+         or_undefined(bias),
          or_undefined(lengths),
-         by_row ? *mask : Tensor()});
-    return at::empty({0}, memory.options().dtype(at::kFloat));
+         or_undefined(mask),
+         keys,
+         prepared_keys});
+    const Tensor node = at::empty({0}, memory.options().dtype(at::kFloat));
+    return v ? variable_list{node, keys} : variable_list{node};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    variable_list grads(kInputs);
+  static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
+    variable_list grads(kInputs + 3);                                       // as many as forward's arguments
+    const Tensor grad_keys = incoming.size() > 1 ? incoming[1] : Tensor();  // but for the steps'
     const std::vector<Step> steps = ledger_of(*ctx).take();
-    if (steps.empty()) {
+    if (steps.empty() && !grad_keys.defined()) {
       return grads;
     }
     wait_for(steps);
     variable_list saved = ctx->get_saved_variables();
-    {
-      const at::NoGradGuard no_grad;
-      const BelowAutograd guard;
-      const Tensor &memory = saved[kMemory], &keys = saved[kKeys], &query_weight = saved[kQueryWeight];
-      if (ctx->needs_input_grad(0)) {
-        grads[0] = grad_memory(steps, !keys.defined(), memory.scalar_type());
-      }
-      if (keys.defined()) {
-        std::tie(grads[1], grads[2]) = grad_keys_and_v(steps, saved, {ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
-      }
-      // Inputs that are not there have no edge: query_weight's follows the memory's, or that of v.
-      if (query_weight.defined() && ctx->needs_input_grad(keys.defined() ? 3 : 1)) {
-        const Tensor features = join(steps, &Step::features), grad_query = join(steps, &Step::grad_query);
-        const auto type = steps.front().grad_scores.scalar_type();
-        grads[3] = at::mm(grad_query.flatten(0, 1).t().to(type), features.flatten(0, 1).to(type)).to(query_weight.scalar_type());
-      }
+    std::array<bool, kInputs> wanted{};
+    for (size_t i = 0; i < kInputs; ++i) {
+      wanted[i] = saved[i].defined() && ctx->needs_input_grad(i);
     }
+    if (at::GradMode::is_enabled() && steps.empty()) {
+      const variable_list computed = differentiably(saved, wanted, {grad_keys}, [&](const variable_list& inputs) -> variable_list {
+        const Tensor seen = without_hidden_rows(inputs[kMemory], if_defined(saved[kLengths]), if_defined(saved[kMask]));
+        return {project(seen, Parts(inputs[kWeight], seen, true).of_keys, if_defined(inputs[kBias]))};
+      });
+      std::copy(computed.begin(), computed.end(), grads.begin());
+      return grads;
+    }
+    differentiate(steps, grad_keys, saved, wanted, grads);
     if (at::GradMode::is_enabled()) {
       for (const Step& step : steps) {
         saved.push_back(step.origin);
@@ -205,6 +220,44 @@ struct Node : torch::autograd::Function<Node> {
   }
 
  private:
+  using Wanted = std::array<bool, kInputs>;
+
+  static void differentiate(
+      const std::vector<Step>& steps, Tensor grad_keys, const variable_list& saved, const Wanted& wanted, variable_list& grads) {
+    const at::NoGradGuard no_grad;
+    const BelowAutograd guard;
+    const Tensor &memory = saved[kMemory], &weight = saved[kWeight];
+    const bool is_concat = saved[kV].defined();
+    if (is_concat && !steps.empty()) {
+      Tensor of_steps;
+      std::tie(of_steps, grads[kV]) = grad_keys_and_v(steps, saved, wanted);
+      grad_keys = grad_keys.defined() ? at::add(of_steps, grad_keys) : of_steps;
+    }
+    if (wanted[kMemory]) {
+      Tensor& sum = grads[kMemory];
+      sum = grad_memory(steps, !is_concat, memory.scalar_type());
+      if (is_concat) {
+        const Tensor of_keys = Parts(weight, memory, is_concat).of_keys;
+        sum = sum.defined() ? add_grad_of_input(sum, grad_keys, of_keys) : grad_of_input(grad_keys, of_keys, memory);
+      }
+    }
+    if (wanted[kWeight]) {
+      grads[kWeight] = at::empty_symint(weight.sym_sizes(), weight.options());
+      const Parts into(grads[kWeight], memory, is_concat);
+      if (steps.empty()) {
+        into.of_query.zero_();
+      } else {
+        write_grad_of_weight(into.of_query, join(steps, &Step::grad_query), join(steps, &Step::features));
+      }
+      if (is_concat) {
+        write_grad_of_key_weight(into.of_keys, grad_keys, memory, if_defined(saved[kLengths]), if_defined(saved[kMask]));
+      }
+    }
+    if (wanted[kBias]) {
+      grads[kBias] = as(saved[kBias].scalar_type(), at::sum(rows_of(grad_keys), 0));
+    }
+  }
+
   // In float64, or in float32, as everything that the steps left; then in the memory's type.
   static Tensor grad_memory(const std::vector<Step>& steps, bool is_its_own_keys, at::ScalarType type) {
     std::vector<Tensor> coefficients, rows;
@@ -222,7 +275,7 @@ struct Node : torch::autograd::Function<Node> {
   }
 
   static std::tuple<Tensor, Tensor> grad_keys_and_v(
-      const std::vector<Step>& steps, const variable_list& saved, std::array<bool, 2> wanted) {
+      const std::vector<Step>& steps, const variable_list& saved, const Wanted& wanted) {
     static const auto op = find<std::tuple<Tensor, Tensor>(
         const Tensor&,
         const Tensor&,
@@ -232,6 +285,9 @@ struct Node : torch::autograd::Function<Node> {
         const OptionalTensor&,
         const OptionalTensor&,
         std::array<bool, 2>)>("attn_ext::additive_scores_backward");
+    // A mask by query is of a step's queries, not of all steps'.
+    const bool by_row = saved[kMask].defined() && saved[kMask].dim() == 2;
+    const bool wants_keys = wanted[kMemory] || wanted[kWeight] || wanted[kBias];
     auto [grad_keys, grad_v] = op.call(
         join(steps, &Step::grad_scores),
         join(steps, &Step::query),
@@ -239,9 +295,9 @@ struct Node : torch::autograd::Function<Node> {
         if_defined(saved[kPreparedKeys]),
         saved[kV],
         if_defined(saved[kLengths]),
-        if_defined(saved[kMask]),
-        wanted);
-    return {wanted[0] ? grad_keys : Tensor(), wanted[1] ? grad_v : Tensor()};
+        by_row ? OptionalTensor(saved[kMask]) : std::nullopt,
+        {wants_keys, wanted[kV]});
+    return {wants_keys ? grad_keys : Tensor(), wanted[kV] ? grad_v : Tensor()};
   }
 };
 
@@ -278,16 +334,12 @@ struct Arguments {
         bool)>("attn_ext::step_attention");
     return op.call(query, keys, prepared_keys, v, memory, lengths, mask, scale, with_weights, need_exact);
   }
-
-  bool scores_have_gradients(const Tensor& query) const {
-    const auto varies = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
-    return !keys || query.requires_grad() || varies(keys) || varies(v) || varies(query_weight);
-  }
 };
 
 struct StepFunction : torch::autograd::Function<StepFunction> {
   enum Saved {
     kQuery,
+    kNode,
     kProjected,  // where there is a query_weight
     kQueryWeight,
     kKeys,
@@ -301,14 +353,10 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
     kLogsumexp,
   };
 
-  // The context, and the weights where they are asked for and have a derivative. All of the weights go to `weights`.
+  // The context, and the weights where they are asked for. These always have a derivative: whatever has one takes part in the
+  // scores.
   static variable_list forward(
-      AutogradContext* ctx,
-      const Tensor& query,
-      const Tensor&,  // the node: an edge of the graph
-      const c10::IValue& ledger,
-      const Arguments* arguments,
-      Tensor* all_weights) {
+      AutogradContext* ctx, const Tensor& query, const Tensor& node, const c10::IValue& ledger, const Arguments* arguments) {
     const BelowAutograd guard;
     const Arguments& of = *arguments;
     const Tensor projected = of.project(query);
@@ -318,6 +366,7 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
     ctx->saved_data["scale"] = of.scale;
     ctx->save_for_backward(
         {query,
+         node,
          of.query_weight ? projected : Tensor(),
          or_undefined(of.query_weight),
          or_undefined(of.keys),
@@ -329,13 +378,11 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
          exact.empty() ? context : exact[0],
          exact.empty() ? weights : exact[1],
          logsumexp});
-    *all_weights = weights;
-    const bool weights_vary = of.need_weights && of.scores_have_gradients(query);
-    return weights_vary ? variable_list{context, weights} : variable_list{context};
+    return of.need_weights ? variable_list{context, weights} : variable_list{context};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
-    variable_list grads(5);  // as many as forward's arguments
+    variable_list grads(4);  // as many as forward's arguments
     const Tensor grad_context = incoming[0], grad_weights = incoming.size() > 1 ? incoming[1] : Tensor();
     if (!grad_context.defined() && !grad_weights.defined()) {
       return grads;
@@ -344,7 +391,7 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
     step_backward(ctx, saved, grad_context, grad_weights, grads);
     if (at::GradMode::is_enabled()) {
       variable_list origins(incoming);
-      origins.insert(origins.end(), {saved[kQuery], saved[kQueryWeight], saved[kKeys], saved[kV], saved[kMemory]});
+      origins.insert(origins.end(), {saved[kQuery], saved[kNode]});
       refuse_second_derivative(grads, origins);
     }
     return grads;
@@ -409,17 +456,37 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
   }
 };
 
-// What every step of a loop is to be given; it carries the gradients of all tensors here. prepared_keys have none: those of keys
-// are theirs.
-Tensor memory_node(
+template <class... Tensors>
+void refuse_tangents(const Tensors&... tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !have_tangents(tensors...),
+      "the steps of an AttentionMemory have no forward-mode derivative. Make it, and call it, within use_backend('reference')");
+}
+
+// What every step of a loop is to be given, which carries the gradients of all tensors here; of concat, with a v, the keys, and
+// what the steps take besides. Without a weight it is dot, with one alone general.
+std::tuple<Tensor, Tensor, Tensor> memory_node(
     const Tensor& memory,
-    const OptionalTensor& keys,
-    const OptionalTensor& prepared_keys,
+    const OptionalTensor& weight,
     const OptionalTensor& v,
-    const OptionalTensor& query_weight,
+    const OptionalTensor& bias,
     const OptionalTensor& lengths,
     const OptionalTensor& mask) {
-  return Node::apply(memory, keys, v, query_weight, prepared_keys, lengths, mask);
+  TORCH_CHECK_VALUE(weight || !v, "v came without weight");
+  if (weight) {
+    check_projection(memory, *weight, memory, v, bias);
+  }
+  refuse_tangents(memory, weight, v, bias);
+  const Tensor none = at::empty({0}, memory.options());
+  const auto or_none = [&](const Tensor& tensor) { return tensor.defined() ? tensor : none; };
+  Keys made;
+  if (!torch::autograd::compute_requires_grad(memory, weight, v, bias)) {
+    const BelowAutograd guard;
+    made = Keys::make(memory, weight, v, bias);
+    return {none, or_none(made.keys), or_none(made.prepared)};
+  }
+  const variable_list outputs = Node::apply(memory, weight, v, bias, lengths, mask, &made);
+  return {outputs[0], v ? outputs[1] : none, or_none(made.prepared)};
 }
 
 // A query [B, T, Dq] or [B, Dq] against the memory: its projection, and the op.
@@ -436,10 +503,7 @@ std::tuple<Tensor, Tensor> memory_attention(
     bool need_weights,
     const OptionalTensor& node) {
   const Arguments arguments{query_weight, keys, prepared_keys, v, memory, lengths, mask, scale, need_weights};
-  const auto has_tangent = [](const OptionalTensor& tensor) { return tensor && tensor->_fw_grad(0).defined(); };
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !(has_tangent(query) || has_tangent(query_weight) || has_tangent(keys) || has_tangent(v) || has_tangent(memory)),
-      "the steps of an AttentionMemory have no forward-mode derivative. Make it, and call it, within use_backend('reference')");
+  refuse_tangents(query, query_weight, keys, v, memory);
   const bool has_node = node && node->requires_grad();
   if (!(at::GradMode::is_enabled() && (query.requires_grad() || has_node))) {
     const BelowAutograd guard;
@@ -448,9 +512,8 @@ std::tuple<Tensor, Tensor> memory_attention(
   }
   const auto* made = has_node ? dynamic_cast<torch::autograd::CppNode<Node>*>(node->grad_fn().get()) : nullptr;
   TORCH_CHECK_VALUE(made != nullptr, "node must be what memory_node returned, of tensors that require a gradient");
-  Tensor weights;
-  const variable_list outputs = StepFunction::apply(query, *node, made->ctx_.saved_data.at(kLedger), &arguments, &weights);
-  return {outputs[0], outputs.size() > 1 ? outputs[1] : weights};
+  const variable_list outputs = StepFunction::apply(query, *node, made->ctx_.saved_data.at(kLedger), &arguments);
+  return {outputs[0], outputs.size() > 1 ? outputs[1] : at::empty({0}, query.options())};
 }
 
 }  // namespace

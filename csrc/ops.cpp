@@ -405,8 +405,8 @@ TORCH_LIBRARY(attn_ext, m) {
       " Tensor values, Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp,"
       " bool[4] wanted) -> (Tensor grad_query, Tensor grad_keys, Tensor grad_v, Tensor grad_values)");
 
-  // Beneath general, without a v, and concat, [A, Dq + Dm] of whose weight projects queries and memory. by_keys: of general, whether
-  // the memory is what is projected.
+  // Beneath general, without a v, and concat, [A, Dq + Dm] of whose weight projects queries and memory. by_keys: of general,
+  // whether the memory is what is projected.
   m.def(
       "projected_attention(Tensor query, Tensor weight, Tensor memory, Tensor? v, Tensor? bias, Tensor? lengths, Tensor? mask,"
       " float scale, bool need_weights, bool by_keys) -> (Tensor context, Tensor weights)");
@@ -427,8 +427,8 @@ TORCH_LIBRARY(attn_ext, m) {
       "additive_scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor? prepared_keys, Tensor v, Tensor? lengths,"
       " Tensor? mask, bool[2] wanted) -> (Tensor grad_keys, Tensor grad_v)");
   m.def(
-      "memory_node(Tensor memory, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor? query_weight, Tensor? lengths,"
-      " Tensor? mask) -> Tensor");
+      "memory_node(Tensor memory, Tensor? weight, Tensor? v, Tensor? bias, Tensor? lengths, Tensor? mask)"
+      " -> (Tensor node, Tensor keys, Tensor prepared_keys)");
   m.def(
       "memory_attention(Tensor query, Tensor? query_weight, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor memory,"
       " Tensor? lengths, Tensor? mask, float scale, bool need_weights, Tensor? node) -> (Tensor context, Tensor weights)");

@@ -12,7 +12,10 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace attn_ext {
@@ -26,19 +29,6 @@ struct Options {
   const OptionalTensor& lengths;
   const OptionalTensor& mask;
   double scale;
-};
-
-// What projects queries, and what memory; undefined where they stay as they are. Of a weight's gradient: the parts to be written.
-struct Parts {
-  Parts(const Tensor& weight, const Tensor& memory, bool is_concat, bool by_keys) {
-    if (is_concat) {
-      std::tie(of_query, of_keys) = split(weight, memory.sym_size(2));
-    } else {
-      (by_keys ? of_keys : of_query) = by_keys ? weight.t() : weight;
-    }
-  }
-
-  Tensor of_query, of_keys;
 };
 
 // A call's tensors as they meet: the query and, if there are any, the keys, projected.
@@ -180,16 +170,25 @@ struct Node : torch::autograd::Function<Node> {
     for (size_t i = 0; i < kInputs; ++i) {
       wanted[i] = saved[i].defined() && ctx->needs_input_grad(i);
     }
-    if (at::GradMode::is_enabled()) {
-      differentiably(grads, saved, options, wanted, results);
-    } else {
-      at_once(grads, saved, options, wanted, results);
+    if (!at::GradMode::is_enabled()) {
+      differentiate(grads, saved, options, wanted, results);
+      return results;
     }
+    const variable_list computed = differentiably(saved, wanted, grads, [&](const variable_list& inputs) -> variable_list {
+      const Tensor& memory = inputs[kMemory];
+      const OptionalTensor v = if_defined(inputs[kV]);
+      const Parts parts(inputs[kWeight], memory, v.has_value(), options.by_keys);
+      const Tensor seen = without_hidden_rows(memory, lengths, mask);
+      const auto projected = Projected::make(inputs[kQuery], seen, parts, if_defined(inputs[kBias]));
+      auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, grads[1].defined(), false);
+      return {std::move(context), std::move(weights)};
+    });
+    std::copy(computed.begin(), computed.end(), results.begin());
     return results;
   }
 
  private:
-  static void at_once(
+  static void differentiate(
       const variable_list& grads,
       const variable_list& saved,
       const Options& options,
@@ -200,7 +199,7 @@ struct Node : torch::autograd::Function<Node> {
     const bool is_concat = saved[kV].defined();
     const Parts parts(weight, memory, is_concat, options.by_keys);
     const Projected projected{parts.of_query.defined() ? saved[kProjected] : query, saved[kKeys]};
-    const Gradients computed = differentiate(
+    const Gradients computed = attn_ext::differentiate(
         grads[0],
         grads[1],
         projected,
@@ -238,76 +237,7 @@ struct Node : torch::autograd::Function<Node> {
       results[kBias] = at::sum(rows_of(computed.keys), 0).to(saved[kBias].scalar_type());
     }
   }
-
-  // Under create_graph=True: by the derivatives of the op and of the products, which have derivatives themselves.
-  static void differentiably(
-      const variable_list& grads,
-      const variable_list& saved,
-      const Options& options,
-      const std::array<bool, kInputs>& wanted,
-      variable_list& results) {
-    variable_list inputs(kInputs), asked, outputs, arriving;
-    for (size_t i = 0; i < kInputs; ++i) {
-      if (saved[i].defined()) {
-        inputs[i] = saved[i].view_as(saved[i]);  // one that was passed twice keeps its gradients apart
-        if (wanted[i]) {
-          asked.push_back(inputs[i]);
-        }
-      }
-    }
-    // Nobody may attend hidden rows, and products of NaN with gradients of 0 are NaN.
-    const Tensor& memory = inputs[kMemory];
-    const Tensor seen = wanted[kWeight] ? without_hidden_rows(memory, options.lengths, options.mask) : memory;
-    const OptionalTensor v = if_defined(inputs[kV]);
-    const Parts parts(inputs[kWeight], memory, v.has_value(), options.by_keys);
-    const auto projected = Projected::make(inputs[kQuery], seen, parts, if_defined(inputs[kBias]));
-    const auto attended = attend(projected, v, memory, options, grads[1].defined(), false);
-    if (grads[0].defined()) {
-      outputs.push_back(std::get<0>(attended));
-      arriving.push_back(grads[0]);
-    }
-    if (grads[1].defined()) {
-      outputs.push_back(std::get<1>(attended));
-      arriving.push_back(grads[1]);
-    }
-    const variable_list computed = torch::autograd::grad(outputs, asked, arriving, std::nullopt, /*create_graph=*/true);
-    auto next = computed.begin();
-    for (size_t i = 0; i < kInputs; ++i) {
-      if (wanted[i]) {
-        results[i] = *next++;
-      }
-    }
-  }
 };
-
-// What the products would take, or would say in words of their own. What is made of these tensors, the ops check.
-void check(const Tensor& query, const Tensor& weight, const Tensor& memory, const OptionalTensor& v, const OptionalTensor& bias) {
-  const auto type = query.scalar_type(), weight_type = weight.scalar_type();
-  TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
-  TORCH_CHECK_TYPE(weight.layout() == at::kStrided, "weight must be a dense (strided) tensor");
-  TORCH_CHECK_TYPE(memory.layout() == at::kStrided, "memory must be a dense (strided) tensor");
-  TORCH_CHECK_TYPE(memory.scalar_type() == type, "memory is ", memory.scalar_type(), ", needed is ", type);
-  TORCH_CHECK_TYPE(
-      weight_type == type || (weight_type == at::kFloat && at::isReducedFloatingType(type)),
-      "weight is ",
-      weight_type,
-      ", needed is ",
-      type);
-  TORCH_CHECK_VALUE(
-      query.dim() == 3 || query.dim() == 2, "query has shape ", query.sym_sizes(), ", needed is [B, T, size] or [B, size]");
-  TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
-  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sym_sizes(), ", needed are two dimensions");
-  if (bias) {
-    TORCH_CHECK_VALUE(v.has_value(), "bias came without v");
-    TORCH_CHECK_VALUE(
-        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
-        "bias has shape ",
-        bias->sym_sizes(),
-        ", needed is [",
-        weight.sym_size(0),
-        "]");
-  }
-}
 
 // A query [B, T, Dq] or [B, Dq] against a memory: concat with a v, general without.
 std::tuple<Tensor, Tensor> projected_attention(
@@ -321,11 +251,12 @@ std::tuple<Tensor, Tensor> projected_attention(
     double scale,
     bool need_weights,
     bool by_keys) {
-  check(query, weight, memory, v, bias);
+  TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
+  TORCH_CHECK_VALUE(
+      query.dim() == 3 || query.dim() == 2, "query has shape ", query.sym_sizes(), ", needed is [B, T, size] or [B, size]");
+  check_projection(query, weight, memory, v, bias);
   const Options options{by_keys, lengths, mask, scale};
-  const auto has_tangent = [](const OptionalTensor& tensor) { return tensor && tensor->_fw_grad(0).defined(); };
-  const bool forward_mode = has_tangent(query) || has_tangent(weight) || has_tangent(memory) || has_tangent(v) || has_tangent(bias);
-  if (!forward_mode && !torch::autograd::compute_requires_grad(query, weight, memory, v, bias)) {
+  if (!have_tangents(query, weight, memory, v, bias) && !torch::autograd::compute_requires_grad(query, weight, memory, v, bias)) {
     const BelowAutograd guard;
     const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), by_keys), bias);
     auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, need_weights, false);

@@ -6,8 +6,11 @@
 
 #include <ATen/Functions.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/autograd.h>
 
+#include <array>
 #include <cmath>
+#include <optional>
 
 namespace attn_ext {
 
@@ -20,10 +23,53 @@ inline Tensor rows_of(const Tensor& tensor) {
   return tensor.dim() == 2 ? tensor : tensor.flatten(0, 1);
 }
 
-// What of concat's weight [A, Dq + Dm], or of its gradient, belongs to queries, and what to the memory of `memory_size` features.
-inline std::pair<Tensor, Tensor> split(const Tensor& weight, const c10::SymInt& memory_size) {
-  const auto query_size = weight.sym_size(1) - memory_size;
-  return {weight.narrow_symint(1, 0, query_size), weight.narrow_symint(1, query_size, memory_size)};
+// What of a weight, or of its gradient, projects queries, and what the memory: concat's is both, [A, Dq + Dm], general's, [Dm, Dq],
+// one of them. Undefined is what there is not.
+struct Parts {
+  Parts(const Tensor& weight, const Tensor& memory, bool is_concat, bool by_keys = false) {
+    if (is_concat) {
+      const auto memory_size = memory.sym_size(2), query_size = weight.sym_size(1) - memory_size;
+      of_query = weight.narrow_symint(1, 0, query_size);
+      of_keys = weight.narrow_symint(1, query_size, memory_size);
+    } else if (by_keys) {
+      of_keys = weight.t();
+    } else {
+      of_query = weight;
+    }
+  }
+
+  Tensor of_query, of_keys;
+};
+
+// What the products would take, or would say in words of their own. What is made of these tensors, the ops check.
+inline void check_projection(
+    const Tensor& query_or_memory,
+    const Tensor& weight,
+    const Tensor& memory,
+    const OptionalTensor& v,
+    const OptionalTensor& bias) {
+  const auto type = query_or_memory.scalar_type(), weight_type = weight.scalar_type();
+  TORCH_CHECK_TYPE(weight.layout() == at::kStrided, "weight must be a dense (strided) tensor");
+  TORCH_CHECK_TYPE(memory.layout() == at::kStrided, "memory must be a dense (strided) tensor");
+  TORCH_CHECK_TYPE(memory.scalar_type() == type, "memory is ", memory.scalar_type(), ", needed is ", type);
+  TORCH_CHECK_TYPE(
+      weight_type == type || (weight_type == at::kFloat && at::isReducedFloatingType(type)),
+      "weight is ",
+      weight_type,
+      ", needed is ",
+      type);
+  TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sym_sizes(), ", needed are two dimensions");
+  if (bias) {
+    TORCH_CHECK_VALUE(v.has_value(), "bias came without v");
+    TORCH_CHECK_VALUE(
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
+        "bias has shape ",
+        bias->sym_sizes(),
+        ", needed is [",
+        weight.sym_size(0),
+        "]");
+  }
 }
 
 // weight x + bias for each x of the input, [..., in] and [out, in]. Halves are multiplied in float32 where their weight comes in
@@ -33,7 +79,8 @@ inline Tensor project(const Tensor& input, const Tensor& weight, const OptionalT
   if (time_major) {  // so is the result then, and nothing is copied
     return project(input.transpose(0, 1), weight, bias).transpose(0, 1);
   }
-  const Tensor rows = as(weight.scalar_type(), rows_of(input)), factors = weight.t();
+  const auto type = at::isReducedFloatingType(input.scalar_type()) ? weight.scalar_type() : input.scalar_type();
+  const Tensor rows = as(type, rows_of(input)), factors = weight.t();
   const Tensor projected = as(input.scalar_type(), bias ? at::addmm(*bias, rows, factors) : at::mm(rows, factors));
   return input.dim() == 2 ? projected : projected.view_symint({input.sym_size(0), input.sym_size(1), weight.sym_size(0)});
 }
@@ -91,6 +138,40 @@ inline void write_grad_of_key_weight(
   if (hides_rows && !(can_look && std::isfinite(result.sum().item<double>()))) {
     write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, lengths, mask));
   }
+}
+
+// A node's backward under create_graph=True: the gradients of what `make` makes of the node's inputs, which stand first in `saved`,
+// where they are wanted; by derivatives that have derivatives.
+template <size_t n, class Make>
+torch::autograd::variable_list differentiably(
+    const torch::autograd::variable_list& saved,
+    const std::array<bool, n>& wanted,
+    const torch::autograd::variable_list& grad_outputs,
+    Make make) {
+  torch::autograd::variable_list inputs(n), asked, outputs, arriving, grads(n);
+  for (size_t i = 0; i < n; ++i) {
+    if (saved[i].defined()) {
+      inputs[i] = saved[i].view_as(saved[i]);  // one that was passed twice keeps its gradients apart
+      if (wanted[i]) {
+        asked.push_back(inputs[i]);
+      }
+    }
+  }
+  const torch::autograd::variable_list made = make(inputs);
+  for (size_t i = 0; i < grad_outputs.size(); ++i) {
+    if (grad_outputs[i].defined()) {
+      outputs.push_back(made[i]);
+      arriving.push_back(grad_outputs[i]);
+    }
+  }
+  const auto computed = torch::autograd::grad(outputs, asked, arriving, std::nullopt, /*create_graph=*/true, /*allow_unused=*/true);
+  auto next = computed.begin();
+  for (size_t i = 0; i < n; ++i) {
+    if (wanted[i]) {
+      grads[i] = *next++;
+    }
+  }
+  return grads;
 }
 
 }  // namespace attn_ext

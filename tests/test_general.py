@@ -15,7 +15,8 @@ import attn_ext
 from attn_ext import functional
 from tests.cases import DTYPES, MASKINGS, Case, assert_accurate, short
 
-pytestmark = pytest.mark.cpu  # a GPU's are always the queries
+# A GPU's are always the queries, as the reference's are.
+pytestmark = [pytest.mark.fused, pytest.mark.cpu]
 
 
 def has_keys(T: int, S: int, Dq: int = 64, Dm: int = 64) -> bool:
@@ -56,7 +57,7 @@ def keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("keys_cost_nothing")
 @torch.no_grad()
-def test_many_queries_of_a_memory_without_a_graph(each_backend: str) -> None:
+def test_many_queries_of_a_memory_without_a_graph() -> None:
     """No loop's step, though nothing is to be deferred."""
     query, memory, weight, *_ = Case("general", T=70, S=37, D=20, Dm=33).problem().tensors.values()
     expected = attn_ext.dot_attention(query @ weight.t(), memory)
@@ -66,7 +67,7 @@ def test_many_queries_of_a_memory_without_a_graph(each_backend: str) -> None:
 @pytest.mark.usefixtures("keys_cost_nothing")
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_against_the_products_as_they_are_written(dtype: torch.dtype, masking: str, each_backend: str) -> None:
+def test_against_the_products_as_they_are_written(dtype: torch.dtype, masking: str) -> None:
     problem = Case("general", T=70, S=37, D=20, Dm=33, dtype=dtype, masking=masking).problem()
     assert_accurate(problem)
     exact = problem.to(torch.float64)
@@ -92,7 +93,7 @@ def test_gradients(masking: str, loss: str) -> None:
 
 @pytest.mark.usefixtures("keys_cost_nothing")
 @pytest.mark.parametrize("masking", ["lengths", "rows", "lengths+rows"])
-def test_nobody_sees_what_is_masked(masking: str, each_backend: str) -> None:
+def test_nobody_sees_what_is_masked(masking: str) -> None:
     """NaN in rows that nobody may attend reaches no result and no gradient, that of the weight least of all."""
     problem = Case("general", B=3, T=70, S=37, D=20, Dm=33, masking=masking).problem()
     expected = problem.results()
@@ -108,7 +109,7 @@ def test_nobody_sees_what_is_masked(masking: str, each_backend: str) -> None:
 
 
 @pytest.mark.usefixtures("keys_cost_nothing")
-def test_weight_without_a_gradient(each_backend: str) -> None:
+def test_weight_without_a_gradient() -> None:
     """Then nothing is hidden: NaN behind the lengths is projected, and goes no further."""
     problem = Case("general", T=70, S=37, D=20, Dm=33, masking="lengths").problem()
     for spoil in (0.0, float("nan")):
@@ -125,7 +126,7 @@ def test_weight_without_a_gradient(each_backend: str) -> None:
 
 
 @pytest.mark.usefixtures("keys_cost_nothing")
-def test_a_memory_of_many_queries(each_backend: str) -> None:
+def test_a_memory_of_many_queries() -> None:
     problem = Case("general", T=70, S=37, D=20, Dm=33, masking="lengths").problem()
     expected = problem.results()
 
@@ -161,7 +162,7 @@ def test_an_exported_program_is_for_all_sizes() -> None:
 
 
 @pytest.mark.usefixtures("keys_cost_nothing")
-def test_compiled(each_backend: str) -> None:
+def test_compiled() -> None:
     """Whole, and for other sizes than those that it was traced with: both ways of projecting."""
     problem = Case("general", T=7, S=5, D=8, Dm=8, masking="lengths").problem()
     compiled = torch.compile(problem.function, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -126,6 +126,26 @@ def several_queries_a_step(loop: Loop) -> list[Tensor | None]:
     return loop.grads(loss_of(outputs))
 
 
+def many_queries_and_steps(loop: Loop) -> list[Tensor | None]:
+    """Of one memory; "step" masks are of one query."""
+    memory = loop.memory()
+    many = loop.start.unsqueeze(1) * torch.linspace(0.5, 2, 1 if loop.masking.get("mask") is not None else 17).view(
+        -1, 1
+    )
+    first = loop.grads(loss_of([loop.attention(many, memory)]), retain_graph=True)
+    both = [loop.attention(many, memory), *loop.steps(memory)]
+    return [*first, *loop.grads(loss_of(both))]
+
+
+def the_keys_themselves(loop: Loop) -> list[Tensor | None]:
+    memory = loop.memory()
+    if memory.keys is None or loop.masking:  # rows that no query may attend hold anything
+        return one_loss(loop)
+    penalty = memory.keys.square().sum()
+    alone = loop.grads(penalty, retain_graph=True)
+    return [*alone, *loop.grads(penalty + loss_of(loop.steps(memory)))]
+
+
 def every_step_in_a_checkpoint(loop: Loop) -> list[Tensor | None]:
     memory = loop.memory()
 
@@ -273,6 +293,8 @@ SCENARIOS = (
     contexts_only,
     weights_only,
     several_queries_a_step,
+    many_queries_and_steps,
+    the_keys_themselves,
     every_step_in_a_checkpoint,
     the_loop_in_a_checkpoint,
     the_loop_in_a_reentrant_checkpoint,
@@ -486,8 +508,9 @@ def test_what_is_deferred(name: str) -> None:
     assert counts["attn_ext::step_attention_backward"] == T
     assert counts["aten::bmm"] == 1
     assert counts["attn_ext::additive_scores_backward"] == (1 if "concat" in name else 0)
-    # The keys' own projection apart.
-    assert counts["aten::mm"] <= {"dot": 0, "general": T + 1}.get(name, T + 4)
+    # The query's at each step; the weight's, of concat in two parts. The memory's through the keys joins the other.
+    assert counts["aten::mm"] == {"dot": 0, "general": T + 1}.get(name, T + 2)
+    assert counts["aten::addmm_"] == (1 if "concat" in name else 0)
     queries = loop.start.unsqueeze(1).expand(-1, 17, -1)
     outputs = loop.attention(queries, loop.memory())
     counts, _ = calls(lambda: loop.grads(loss_of([outputs])))
@@ -508,6 +531,26 @@ def test_second_derivative(name: str) -> None:
             if grad is not None and leaf is not loop.others:
                 with pytest.raises(NotImplementedError, match=r"no second derivative.*luong_attention"):
                     torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True)
+
+
+@pytest.mark.parametrize("masking", ["everything", "lengths"])
+@pytest.mark.parametrize("name", MODULES)
+def test_second_derivative_of_many_queries(name: str, masking: str, each_backend: str) -> None:
+    """They are no steps: nothing of theirs is deferred. NaN behind the lengths is hidden here, too."""
+
+    def derivatives(attend: Callable[[Loop, Tensor], tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        loop = Loop(name, masking)
+        if masking == "lengths":
+            loop.encoder_outputs.data[2, 3:] = float("nan")
+        many = loop.start.unsqueeze(1) * torch.linspace(0.5, 2, 17, dtype=torch.float64).view(-1, 1)
+        first = [grad for grad in loop.grads(loss_of([attend(loop, many)]), create_graph=True) if grad is not None]
+        return loop.grads(sum((grad.square().sum() for grad in first), torch.tensor(0.0)))
+
+    with attn_ext.use_backend("reference"):
+        expected = derivatives(lambda loop, many: loop.attention(many, loop.encoder_outputs, **loop.masking))
+    actual = derivatives(lambda loop, many: loop.attention(many, loop.memory()))
+    assert all(grad.isfinite().all() for grad in actual if grad is not None)
+    assert_same_gradients(actual, expected)
 
 
 @pytest.mark.fused
@@ -575,6 +618,14 @@ def test_the_node_is_checked() -> None:
     for node in (None, torch.zeros(0), torch.zeros(0, requires_grad=True), memory * query.sum()):
         with pytest.raises(ValueError, match="node must be what memory_node returned"):
             torch.ops.attn_ext.memory_attention(query, None, None, None, None, memory, None, None, 1.0, True, node)
+    for weight, v, bias, text in (
+        (None, torch.zeros(4), None, "v came without weight"),
+        (memory, torch.zeros(4), None, r"weight has shape \[2, 3, 4\]"),
+        (torch.zeros(4, 8), None, torch.zeros(4), "bias came without v"),
+        (torch.zeros(4, 8), torch.zeros(4), torch.zeros(1), r"bias has shape \[1\], needed is \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            torch.ops.attn_ext.memory_node(memory, weight, v, bias, None, None)
 
 
 @pytest.mark.parametrize("name", MODULES)
