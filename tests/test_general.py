@@ -28,7 +28,8 @@ def test_the_fewer_rows_are_projected() -> None:
     assert has_keys(T=50, S=20)
     assert not has_keys(T=20, S=20)
     assert not has_keys(T=1, S=20)
-    assert not has_keys(T=6, S=2)  # a product less is nothing
+    assert not has_keys(T=101, S=100)  # one row in a hundred is nothing
+    assert has_keys(T=6, S=2)
     # The scores are products of the query's size then, which may be much the larger or the smaller.
     assert has_keys(T=100, S=100, Dm=256)
     assert not has_keys(T=110, S=100, Dq=256)
@@ -50,7 +51,7 @@ def keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     unwatched = functional.has_fewer_keys
     monkeypatch.setattr(functional, "has_fewer_keys", has_fewer_keys)
-    monkeypatch.setattr(functional, "_KEYS", (0, 0))
+    monkeypatch.setattr(functional, "_KEYS", 0)
     yield
     assert any(made)
 
