@@ -233,19 +233,21 @@ def attend(
 
     Query and memory are projected ones, or with a `weight` are yet to be: concat with a `v`, general without.
     """
-    options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
     with autocast.disabled(query):  # a projection may be of a wider type, and so are the reference's products
         if not backend.fused_runs_on(query.device.type):
+            options: dict[str, Any] = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
             if weight is not None:
                 return reference.projected_attention(query, weight, memory, v, bias, **options)
             op, tensors = _op_of(reference, query, keys, v, memory)
             return op(*tensors, **options)
         if weight is not None:
             op = _OPS.projected_attention.default
-            context, weights = _project_and_attend(op, query, v, memory, *options.values(), weight, bias)
+            context, weights = _project_and_attend(
+                op, query, v, memory, lengths, mask, scale, need_weights, weight, bias
+            )
         else:
             op, tensors = _op_of(_OPS, query, keys, v, memory)
-            context, weights, *_ = op.default(*tensors, *options.values(), False)
+            context, weights, *_ = op.default(*tensors, lengths, mask, scale, need_weights, False)
     return context, weights if need_weights else None
 
 
@@ -398,20 +400,20 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
     return saved > _KEYS * B * S * Dm
 
 
-def of_products(features: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+def of_products(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """A projection's parameters, in the type that products with `features` are to be taken in.
 
     That is float32 on a processor without products of `features`' type: there PyTorch's own are slower.
     """
     if not (features.dtype in _SLOW_ON_CPU and features.is_cpu):
-        return parameters
-    return tuple(None if parameter is None else parameter.float() for parameter in parameters)
+        return weight, bias
+    return weight.float(), None if bias is None else bias.float()
 
 
 def linear(features: Tensor, weight: Tensor) -> Tensor:
     """F.linear, in that type."""
-    (factors,) = of_products(features, weight)
-    return F.linear(features.to(factors.dtype), factors).to(features.dtype)
+    weight, _ = of_products(features, weight)
+    return F.linear(features.to(weight.dtype), weight).to(features.dtype)
 
 
 def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq", name: str = "query") -> None:

@@ -94,21 +94,24 @@ class AttentionMemory:
         made_of = (memory, weight, v, bias)
         self._has_gradients = any(tensor is not None and tensor.requires_grad for tensor in made_of)
         self._is_in_graph = self._has_gradients and torch.is_grad_enabled()
-        self.keys = self._query_weight = self._prepared_keys = self._node = None
+        self.keys: Tensor | None = None
+        self._query_weight: Tensor | None = None
+        self._prepared_keys: Tensor | None = None
+        self._node: Tensor | None = None
         is_fused = backend.fused_runs_on(memory.device.type)
         self._is_prepared = is_fused and not is_compiling()
         if not is_fused:
-            if v is not None:
+            if weight is not None and v is not None:
                 _, key_weight = reference.split_weight(weight, memory)
                 self.keys = reference.project_keys(memory, key_weight, bias, self.lengths, self.mask)
             return
-        weight, bias = functional.of_products(memory, weight, bias)
+        if weight is not None:
+            weight, bias = functional.of_products(memory, weight, bias)
+            factors = weight.detach()  # a step hangs on the node, which has its gradient
+            self._query_weight = factors if v is None else reference.split_weight(factors, memory)[0]
         node, keys, prepared_keys = _OPS.memory_node.default(memory, weight, v, bias, self.lengths, self.mask)
         if self._is_in_graph:
             self._node = node
-        if weight is not None:  # the steps hang on the node, which has its gradient
-            weight = weight.detach()
-            self._query_weight = weight if v is None else reference.split_weight(weight, memory)[0]
         if v is not None:
             self.keys = keys
             self._prepared_keys = prepared_keys if prepared_keys.numel() else None
@@ -139,7 +142,7 @@ class AttentionMemory:
             context, weights = self._attend_step(_OPS.memory_attention.default, query, need_weights)
             return context, weights if need_weights else None
         weight = self.weight
-        if self.method == "concat":
+        if weight is not None and self.keys is not None:
             query_weight, _ = reference.split_weight(weight, self.memory)
             query, weight = functional.linear(query, query_weight), None
         return functional.attend(
@@ -166,7 +169,8 @@ class AttentionMemory:
             return self._node is not None and _is_short(query)
         # The steps' ops project the queries, of which there can be more than of the memory's rows.
         return (
-            self.method != "general"
+            self.weight is None
+            or self.v is not None
             or _is_short(query)
             or not functional.has_fewer_keys(query, self.memory, self.weight)
         )

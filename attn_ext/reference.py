@@ -6,6 +6,8 @@ end. Everything here is differentiable to any order by autograd.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,7 +81,7 @@ def projected_attention(
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """General, without a v: score = scale * (weight q) . m; concat: score = scale * v . tanh(weight [q; m] + bias)."""
-    options = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
+    options: dict[str, Any] = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
     if v is None:
         return dot_attention(F.linear(query, weight), memory, **options)
     query_weight, key_weight = split_weight(weight, memory)

@@ -189,7 +189,7 @@ class OneQueryDot {
   void add_gradients(const GroupGradients<acc>& group) const {
     group.combine_memory(query_);
     if (wants_query_) {
-      group.memory.sum_to(group.grad_query, group.grad_scores(), 1, true, false);
+      group.memory.add_to(group.grad_query, group.grad_scores());
     }
   }
 

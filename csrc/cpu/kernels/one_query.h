@@ -204,6 +204,11 @@ class RowGroup {
     });
   }
 
+  // to += sum_r factors[r] row_r
+  void add_to(acc* to, const acc* factors) const {
+    sum_to(to, factors, 1, true, false);
+  }
+
   // to = factor sum_r factors[r] row_r, or to += where it `adds`; `fetches`: the next ones here. A few vectors of the sums stay in
   // registers while the rows pass.
   void sum_to(acc* to, const acc* factors, acc factor, bool adds, bool fetches) const {
