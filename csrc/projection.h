@@ -6,6 +6,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <array>
@@ -148,6 +149,7 @@ torch::autograd::variable_list differentiably(
     const std::array<bool, n>& wanted,
     const torch::autograd::variable_list& grad_outputs,
     Make make) {
+  const c10::impl::ExcludeDispatchKeyGuard below_autocast(c10::autocast_dispatch_keyset);  // which had its say before the node
   torch::autograd::variable_list inputs(n), asked, outputs, arriving, grads(n);
   for (size_t i = 0; i < n; ++i) {
     if (saved[i].defined()) {

@@ -49,7 +49,7 @@ def test_autocast_leaves_float64(each_backend: str) -> None:
 
 
 @pytest.mark.fused
-@pytest.mark.parametrize("method", ["dot", "additive"])
+@pytest.mark.parametrize("method", METHODS)
 def test_second_derivative_within_autocast(method: str) -> None:
     """The block that a backward runs in has no say in its products: those of the call had theirs."""
     problem = Case(method, T=5, S=37, D=20).problem()
