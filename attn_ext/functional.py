@@ -411,7 +411,7 @@ def of_products(features: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def linear(features: Tensor, weight: Tensor) -> Tensor:
-    """F.linear, in that type."""
+    """F.linear, in the type that `of_products` says."""
     weight, _ = of_products(features, weight)
     return F.linear(features.to(weight.dtype), weight).to(features.dtype)
 

@@ -84,22 +84,24 @@ struct Autograd<Op, scored, std::index_sequence<i...>> {
         return results;
       }
       const variable_list saved = ctx->get_saved_variables();
-      constexpr size_t others = Op::kInputs;
+      const Tensor &lengths = saved[Op::kInputs], &mask = saved[Op::kInputs + 1];
+      const Tensor &context = saved[Op::kInputs + 2], &weights = saved[Op::kInputs + 3], &logsumexp = saved[Op::kInputs + 4];
       const std::array<bool, Op::kInputs> wanted{ctx->needs_input_grad(i)...};
+      // Under create_graph=True this backward is itself to be differentiated.
       std::optional<AutoDispatchBelowADInplaceOrView> guard;
-      if (!at::GradMode::is_enabled()) {  // create_graph=True: this backward is itself to be differentiated
+      if (!at::GradMode::is_enabled()) {
         guard.emplace();
       }
       const auto computed = Op::backward(
           if_defined(grad_context),
           if_defined(grad_weights),
           saved[i]...,
-          if_defined(saved[others]),
-          if_defined(saved[others + 1]),
+          if_defined(lengths),
+          if_defined(mask),
           ctx->saved_data["scale"].toDouble(),
-          saved[others + 2],
-          if_defined(saved[others + 3]),
-          saved[others + 4],
+          context,
+          if_defined(weights),
+          logsumexp,
           wanted);
       ((results[i] = wanted[i] ? std::get<i>(computed) : Tensor()), ...);
       return results;

@@ -80,39 +80,18 @@ Gradients differentiate(
   const auto& [query, keys] = projected;
   const auto& [_, lengths, mask, scale] = options;
   const OptionalTensor of_context = if_defined(grad_context), of_weights = if_defined(grad_weights), saved = if_defined(weights);
+  const auto call = [&]<class Op>(Op, const std::array<bool, Op::kInputs>& of_tensors, const auto&... tensors) {
+    return Op::backward(of_context, of_weights, tensors..., lengths, mask, scale, context, saved, logsumexp, of_tensors);
+  };
   Gradients grads;
   if (v) {
-    std::tie(grads.query, grads.keys, grads.v, grads.memory) = AdditiveOp::backward(
-        of_context,
-        of_weights,
-        query,
-        keys,
-        *v,
-        memory,
-        lengths,
-        mask,
-        scale,
-        context,
-        saved,
-        logsumexp,
-        {wanted.query, wanted.keys, wanted.v, wanted.memory});
+    std::tie(grads.query, grads.keys, grads.v, grads.memory) =
+        call(AdditiveOp(), {wanted.query, wanted.keys, wanted.v, wanted.memory}, query, keys, *v, memory);
   } else if (keys.defined()) {
-    std::tie(grads.query, grads.keys, grads.memory) = KeyedDotOp::backward(
-        of_context,
-        of_weights,
-        query,
-        keys,
-        memory,
-        lengths,
-        mask,
-        scale,
-        context,
-        saved,
-        logsumexp,
-        {wanted.query, wanted.keys, wanted.memory});
+    std::tie(grads.query, grads.keys, grads.memory) =
+        call(KeyedDotOp(), {wanted.query, wanted.keys, wanted.memory}, query, keys, memory);
   } else {
-    std::tie(grads.query, grads.memory) = DotOp::backward(
-        of_context, of_weights, query, memory, lengths, mask, scale, context, saved, logsumexp, {wanted.query, wanted.memory});
+    std::tie(grads.query, grads.memory) = call(DotOp(), {wanted.query, wanted.memory}, query, memory);
   }
   return grads;
 }
@@ -234,7 +213,7 @@ struct Node : torch::autograd::Function<Node> {
       results[kV] = computed.v;
     }
     if (wanted[kBias]) {
-      results[kBias] = at::sum(rows_of(computed.keys), 0).to(saved[kBias].scalar_type());
+      results[kBias] = as(saved[kBias].scalar_type(), at::sum(rows_of(computed.keys), 0));
     }
   }
 };
