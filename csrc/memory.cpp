@@ -159,6 +159,7 @@ struct Node : torch::autograd::Function<Node> {
   // of the edges.
   enum Input { kMemory, kWeight, kV, kBias, kInputs };
   enum Saved { kLengths = kInputs, kMask, kKeys, kPreparedKeys };
+  using Wanted = std::array<bool, kInputs>;
 
   // What the steps hang on and, of concat, the keys.
   static variable_list forward(
@@ -189,17 +190,24 @@ struct Node : torch::autograd::Function<Node> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
-    variable_list grads(kInputs + 3);                                       // as many as forward's arguments
-    const Tensor grad_keys = incoming.size() > 1 ? incoming[1] : Tensor();  // but for the steps'
+    variable_list grads(kInputs + 3);  // as many as forward's arguments
     const std::vector<Step> steps = ledger_of(*ctx).take();
+    // What the keys got but from the steps.
+    Tensor grad_keys = incoming.size() > 1 ? incoming[1] : Tensor();
     if (steps.empty() && !grad_keys.defined()) {
       return grads;
     }
     wait_for(steps);
     variable_list saved = ctx->get_saved_variables();
-    std::array<bool, kInputs> wanted{};
+    Wanted wanted{};
     for (size_t i = 0; i < kInputs; ++i) {
       wanted[i] = saved[i].defined() && ctx->needs_input_grad(i);
+    }
+    if (!wants_keys(wanted)) {  // v, which alone has a gradient then, gets none through them
+      grad_keys = Tensor();
+      if (steps.empty()) {
+        return grads;
+      }
     }
     if (at::GradMode::is_enabled() && steps.empty()) {
       const variable_list computed = differentiably(saved, wanted, {grad_keys}, [&](const variable_list& inputs) -> variable_list {
@@ -220,7 +228,9 @@ struct Node : torch::autograd::Function<Node> {
   }
 
  private:
-  using Wanted = std::array<bool, kInputs>;
+  static bool wants_keys(const Wanted& wanted) {
+    return wanted[kMemory] || wanted[kWeight] || wanted[kBias];
+  }
 
   static void differentiate(
       const std::vector<Step>& steps, Tensor grad_keys, const variable_list& saved, const Wanted& wanted, variable_list& grads) {
@@ -287,7 +297,7 @@ struct Node : torch::autograd::Function<Node> {
         std::array<bool, 2>)>("attn_ext::additive_scores_backward");
     // A mask by query is of a step's queries, not of all steps'.
     const bool by_row = saved[kMask].defined() && saved[kMask].dim() == 2;
-    const bool wants_keys = wanted[kMemory] || wanted[kWeight] || wanted[kBias];
+    const bool of_keys = wants_keys(wanted);
     auto [grad_keys, grad_v] = op.call(
         join(steps, &Step::grad_scores),
         join(steps, &Step::query),
@@ -296,8 +306,8 @@ struct Node : torch::autograd::Function<Node> {
         saved[kV],
         if_defined(saved[kLengths]),
         by_row ? OptionalTensor(saved[kMask]) : std::nullopt,
-        {wants_keys, wanted[kV]});
-    return {wants_keys ? grad_keys : Tensor(), wanted[kV] ? grad_v : Tensor()};
+        {of_keys, wanted[kV]});
+    return {of_keys ? grad_keys : Tensor(), wanted[kV] ? grad_v : Tensor()};
   }
 };
 

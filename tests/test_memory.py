@@ -273,6 +273,20 @@ def frozen_parameters(loop: Loop) -> list[Tensor | None]:
     return loop.grads(loss_of(loop.steps(loop.memory())), loop.leaves[:3])
 
 
+def only_v(loop: Loop) -> list[Tensor | None]:
+    """Keys do not depend on it."""
+    if loop.attention.Va is None:
+        return one_loss(loop)
+    for leaf in loop.leaves:
+        leaf.requires_grad_(leaf is loop.attention.Va)
+    memory = loop.memory()
+    many = loop.attention(
+        loop.start.unsqueeze(1) * torch.ones(1 if loop.masking.get("mask") is not None else 17, 1), memory
+    )
+    alone = loop.grads(loss_of([many]), [loop.attention.Va], retain_graph=True)
+    return [*alone, *loop.grads(loss_of([many, *loop.steps(memory)]), [loop.attention.Va])]
+
+
 def only_the_hidden_states(loop: Loop) -> list[Tensor | None]:
     loop.attention.requires_grad_(False)
     loop.encoder_outputs.requires_grad_(False)
@@ -309,6 +323,7 @@ SCENARIOS = (
     made_without_a_graph,
     a_frozen_encoder,
     frozen_parameters,
+    only_v,
     only_the_hidden_states,
     saved_tensors_elsewhere,
 )
