@@ -4,6 +4,7 @@
 #include "../tensors.h"
 #include "capability.h"
 #include "plan.h"
+#include "work_stealing.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -35,7 +36,7 @@ void use_huge_pages(const Tensor& output) {
 #endif
 }
 
-// Runs every item, each in a slot of scratch: one a thread, or one an item if the items' results are merged afterwards, in `merges`
+// Runs every item, each in a slot of scratch: one a worker, or one an item if the items' results are merged afterwards, in `merges`
 // calls that do not depend on each other.
 template <class Call>
 void run_items(
@@ -45,22 +46,24 @@ void run_items(
     void (*merge)(const Call&, int64_t, char*, size_t),
     int64_t merges) {
   const int64_t items = call.plan.items(call.problem);
-  const int64_t slots = merges == 0 ? std::min<int64_t>(items, at::get_num_threads()) : items;
-  const size_t size = slots * slot_size;
+  const int64_t work = call.problem.batch * call.problem.steps * work_of_step(call.problem);
+  const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(work / items, 1), 1);
+  const int64_t workers = at::in_parallel_region() ? 1 : std::min<int64_t>(ceil_div(items, grain), at::get_num_threads());
+  const size_t slots_size = (merges == 0 ? workers : items) * slot_size;
+  const size_t size = slots_size + WorkStealing::size_of(workers);
   // A small call's scratch is on the stack, so that it does not wait for the allocator.
   alignas(64) char small[1 << 14];
   const at::DataPtr large = size > sizeof(small) ? c10::GetCPUAllocator()->allocate(size) : at::DataPtr();
-  char* base = large ? static_cast<char*>(large.get()) : small;
-  const int64_t work = call.problem.batch * call.problem.steps * work_of_step(call.problem);
-  const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(work / items, 1), 1);
-  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      run(call, item, base + (merges == 0 ? at::get_thread_num() : item) * slot_size);
+  char* slots = large ? static_cast<char*>(large.get()) : small;
+  WorkStealing shares(slots + slots_size, items, ceil_div(grain, kPartsOfGrain), workers);
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      shares.work(worker, [&](int64_t item) { run(call, item, slots + (merges == 0 ? worker : item) * slot_size); });
     }
   });
   at::parallel_for(0, merges, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      merge(call, index, base, slot_size);
+      merge(call, index, slots, slot_size);
     }
   });
 }

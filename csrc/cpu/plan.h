@@ -11,6 +11,9 @@ namespace attn_ext::cpu {
 constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kTanhCost = 8;
 
+// So many parts of a grain are taken one by one: what a thread that is through with its own takes from another.
+constexpr int64_t kPartsOfGrain = 8;
+
 // What dividing an item's queries once more takes for a part, whose tiles are read again and whose gradients are merged: queries,
 // and multiply-adds.
 constexpr int64_t kLeastQueries = 8;

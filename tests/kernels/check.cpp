@@ -2,6 +2,7 @@
 // double. Built by tests/test_kernels.py for each instruction set, with sanitizers, and for other processors under an emulator.
 //
 //   check SEED COUNT    prints what failed and how; exit status 1 if anything did
+#include "../../csrc/cpu/work_stealing.h"
 #include "op.h"
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <cstdlib>
 #include <limits>
 #include <random>
+#include <thread>
 #include <vector>
 
 namespace attn_ext::cpu {
@@ -232,6 +234,39 @@ void run_items(
   }
 }
 
+// Each item falls to one worker, once, whoever is slow.
+bool check_work_stealing(Random& random) {
+  const int64_t items = random.of({random.upto(0, 5), random.upto(6, 3000)}), workers = random.upto(1, 4),
+                grain = random.upto(1, 5);
+  std::vector<char> storage(WorkStealing::size_of(workers) + 64);
+  void* aligned = storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64);
+  WorkStealing shares(aligned, items, grain, workers);
+  std::vector<int> runs(items);  // not atomic: no two workers may meet there
+  std::atomic<int64_t> ready{0};
+  std::vector<std::thread> threads;
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    const int64_t turns = random.of({0, 0, 1, 50});
+    threads.emplace_back([&, worker, turns] {
+      for (++ready; ready < workers;) {
+        std::this_thread::yield();
+      }
+      shares.work(worker, [&](int64_t item) {
+        ++runs[item];
+        for (volatile int64_t i = 0; i < turns; i = i + 1) {
+        }
+      });
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  const bool ok = std::all_of(runs.begin(), runs.end(), [](int count) { return count == 1; });
+  if (!ok) {
+    std::printf("%lld items, %lld at a time, were not run once each\n", (long long)items, (long long)grain);
+  }
+  return ok;
+}
+
 class Checker {
  public:
   explicit Checker(const Op& c) : case_(c) {}
@@ -375,7 +410,7 @@ bool check(uint64_t seed) {
     run_items(s, random, backward.backward_slot, backward.backward, backward.merge_backward, again);
     checker.compare("grad keys of scores", keys_again.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
   }
-  return checker.ok;
+  return check_work_stealing(random) && checker.ok;
 }
 
 }  // namespace
