@@ -19,6 +19,11 @@ constexpr int64_t kPartsOfGrain = 8;
 constexpr int64_t kLeastQueries = 8;
 constexpr int64_t kQueriesGrain = 8 * kGrain;
 
+// The time that a call may take, over what it would if no thread waited for another, before items are divided further; and where
+// gradients of all the memory would have to be merged.
+constexpr double kWait = 1.15;
+constexpr double kWaitForMerges = 1.5;
+
 // Bytes of a memory, keys included, that a second-level cache is not trusted to keep from one step of a decoder to the next, whose
 // products go through it too; and those of any tensor that no cache is trusted with.
 constexpr int64_t kFarMemory = int64_t{1} << 19;
@@ -66,9 +71,23 @@ inline int64_t group_of(const Problem& problem) {
   return ceil_div(ceil_div(problem.steps, ceil_div(problem.steps, most)), 4) * 4;
 }
 
-// Items of `chunk` queries. With fewer of them than threads, the source is split, and where that has too few tiles the queries are
-// divided further, as far as a part is worth a thread.
-inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads) {
+// How many parts each of some items, all alike, is best divided into: the fewest with which the threads' time is within `wait`, or
+// those with which it is shortest.
+inline int64_t parts_of(int64_t items, int64_t threads, double wait) {
+  const auto time = [&](int64_t parts) {
+    return static_cast<double>(ceil_div(items * parts, threads) * threads) / (items * parts);
+  };
+  const int64_t least = std::max<int64_t>(threads / items, 1);
+  int64_t best = least;
+  for (int64_t parts = least + 1; time(best) > wait && parts < least + 4; ++parts) {
+    best = time(parts) < time(best) ? parts : best;
+  }
+  return best;
+}
+
+// Items of `chunk` queries. Where some threads would wait for others, the source is split, and where that has too few tiles the
+// queries are divided further, as far as a part is worth a thread.
+inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, double wait_for_queries) {
   Plan plan{};
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
   plan.tile = tile_of(problem, plan.chunk);
@@ -80,12 +99,12 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads) {
   plan.streams = problem.is_one_query() && bytes >= kLarge;
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
-  const int64_t wanted = ceil_div(threads, groups);
   const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, plan.tile), 1);
-  plan.split_tiles = ceil_div(tiles, std::clamp<int64_t>(work / kGrain, 1, wanted));
+  plan.split_tiles = ceil_div(tiles, std::clamp<int64_t>(work / kGrain, 1, parts_of(groups, threads, kWait)));
   plan.split_size = plan.split_tiles * plan.tile;
   plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
-  const int64_t parts = std::min({ceil_div(wanted, plan.splits), work / plan.splits / kQueriesGrain, plan.chunk / kLeastQueries});
+  const int64_t wanted = parts_of(groups * plan.splits, threads, wait_for_queries);
+  const int64_t parts = std::min({wanted, work / plan.splits / kQueriesGrain, plan.chunk / kLeastQueries});
   if (parts > 1) {
     plan.chunk = ceil_div(plan.chunk, parts);
     plan.chunks = ceil_div(problem.queries, plan.chunk);
@@ -94,7 +113,7 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads) {
 }
 
 inline Plan backward_plan(const Problem& problem, int64_t threads) {
-  return plan_of(problem, std::max<int64_t>(problem.queries, 1), threads);
+  return plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges);
 }
 
 inline Plan forward_plan(const Problem& problem, int64_t threads) {
@@ -102,9 +121,9 @@ inline Plan forward_plan(const Problem& problem, int64_t threads) {
   const bool is_copied = problem.method != Method::Additive && !problem.is_one_query() && problem.steps <= kFewSteps;
   // The queries are about as large as the context. Halves are rounded when they are written.
   if (!is_copied || width_of(problem.dtype) < 4 || 2 * problem.batch * problem.queries * row < kLarge) {
-    return plan_of(problem, kChunk, threads);
+    return plan_of(problem, kChunk, threads, kWait);
   }
-  Plan plan = plan_of(problem, std::clamp<int64_t>(kFewBytes / row, 1, kChunk), threads);
+  Plan plan = plan_of(problem, std::clamp<int64_t>(kFewBytes / row, 1, kChunk), threads, kWait);
   plan.streams = true;
   return plan;
 }

@@ -2,6 +2,7 @@
 // double. Built by tests/test_kernels.py for each instruction set, with sanitizers, and for other processors under an emulator.
 //
 //   check SEED COUNT    prints what failed and how; exit status 1 if anything did
+#include "../../csrc/cpu/plan.h"
 #include "../../csrc/cpu/work_stealing.h"
 #include "op.h"
 
@@ -194,7 +195,6 @@ struct Truth {
 };
 
 Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   Plan plan{};
   plan.tile = 32 * random.upto(1, (p.method == Method::Additive ? kShortTile : kTile) / 32);
   plan.group = 4 * random.of({random.upto(1, 4), random.upto(1, kGroupRows / 4)});
@@ -232,6 +232,22 @@ void run_items(
   for (int64_t i = 0; i < merges; ++i) {
     merge(call, i, scratch.bytes, size);
   }
+}
+
+// However few the items, or whatever is left of them in the last round, no division makes threads wait longer than none at all, or
+// than one into as many parts as give each thread something.
+bool check_parts(Random& random) {
+  const int64_t items = random.upto(1, 200), threads = random.upto(1, 130);
+  const auto wait = [&](int64_t parts) {
+    return ceil_div(items * parts, threads) * static_cast<double>(threads) / (items * parts);
+  };
+  const int64_t parts = parts_of(items, threads, kWait);
+  const bool ok = wait(parts) <= std::min(wait(1), wait(ceil_div(threads, items))) || wait(parts) <= kWait;
+  if (!ok) {
+    std::printf(
+        "%lld items for %lld threads were divided into %lld parts\n", (long long)items, (long long)threads, (long long)parts);
+  }
+  return ok;
 }
 
 // Each item falls to one worker, once, whoever is slow.
@@ -309,7 +325,7 @@ bool check(uint64_t seed) {
   Array exact_context(c.exact_type, c.B, c.T, c.Dm), exact_weights(c.exact_type, c.B, c.T, c.S);
   Forward f{};
   f.problem = c.problem();
-  f.plan = random_plan(f.problem, random, kChunk);
+  f.plan = random.chance(0.3) ? forward_plan(f.problem, random.upto(1, 40)) : random_plan(f.problem, random, kChunk);
   f.context = context.data();
   f.weights = need_weights && c.S > 0 ? weights.data() : nullptr;
   f.logsumexp = logsumexp.data();
@@ -346,7 +362,8 @@ bool check(uint64_t seed) {
   Array grad_scores(c.exact_type, c.B, c.T, c.S);
   Backward b{};
   b.problem = f.problem;
-  b.plan = random_plan(b.problem, random, std::max<int64_t>(c.T, 1));
+  b.plan =
+      random.chance(0.3) ? backward_plan(b.problem, random.upto(1, 40)) : random_plan(b.problem, random, std::max<int64_t>(c.T, 1));
   const bool recompute = f.weights == nullptr;
   b.grad_context = g.view();
   b.grad_weights = recompute ? View{} : gw.view();
@@ -410,7 +427,7 @@ bool check(uint64_t seed) {
     run_items(s, random, backward.backward_slot, backward.backward, backward.merge_backward, again);
     checker.compare("grad keys of scores", keys_again.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
   }
-  return check_work_stealing(random) && checker.ok;
+  return check_parts(random) && check_work_stealing(random) && checker.ok;
 }
 
 }  // namespace
