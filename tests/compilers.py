@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "tests"
 
 # The CPU kernels by themselves.
 KERNELS = ("csrc/cpu/kernels/dot.cpp", "csrc/cpu/kernels/additive.cpp")
-KERNELS_FLAGS = ("-std=c++20", "-w", *(f"-isystem{path}" for path in include_paths("cpu")))
+KERNELS_FLAGS = ("-std=c++20", "-w", "-pthread", *(f"-isystem{path}" for path in include_paths("cpu")))
 
 
 def of_capability(name: str) -> tuple[str, ...]:

@@ -247,6 +247,11 @@ THREADED = [
     Case("additive", B=1, T=5, S=4099, D=17),
     Case("dot", B=1, T=1, S=20011, D=64, dtype=torch.bfloat16),
     Case("concat", B=1, T=1, S=1000, D=33, masking="lengths"),
+    # no multiple of the threads: the source is split, or the queries are divided
+    Case("dot", B=4, T=40, S=600, D=64, masking="lengths"),
+    Case("additive", B=4, T=40, S=600, D=64, masking="lengths"),
+    Case("dot", B=5, T=40, S=30, D=512, masking="lengths"),
+    Case("additive", B=5, T=40, S=30, D=512, masking="lengths"),
 ]
 
 

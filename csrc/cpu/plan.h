@@ -11,16 +11,16 @@ namespace attn_ext::cpu {
 constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kTanhCost = 8;
 
-// So many parts of a grain are taken one by one: what a thread that is through with its own takes from another.
+// Items of less than that are taken several at a time, an eighth of it.
 constexpr int64_t kPartsOfGrain = 8;
 
 // What dividing an item's queries once more takes for a part, whose tiles are read again and whose gradients are merged: queries,
-// and multiply-adds.
+// twice as many where no thread would be without work, since the products of fewer are slower; and multiply-adds.
 constexpr int64_t kLeastQueries = 8;
 constexpr int64_t kQueriesGrain = 8 * kGrain;
 
-// The time that a call may take, over what it would if no thread waited for another, before items are divided further; and where
-// gradients of all the memory would have to be merged.
+// How much longer a call may take than if no thread waited for another, before items are divided further; and before they are into
+// parts whose results have to be merged, each of which has a slot of scratch.
 constexpr double kWait = 1.15;
 constexpr double kWaitForMerges = 1.5;
 
@@ -71,15 +71,15 @@ inline int64_t group_of(const Problem& problem) {
   return ceil_div(ceil_div(problem.steps, ceil_div(problem.steps, most)), 4) * 4;
 }
 
-// How many parts each of some items, all alike, is best divided into: the fewest with which the threads' time is within `wait`, or
-// those with which it is shortest.
-inline int64_t parts_of(int64_t items, int64_t threads, double wait) {
+// How many parts, at most `most`, each of some items is best divided into, as if all were alike: the fewest with which the threads'
+// time is within `wait`, or those with which it is shortest.
+inline int64_t parts_of(int64_t items, int64_t threads, int64_t most, double wait) {
   const auto time = [&](int64_t parts) {
     return static_cast<double>(ceil_div(items * parts, threads) * threads) / (items * parts);
   };
-  const int64_t least = std::max<int64_t>(threads / items, 1);
+  const int64_t least = std::clamp<int64_t>(threads / items, 1, std::max<int64_t>(most, 1));
   int64_t best = least;
-  for (int64_t parts = least + 1; time(best) > wait && parts < least + 4; ++parts) {
+  for (int64_t parts = least + 1; time(best) > wait && parts <= std::min(most, least + 3); ++parts) {
     best = time(parts) < time(best) ? parts : best;
   }
   return best;
@@ -100,11 +100,13 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
   const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, plan.tile), 1);
-  plan.split_tiles = ceil_div(tiles, std::clamp<int64_t>(work / kGrain, 1, parts_of(groups, threads, kWait)));
+  plan.split_tiles = ceil_div(tiles, parts_of(groups, threads, std::min(work / kGrain, tiles), kWaitForMerges));
   plan.split_size = plan.split_tiles * plan.tile;
   plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
-  const int64_t wanted = parts_of(groups * plan.splits, threads, wait_for_queries);
-  const int64_t parts = std::min({wanted, work / plan.splits / kQueriesGrain, plan.chunk / kLeastQueries});
+  const int64_t items = groups * plan.splits;
+  const int64_t queries = items < threads ? kLeastQueries : 2 * kLeastQueries;
+  const int64_t most = std::min(work / plan.splits / kQueriesGrain, plan.chunk / queries);
+  const int64_t parts = parts_of(items, threads, most, wait_for_queries);
   if (parts > 1) {
     plan.chunk = ceil_div(plan.chunk, parts);
     plan.chunks = ceil_div(problem.queries, plan.chunk);

@@ -20,7 +20,7 @@ class WorkStealing {
     return static_cast<size_t>(workers) * sizeof(Range);
   }
 
-  // Items are taken `grain` at a time. `storage` is aligned to cache lines.
+  // Items are taken `grain` at a time, or more, if their number asks for it. `storage` is aligned to cache lines.
   WorkStealing(void* storage, int64_t items, int64_t grain, int64_t workers)
       : ranges_(static_cast<Range*>(storage)), items_(items), grain_(std::max(grain, items >> 31)), workers_(workers) {
     const int64_t units = (items + grain_ - 1) / grain_;
@@ -45,7 +45,7 @@ class WorkStealing {
   }
 
  private:
-  // Units that nobody has begun, in a cache line of their own.
+  // Grains that nobody has begun, counted in 32 bits, in a cache line of their own.
   struct alignas(64) Range {
     std::atomic<uint64_t> rest;  // the first, and the one behind the last
   };

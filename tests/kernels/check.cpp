@@ -234,15 +234,18 @@ void run_items(
   }
 }
 
-// However few the items, or whatever is left of them in the last round, no division makes threads wait longer than none at all, or
-// than one into as many parts as give each thread something.
+// However few the items, or whatever is left of them in the last round, the division chosen never makes threads wait longer than
+// none at all would, nor any other into as few parts.
 bool check_parts(Random& random) {
-  const int64_t items = random.upto(1, 200), threads = random.upto(1, 130);
+  const int64_t items = random.upto(1, 200), threads = random.upto(1, 130), most = random.upto(0, 140);
   const auto wait = [&](int64_t parts) {
     return ceil_div(items * parts, threads) * static_cast<double>(threads) / (items * parts);
   };
-  const int64_t parts = parts_of(items, threads, kWait);
-  const bool ok = wait(parts) <= std::min(wait(1), wait(ceil_div(threads, items))) || wait(parts) <= kWait;
+  const int64_t parts = parts_of(items, threads, most, kWait);
+  bool ok = parts >= 1 && parts <= std::max<int64_t>(most, 1);
+  for (int64_t fewer = 1; fewer < parts; ++fewer) {
+    ok = ok && wait(parts) <= wait(fewer);
+  }
   if (!ok) {
     std::printf(
         "%lld items for %lld threads were divided into %lld parts\n", (long long)items, (long long)threads, (long long)parts);

@@ -212,8 +212,8 @@ struct AttentionForward {
     }
   }
 
-  // The context past the caches, while the next item's queries are fetched: in turns, what is read and what is written would add
-  // up.
+  // The context past the caches, while the queries of the item that most often comes next are fetched: in turns, what is read and
+  // what is written would add up.
   static void stream_context(const Forward& f, int64_t index, const Item& item, const Slot& slot) {
     const View& query = f.problem.query;
     const Item next = f.plan.item(f.problem, std::min(index + 1, f.plan.items(f.problem) - 1));
