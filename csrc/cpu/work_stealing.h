@@ -5,6 +5,8 @@
 // sources differ, often in order, and a core may be slow, or late to wake. An item's results are the same whoever runs it.
 #pragma once
 
+#include "plan.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
@@ -23,7 +25,7 @@ class WorkStealing {
   // Items are taken `grain` at a time, or more, if their number asks for it. `storage` is aligned to cache lines.
   WorkStealing(void* storage, int64_t items, int64_t grain, int64_t workers)
       : ranges_(static_cast<Range*>(storage)), items_(items), grain_(std::max(grain, items >> 31)), workers_(workers) {
-    const int64_t units = (items + grain_ - 1) / grain_;
+    const int64_t units = ceil_div(items, grain_);
     for (int64_t w = 0; w < workers; ++w) {
       new (&ranges_[w]) Range{both(units * w / workers, units * (w + 1) / workers)};
     }
