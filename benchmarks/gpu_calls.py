@@ -4,9 +4,9 @@
 and names those whose results' bits are not always the same. For a tool that breaks at a call, `--verbose` names each
 before it is made, and `--only` spares the others.
 
-`--without-products` is for initcheck, which does not see the bulk tensor stores that cuBLAS's products may end with,
-and takes what they wrote for uninitialised: the loops of general and concat, which project their queries, are left out,
-and so are scores in rows that such a store can write.
+`--products` is for tools that cuBLAS's products may be too much for, with their bulk tensor copies: initcheck takes what
+such a store wrote for uninitialised ("none"), racecheck breaks at some of halves ("float"). Left out are the loops of
+general and concat, which project their queries, and scores in rows that such a store can write.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def keyed_dot(query: Tensor, keys: Tensor, values: Tensor, **options: Tensor) ->
     return functional.attend(query, keys, None, values, scale=1.0, **options)
 
 
-def sizes_of(op: str, large: bool, products: bool) -> Sequence[tuple[int, int, int, int]]:
+def sizes_of(op: str, large: bool, rows: bool) -> Sequence[tuple[int, int, int, int]]:
     small = {
-        "dot": SMALL + (ROWS if products else ()),
+        "dot": SMALL + (ROWS if rows else ()),
         "additive": SMALL + WIDE_TILES,
         "keyed_dot": SMALL[2:],  # one query is as good as more
     }
@@ -103,18 +103,19 @@ def of_a_loop(method: str, dtype: torch.dtype, device: str) -> Callable[[], list
 
 
 def calls(
-    device: str, large: bool = False, kinds: Sequence[str] = KINDS, products: bool = True
+    device: str, large: bool = False, kinds: Sequence[str] = KINDS, products: str = "all"
 ) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
-    """By name; without `products`, those alone that read what no matrix product may have stored in bulk."""
-    ops = [op for op in OPS if op in kinds]
-    each = [(op, i, sizes) for op in ops for i, sizes in enumerate(sizes_of(op, large, products))]
-    for (op, i, sizes), dtype in product(each, DTYPES):
-        masking = MASKINGS[i % 4 - DTYPES.index(dtype)]
-        name = f"{op} {sizes} {str(dtype).removeprefix('torch.')} masked by {masking}"
-        yield name, of_an_op(op, sizes, dtype, masking, device)
-    methods = () if "loops" not in kinds else ("dot", "general", "concat") if products else ("dot",)
+    """By name; `products` ("all", "float", "none") are the types of which a matrix product may store in bulk."""
+    with_products = {"all": DTYPES, "float": (torch.float32, torch.float64), "none": ()}[products]
+    for op, dtype in product([op for op in OPS if op in kinds], DTYPES):
+        for i, sizes in enumerate(sizes_of(op, large, rows=dtype in with_products)):
+            masking = MASKINGS[i % 4 - DTYPES.index(dtype)]
+            name = f"{op} {sizes} {str(dtype).removeprefix('torch.')} masked by {masking}"
+            yield name, of_an_op(op, sizes, dtype, masking, device)
+    methods = ("dot", "general", "concat") if "loops" in kinds else ()
     for method, dtype in product(methods, (torch.float32, torch.bfloat16)):
-        yield f"a loop of {method}, {str(dtype).removeprefix('torch.')}", of_a_loop(method, dtype, device)
+        if method == "dot" or dtype in with_products:
+            yield f"a loop of {method}, {str(dtype).removeprefix('torch.')}", of_a_loop(method, dtype, device)
 
 
 def changes(call: Callable[[], list[Tensor]], repeats: int) -> list[int]:
@@ -133,14 +134,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, metavar="N")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--without-products", action="store_true")
+    parser.add_argument("--products", choices=("all", "float", "none"), default="all")
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
     done = []
     with attn_ext.use_backend("fused"):
-        for name, call in calls(
-            arguments.device, arguments.repeat > 1, arguments.only, products=not arguments.without_products
-        ):
+        for name, call in calls(arguments.device, arguments.repeat > 1, arguments.only, arguments.products):
             if arguments.verbose:
                 print(f"{CALL}{name}", flush=True)
             done.append((name, changes(call, arguments.repeat)))

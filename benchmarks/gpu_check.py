@@ -44,8 +44,8 @@ NEEDS = {"expecttest": "opcheck or one_step_without_its_dimension"}
 # The tools' looks, by name, and the calls they look at. racecheck breaks where a kernel does: a process for each kind.
 SANITIZERS: dict[str, list[str]] = {
     "memcheck": [],
-    **{f"racecheck of {kind}": ["--only", kind] for kind in gpu_calls.KINDS},
-    "initcheck": ["--without-products"],
+    **{f"racecheck of {kind}": ["--only", kind, "--products", "float"] for kind in gpu_calls.KINDS},
+    "initcheck": ["--products", "none"],
     "synccheck": [],
 }
 # Said where a tool did not come to its end, whatever it had found.
@@ -138,7 +138,7 @@ def tests(limit: float) -> Stage:
             command += ["-k", f"not ({names})"]
     files = [f"tests/test_{name}.py" for name in TESTS]
     status, said = run([*command, *files], limit, "tests", ATTN_EXT_TEST_DEVICE="cuda", ATTN_EXT_BACKEND="fused")
-    failed = [line[:300] for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line[:300] for line in re.findall(r"(?:FAILED|ERROR) tests/.*", said)]  # behind dots, with xdist
     details += failed[:60] + last_lines(said, 1 if failed else 6)
     return Stage("tests", verdict_of(status, limit), details=details)
 

@@ -196,9 +196,12 @@ def test_every_call_runs() -> None:
 def test_calls_of_one_kind() -> None:
     every = [name for name, _ in gpu_calls.calls("cpu")]
     assert every == [name for kind in gpu_calls.KINDS for name, _ in gpu_calls.calls("cpu", kinds=[kind])]
-    without = {name for name, _ in gpu_calls.calls("cpu", products=False)}
+    of_halves, none = (
+        set(every) - {name for name, _ in gpu_calls.calls("cpu", products=products)} for products in ("float", "none")
+    )
     left_out = {f"dot {sizes}" for sizes in gpu_calls.ROWS} | {"a loop of general", "a loop of concat"}
-    assert {re.split(r",? b?float", name)[0] for name in set(every) - without} == left_out
+    assert {re.split(r",? b?float", name)[0] for name in none} == left_out
+    assert of_halves == {name for name in none if "bfloat16" in name or "float16" in name}
 
 
 def test_what_tests_make_lies_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ ATTN_EXT_TEST_DEVICE names another device.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -18,9 +19,6 @@ from torch.utils._device import _device_constructors
 from tests.cuda import is_of_reference
 
 DEVICE = os.environ.get("ATTN_EXT_TEST_DEVICE", "cuda")
-
-# functorch compiles code of its own that names the factories.
-OTHERS = ("test_transforms_that_are_not_there_say_so",)
 
 
 def moved(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,6 +42,8 @@ def factories() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Forward mode compiles code of its own, at its first use, that is to name torch's own factories.
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
     # Not by a mode: under one, calls do not go the shortest way to the ops. And before the tests are imported.
     for name, factory in list(factories()):
         setattr(torch, name, moved(factory))
@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def is_other(item: pytest.Item) -> bool:
         of_cpu = item.get_closest_marker("cpu") is not None and torch.device(DEVICE).type != "cpu"
-        return is_of_reference(item.nodeid) or of_cpu or getattr(item, "originalname", item.name) in OTHERS
+        return is_of_reference(item.nodeid) or of_cpu
 
     others = [item for item in items if is_other(item)]
     config.hook.pytest_deselected(items=others)
