@@ -274,14 +274,18 @@ struct Node : torch::autograd::Function<Node> {
     for (const Step& step : steps) {
       if (step.grad_context.defined()) {
         coefficients.push_back(step.weights);
-        rows.push_back(step.grad_context.to(step.weights.scalar_type()));
+        rows.push_back(step.grad_context);
       }
       if (is_its_own_keys) {
         coefficients.push_back(step.grad_scores);
-        rows.push_back(step.query.to(step.grad_scores.scalar_type()));
+        rows.push_back(step.query);
       }
     }
-    return rows.empty() ? Tensor() : at::bmm(at::cat(coefficients, 1).transpose(1, 2), at::cat(rows, 1)).to(type);
+    if (rows.empty()) {
+      return Tensor();
+    }
+    const Tensor of_all = at::cat(coefficients, 1);
+    return at::bmm(of_all.transpose(1, 2), at::cat(rows, 1).to(of_all.scalar_type())).to(type);
   }
 
   static std::tuple<Tensor, Tensor> grad_keys_and_v(
