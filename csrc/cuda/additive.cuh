@@ -54,6 +54,25 @@ __device__ __forceinline__ double direct_term(double query, double key) {
   return direct_centred(query, key);
 }
 
+// Of many queries: a block's threads, and a chunk's features.
+constexpr int kAdditiveThreads = 128;
+constexpr int kAdditiveWarps = kAdditiveThreads / kWarp;
+constexpr int kFeatures = kWarp;
+
+// exp(2x), or x where it is to be taken directly. The approximate one is off by the rounding of its argument, 2^-18 at most: too
+// much for float's gradients, and nothing beside a half's own rounding.
+template <class scalar>
+__device__ __forceinline__ accumulated_t<scalar> factor_of(accumulated_t<scalar> x, bool direct) {
+  if (direct) {
+    return x;
+  }
+  if constexpr (sizeof(scalar) == 2) {
+    return exp2_approx(kTwoOverLn2 * x);
+  } else {
+    return exponential(2 * x);
+  }
+}
+
 // Consecutive elements of shared memory, which lie on 16 bytes where there are as many.
 template <class acc, int count>
 __device__ __forceinline__ void load_shared(acc (&to)[count], const acc* from) {

@@ -1,4 +1,6 @@
-#include "additive_many.cuh"
+// Launches of the additive kernels of many queries: their tiles, and where in the workspace they leave what for each other.
+#include "additive_gradients.cuh"
+#include "additive_scores.cuh"
 
 #include "dtypes.h"
 #include "launch.h"
@@ -16,19 +18,50 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// What follows one another in a workspace, each on 16 bytes; with no workspace, to know its size.
+class Workspace {
+ public:
+  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    char* at = begin_ == nullptr ? nullptr : begin_ + size_;
+    size_ += (count * sizeof(T) + 15) / 16 * 16;
+    return reinterpret_cast<T*>(at);
+  }
+
+  size_t size() const {
+    return size_;
+  }
+
+ private:
+  char* begin_;
+  size_t size_ = 0;
+};
+
+ScoresFactors factors_in(Workspace& workspace, const Problem& problem) {
+  const int64_t chunks = ceil_div(problem.key_size, kFeatures);
+  const auto of_side = [&](int64_t rows) {
+    const int64_t blocks = ceil_div(rows, kFactorRows), tiles = problem.batch * blocks * chunks;
+    return RowsFactors{blocks, workspace.take<float>(tiles * kFactorTile), workspace.take<Factoring>(tiles)};
+  };
+  const RowsFactors queries = of_side(problem.queries), keys = of_side(problem.steps);
+  return {chunks, queries, keys, workspace.take<float>(chunks * kFeatures), workspace.take<Factoring>(chunks)};
+}
+
 template <class Tile>
 int64_t blocks_of_scores(const Problem& problem) {
   return problem.batch * ceil_div(problem.steps, Tile::kSteps) * ceil_div(problem.queries, Tile::kQueries);
 }
 
-// launch_of(rows, columns): a thread's. The larger a tile the fewer exponentials, but every multiprocessor is to have some; double
-// has half the registers for them.
-template <class scalar, class Launch>
+// launch_of(rows, columns): a thread's. The larger a tile the fewer loads, but every multiprocessor is to have some; double has
+// half the registers for them.
+template <class acc, class Launch>
 void for_tile_of_scores(const Problem& problem, const Launch& launch_of) {
   using std::integral_constant;
-  if constexpr (kFactors<accumulated_t<scalar>>) {
+  if constexpr (kFactors<acc>) {
     if (problem.queries > 16) {
-      if (blocks_of_scores<ScoresTile<scalar, 8, 4>>(problem) >= kEnoughBlocks) {
+      if (blocks_of_scores<ScoresTile<acc, 8, 4>>(problem) >= kEnoughBlocks) {
         return launch_of(integral_constant<int, 8>(), integral_constant<int, 4>());
       }
       return launch_of(integral_constant<int, 4>(), integral_constant<int, 2>());
@@ -181,12 +214,36 @@ void for_backward(const AdditiveBackward& call, const Run& run_of) {
 
 }  // namespace
 
+size_t additive_scores_workspace(const Problem& problem) {
+  Workspace workspace(nullptr);
+  if (problem.dtype != Dtype::Double) {
+    factors_in(workspace, problem);
+  }
+  return workspace.size();
+}
+
 void additive_scores(const AdditiveScores& call, Stream stream) {
   const Problem& problem = call.problem;
   for_dtype(problem.dtype, [&]<class scalar>(scalar) {
-    for_tile_of_scores<scalar>(
+    using acc = accumulated_t<scalar>;
+    ScoresFactors factors{};
+    if constexpr (kFactors<acc>) {
+      Workspace workspace(call.workspace);
+      factors = factors_in(workspace, problem);
+      launch(
+          take_factors<scalar>,
+          dim3(problem.batch * (factors.queries.blocks + factors.keys.blocks) * ceil_div(factors.chunks, kAdditiveWarps)),
+          kAdditiveThreads,
+          0,
+          stream,
+          call,
+          factors,
+          takes_vectors<scalar>(problem.query, problem.key_size),
+          takes_vectors<scalar>(problem.keys, problem.key_size));
+    }
+    for_tile_of_scores<acc>(
         problem, [&]<int rows, int columns>(std::integral_constant<int, rows>, std::integral_constant<int, columns>) {
-          using Tile = ScoresTile<scalar, rows, columns>;
+          using Tile = ScoresTile<acc, rows, columns>;
           launch(
               additive_scores_tile<scalar, rows, columns>,
               dim3(blocks_of_scores<Tile>(problem)),
@@ -194,8 +251,8 @@ void additive_scores(const AdditiveScores& call, Stream stream) {
               Tile::kShared,
               stream,
               call,
-              takes_vectors<scalar>(problem.query, problem.key_size),
-              takes_vectors<scalar>(problem.keys, problem.key_size));
+              factors,
+              reinterpret_cast<uintptr_t>(call.scores) % 16 == 0 && problem.steps % kLanes<acc> == 0);
         });
   });
 }

@@ -190,7 +190,8 @@ void Call::scores(Tensor& to) const {
   if (is_dot()) {
     multiply(to, inputs_.query, keys().mT());
   } else {
-    additive_scores({problem_, to.mutable_data_ptr()}, stream_);
+    const Tensor its_own = workspace(additive_scores_workspace(problem_));
+    additive_scores({problem_, its_own.mutable_data_ptr(), to.mutable_data_ptr()}, stream_);
   }
 }
 

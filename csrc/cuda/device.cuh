@@ -72,6 +72,11 @@ __device__ __forceinline__ T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
 
+// A bit for each lane.
+__device__ __forceinline__ uint32_t ballot(bool mine) {
+  return __ballot_sync(0xffffffffu, mine);
+}
+
 // The same, but the compiler does not know: what is computed from it is computed anew, not kept in a register.
 __device__ __forceinline__ uint32_t forgotten(uint32_t x) {
   asm volatile("" : "+r"(x));

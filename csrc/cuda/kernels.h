@@ -105,8 +105,10 @@ void one_step_additive_backward(const OneStepBackward& call, Stream stream);
 // of what lies behind lengths, some is not written, but of no 16 bytes that begin before.
 struct AdditiveScores {
   Problem problem;
-  void* scores;  // [B, T, S] acc
+  void* workspace;  // additive_scores_workspace bytes
+  void* scores;     // [B, T, S] acc
 };
+size_t additive_scores_workspace(const Problem& problem);
 void additive_scores(const AdditiveScores& call, Stream stream);
 
 // From the gradients of v . tanh(q + k), which are 0 where a query may not attend.

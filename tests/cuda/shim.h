@@ -151,6 +151,14 @@ T shuffle(T x, int lane, const Where& where = Where::current()) {
   return shim::shuffle(shim::Meeting::Shuffle, x, lane, where);
 }
 
+inline uint32_t ballot(bool mine, const Where& where = Where::current()) {
+  uint32_t bits = static_cast<uint32_t>(mine) << ::threadIdx.x % 32;
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    bits |= shuffle_xor(bits, lanes, where);
+  }
+  return bits;
+}
+
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
