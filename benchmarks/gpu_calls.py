@@ -4,7 +4,7 @@
 and names those whose results' bits are not always the same. For a tool that breaks at a call, `--verbose` names each
 before it is made, and `--only` spares the others.
 
-`--products` is for tools that cuBLAS's products may be too much for, with their bulk tensor copies: initcheck takes what
+`--products` is for tools that cuBLAS's products are too much for, with their bulk tensor copies: initcheck takes what
 such a store wrote for uninitialised ("none"), racecheck breaks at some of halves ("float"). Left out are the loops of
 general and concat, which project their queries, and scores in rows that such a store can write.
 """

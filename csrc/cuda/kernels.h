@@ -55,6 +55,7 @@ constexpr int64_t kMostSplitSteps = 1024;  // whose additive scores shared memor
 struct Splits {
   int64_t count;
   int64_t steps;   // of additive attention at most kMostSplitSteps
+  int64_t width;   // a block has so many times the usual threads: of dot up to one_step_dot_blocks, of additive 1
   void* partials;  // forward [B, count, memory_size + 2] acc, backward [B, count, key_size] acc; null if count is 1
 };
 

@@ -9,12 +9,12 @@
 
 namespace attn_ext::cuda {
 
-constexpr int kStepBlock = 128;
+constexpr int kStepBlock = 128;  // threads, as a rule
 constexpr int kStepWarps = kStepBlock / kWarp;
 constexpr int kStepBlocks = 4;  // that a multiprocessor is to have registers for, as a rule
 
 // Rows on their way from global into shared memory past the registers: `depth` slots, each of `pieces` vectors a thread. A thread
-// reads only what it has put there itself, so no barrier is needed; the threads' pieces lie side by side, free of bank conflicts.
+// reads only what it has put there itself, so no barrier is needed; a warp's pieces lie side by side, free of bank conflicts.
 // The slot that is read is the next to be filled:
 //
 //   depth times  { copy() or store() every piece;  next(); }
@@ -24,24 +24,25 @@ constexpr int kStepBlocks = 4;  // that a multiprocessor is to have registers fo
 template <int pieces, int depth>
 class RowsUnderWay {
  public:
-  static constexpr int kBytes = depth * pieces * kStepBlock * static_cast<int>(sizeof(Vector16));
+  static constexpr int kBytes = depth * pieces * kWarp * static_cast<int>(sizeof(Vector16));  // of a warp
 
-  // kBytes of shared memory, aligned to 16.
-  __device__ __forceinline__ explicit RowsUnderWay(void* shared) : slots_(static_cast<Vector16*>(shared) + threadIdx.x) {}
+  // kBytes of shared memory for each warp, aligned to 16.
+  __device__ __forceinline__ explicit RowsUnderWay(void* shared)
+      : slots_(static_cast<Vector16*>(shared) + threadIdx.x / kWarp * (depth * pieces * kWarp) + threadIdx.x % kWarp) {}
 
   // Zeros where it is not `there`; the address is then not read.
   __device__ __forceinline__ void copy(int piece, const void* from, bool there) {
-    copy_async16(slots_ + at_ + piece * kStepBlock, from, there);
+    copy_async16(slots_ + at_ + piece * kWarp, from, there);
   }
 
   __device__ __forceinline__ void store(int piece, const Vector16& x) {
-    store16(slots_ + at_ + piece * kStepBlock, x);
+    store16(slots_ + at_ + piece * kWarp, x);
   }
 
   // The slot has all its pieces.
   __device__ __forceinline__ void next() {
     commit_copies();
-    at_ = at_ == (depth - 1) * pieces * kStepBlock ? 0 : at_ + pieces * kStepBlock;
+    at_ = at_ == (depth - 1) * pieces * kWarp ? 0 : at_ + pieces * kWarp;
   }
 
   // Until the slot's pieces have arrived.
@@ -50,7 +51,7 @@ class RowsUnderWay {
   }
 
   __device__ __forceinline__ Vector16 piece(int piece) const {
-    return load16(slots_ + at_ + piece * kStepBlock);
+    return load16(slots_ + at_ + piece * kWarp);
   }
 
   __device__ __forceinline__ void finish() const {
@@ -129,8 +130,9 @@ __device__ __forceinline__ void finish_weights(
   }
 }
 
-// A lane's columns: `pieces` times 16 bytes, the lanes' pieces taking turns along the row. A team of lanes has a row.
-template <class scalar, int pieces>
+// A lane's columns: `pieces` times 16 bytes, the lanes' pieces taking turns along the row. A team of lanes has a row. Blocks of any
+// width, where they are not the usual kStepBlock.
+template <class scalar, int pieces, bool any_width = false>
 struct LanesOfRow {
   using acc = accumulated_t<scalar>;
   static constexpr int kEach = kLanes<scalar>;
@@ -149,8 +151,12 @@ struct LanesOfRow {
     return pieces > 1 ? threadIdx.x / kWarp : threadIdx.x >> log_lanes;
   }
 
+  static __device__ __forceinline__ int warps() {
+    return any_width ? static_cast<int>(blockDim.x) / kWarp : kStepWarps;
+  }
+
   __device__ __forceinline__ int teams() const {
-    return pieces > 1 ? kStepWarps : kStepBlock >> log_lanes;
+    return pieces > 1 ? warps() : warps() * kWarp >> log_lanes;
   }
 
   __device__ __forceinline__ int piece(int p) const {
@@ -198,7 +204,7 @@ struct LanesOfRow {
     return x;
   }
 
-  // The warps' sums, each times `factor`, to shared memory [kStepWarps][columns], whole pieces; complete after a barrier.
+  // The warps' sums, each times `factor`, to shared memory [warps][columns], whole pieces; complete after a barrier.
   __device__ __forceinline__ void share(acc* sums, const acc (&x)[pieces][kEach], acc factor, int columns) const {
     constexpr int of_vector = kLanes<acc>;
     acc* to = sums + threadIdx.x / kWarp * columns;
@@ -235,62 +241,62 @@ void for_lanes_of_row(int64_t size, const Launch& launch_of) {
   launch_of(std::integral_constant<int, pieces>(), log_lanes);
 }
 
-// Of the warps' sums [kStepWarps][columns].
+// Of the warps' sums [warps][columns].
 template <class acc>
-__device__ __forceinline__ acc shared_column(const acc* sums, int columns, int d) {
+__device__ __forceinline__ acc shared_column(const acc* sums, int columns, int d, int warps = kStepWarps) {
   acc sum = 0;
-#pragma unroll
-  for (int warp = 0; warp < kStepWarps; ++warp) {
+#pragma unroll 4
+  for (int warp = 0; warp < warps; ++warp) {
     sum += sums[warp * columns + d];
   }
   return sum;
 }
 
 // The split's result, of one split the outputs, from what the teams have: their softmaxes, and the sums of memory of them. Shared
-// memory: sums [kStepWarps][columns], where until now rows may have been under way, and of_warps [2 kStepWarps].
-template <class scalar, int pieces>
+// memory: sums [warps][columns], where until now rows may have been under way, and of_warps [2 warps].
+template <class scalar, int pieces, bool any_width>
 __device__ __forceinline__ void finish_split(
     const OneStep& call,
     const Place& place,
-    const LanesOfRow<scalar, pieces>& lanes,
+    const LanesOfRow<scalar, pieces, any_width>& lanes,
     int columns,
     const Softmaxed<accumulated_t<scalar>>& mine,
     const accumulated_t<scalar> (&context)[pieces][kLanes<scalar>],
     accumulated_t<scalar>* sums,
     accumulated_t<scalar>* of_warps) {
   using acc = accumulated_t<scalar>;
-  const int warp = threadIdx.x / kWarp, size = static_cast<int>(call.problem.memory_size);
+  const int warp = threadIdx.x / kWarp, warps = lanes.warps(), size = static_cast<int>(call.problem.memory_size);
   Softmaxed<acc> all{warp_max(mine.largest), 0};
   if (threadIdx.x % kWarp == 0) {
     of_warps[warp] = all.largest;
   }
   sync_threads();  // every warp's maximum and scores are there, and its rows have been read
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w) {
     all.largest = of_warps[w] > all.largest ? of_warps[w] : all.largest;
   }
   const acc factor = exponential(mine.largest - all.shift());
   lanes.share(sums, context, factor, columns);
   const acc total = lanes.sum_of_teams(mine.total * factor);
   if (threadIdx.x % kWarp == 0) {
-    of_warps[kStepWarps + warp] = total;
+    of_warps[warps + warp] = total;
   }
   sync_threads();  // every warp's sums are there
-#pragma unroll
-  for (int w = 0; w < kStepWarps; ++w) {
-    all.total += of_warps[kStepWarps + w];
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w) {
+    all.total += of_warps[warps + w];
   }
   if (call.splits.count == 1) {
     const acc inverse = all.inverse();
-    for (int d = threadIdx.x; d < size; d += kStepBlock) {
-      store_context<scalar>(call, place.b, d, shared_column(sums, columns, d) * inverse);
+    for (int d = threadIdx.x; d < size; d += warps * kWarp) {
+      store_context<scalar>(call, place.b, d, shared_column(sums, columns, d, warps) * inverse);
     }
-    finish_weights<scalar>(call, place.b, all, threadIdx.x, kStepBlock);
+    finish_weights<scalar>(call, place.b, all, threadIdx.x, warps * kWarp);
     return;
   }
   acc* to = static_cast<acc*>(call.splits.partials) + (place.b * call.splits.count + place.split) * int64_t{size + 2};
-  for (int d = threadIdx.x; d < size; d += kStepBlock) {
-    to[d] = shared_column(sums, columns, d);
+  for (int d = threadIdx.x; d < size; d += warps * kWarp) {
+    to[d] = shared_column(sums, columns, d, warps);
   }
   if (threadIdx.x == 0) {
     to[size] = all.largest;
@@ -298,37 +304,41 @@ __device__ __forceinline__ void finish_split(
   }
 }
 
-// From the warps' results to the block's, in every thread; by way of shared memory [kStepWarps].
+// From the warps' results to the block's, in every thread; by way of shared memory [warps].
 template <class acc, class Combine>
-__device__ __forceinline__ acc combine_warps(acc of_warp, acc* of_warps, const Combine& combine) {
+__device__ __forceinline__ acc combine_warps(acc of_warp, acc* of_warps, int warps, const Combine& combine) {
   sync_threads();  // what stood there has been read
   if (threadIdx.x % kWarp == 0) {
     of_warps[threadIdx.x / kWarp] = of_warp;
   }
   sync_threads();  // every warp's is there
   acc all = of_warps[0];
-#pragma unroll
-  for (int warp = 1; warp < kStepWarps; ++warp) {
+#pragma unroll 4
+  for (int warp = 1; warp < warps; ++warp) {
     all = combine(all, of_warps[warp]);
   }
   return all;
 }
 
 template <class acc>
-__device__ __forceinline__ acc block_sum(acc x, acc* of_warps) {
-  return combine_warps(warp_sum(x), of_warps, [](acc a, acc b) { return a + b; });
+__device__ __forceinline__ acc block_sum(acc x, acc* of_warps, int warps = kStepWarps) {
+  return combine_warps(warp_sum(x), of_warps, warps, [](acc a, acc b) { return a + b; });
 }
 
 template <class acc>
 __device__ __forceinline__ acc block_max(acc x, acc* of_warps) {
-  return combine_warps(warp_max(x), of_warps, [](acc a, acc b) { return a > b ? a : b; });
+  return combine_warps(warp_max(x), of_warps, kStepWarps, [](acc a, acc b) { return a > b ? a : b; });
 }
 
 // sum_s a_s gw_s, of a whole batch element; 0 without gw. Apart from g . c, which is summed as g . m_s is: where a step has all the
 // weight, c is m_s and either difference is 0 to the last bit.
 template <class scalar>
 __device__ __forceinline__ accumulated_t<scalar> delta_of_weights(
-    const OneStepBackward& call, const Place& place, const Attendable& may_attend, accumulated_t<scalar>* of_warps) {
+    const OneStepBackward& call,
+    const Place& place,
+    const Attendable& may_attend,
+    accumulated_t<scalar>* of_warps,
+    int warps = kStepWarps) {
   using acc = accumulated_t<scalar>;
   if (call.grad_weights.data == nullptr) {
     return 0;
@@ -338,10 +348,10 @@ __device__ __forceinline__ accumulated_t<scalar> delta_of_weights(
   const scalar* grad = row_of<scalar>(call.grad_weights, place.b, 0);
   acc sum = 0;
 #pragma unroll 4
-  for (int64_t s = threadIdx.x; s < problem.steps; s += kStepBlock) {
+  for (int64_t s = threadIdx.x; s < problem.steps; s += warps * kWarp) {
     sum += may_attend(s) ? weights[s] * to_acc(grad[s * call.grad_weights.element]) : acc(0);
   }
-  return block_sum(sum, of_warps);
+  return block_sum(sum, of_warps, warps);
 }
 
 }  // namespace attn_ext::cuda

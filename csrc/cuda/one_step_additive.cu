@@ -72,7 +72,7 @@ int64_t one_step_additive_blocks(const Problem& problem, bool backward) {
         shared = streamed_size(teams, backward ? 3 : 2);
       });
     } else {
-      shared = AdditiveStepShared<accumulated_t<scalar>>::size({1, std::min(problem.steps, kMostSplitSteps), nullptr}, backward);
+      shared = AdditiveStepShared<accumulated_t<scalar>>::size({1, std::min(problem.steps, kMostSplitSteps), 1, nullptr}, backward);
     }
   });
   return std::min(blocks, blocks_by_shared_memory(shared));

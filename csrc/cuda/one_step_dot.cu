@@ -29,9 +29,10 @@ void for_columns(const Problem& problem, bool query_by_vectors, const Launch& la
 
 // Bytes of a block.
 template <class scalar, int pieces, int rows, int depth>
-constexpr size_t shared_size(bool backward) {
+constexpr size_t shared_size(bool backward, int64_t width = 1) {
   const size_t query = backward && kSharesQuery<scalar, pieces> ? pieces * kWarp * sizeof(Vector16) : 0;
-  return kOfWarps * sizeof(accumulated_t<scalar>) + kStepShared<scalar, pieces, rows, depth> + query;
+  const size_t of_warp = kOfWarp * sizeof(accumulated_t<scalar>) + kStepShared<scalar, pieces, rows, depth>;
+  return width * kStepWarps * of_warp + query;
 }
 
 }  // namespace
@@ -56,8 +57,9 @@ void one_step_dot(const OneStep& call, Stream stream) {
     const bool query_by_vectors = takes_vectors<scalar>(problem.query, problem.memory_size);
     for_columns<scalar>(problem, query_by_vectors, [&]<int pieces, int rows, int depth>(const Columns<scalar, pieces>& columns) {
       const dim3 grid(problem.batch * splits.count);
-      constexpr size_t shared = shared_size<scalar, pieces, rows, depth>(false);
-      launch(attend_one_step<scalar, pieces, rows, depth>, grid, kStepBlock, shared, stream, call, columns, scale);
+      const int threads = kStepBlock * static_cast<int>(splits.width);
+      const size_t shared = shared_size<scalar, pieces, rows, depth>(false, splits.width);
+      launch(attend_one_step<scalar, pieces, rows, depth>, grid, threads, shared, stream, call, columns, scale);
     });
   });
   merge_splits(call, stream);
@@ -74,8 +76,9 @@ void one_step_dot_backward(const OneStepBackward& call, Stream stream) {
                             reinterpret_cast<uintptr_t>(call.context) % sizeof(Vector16) == 0;
     for_columns<scalar>(problem, by_vectors, [&]<int pieces, int rows, int depth>(const Columns<scalar, pieces>& columns) {
       const dim3 grid(problem.batch * splits.count);
-      constexpr size_t shared = shared_size<scalar, pieces, rows, depth>(true);
-      launch(differentiate_one_step<scalar, pieces, rows, depth>, grid, kStepBlock, shared, stream, call, columns, scale);
+      const int threads = kStepBlock * static_cast<int>(splits.width);
+      const size_t shared = shared_size<scalar, pieces, rows, depth>(true, splits.width);
+      launch(differentiate_one_step<scalar, pieces, rows, depth>, grid, threads, shared, stream, call, columns, scale);
     });
   });
   merge_splits(call, stream);

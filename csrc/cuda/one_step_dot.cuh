@@ -25,8 +25,8 @@ constexpr int kDotBlocks = sizeof(scalar) == 8 && pieces > 4 ? 3 : kStepBlocks;
 
 // A row of memory, a lane's columns of it, and how it is read.
 template <class scalar, int pieces>
-struct Columns : LanesOfRow<scalar, pieces> {
-  using Lanes = LanesOfRow<scalar, pieces>;
+struct Columns : LanesOfRow<scalar, pieces, true> {
+  using Lanes = LanesOfRow<scalar, pieces, true>;
   using Lanes::column;
   using Lanes::kEach;
   using typename Lanes::acc;
@@ -168,12 +168,11 @@ class MemoryUnderWay {
 
   // x into a piece of `to`, a row of the memory's gradient, which finish_row completes. Without vectors that is done in a loop by
   // way of the row at hand, in whose place x stands for a while: unrolled it would take the registers of all the row's addresses.
-  __device__ __forceinline__ void store_piece(scalar* to, int row, int piece, const acc (&x)[Cols::kEach]) {
-    const Vector16 packed = pack<scalar>(x);
+  __device__ __forceinline__ void store_piece(scalar* to, int row, int piece, const Vector16& x) {
     if (!columns_.by_vectors) {
-      under_way_.store(row * pieces + piece, packed);
+      under_way_.store(row * pieces + piece, x);
     } else if (columns_.column(piece) < columns_.size) {
-      store16_streaming(to + columns_.column(piece), packed);
+      store16_streaming(to + columns_.column(piece), x);
     }
   }
 
@@ -256,18 +255,19 @@ class MemoryUnderWay {
 };
 
 // In shared memory two numbers a warp stand before the rows under way, where in the end the warps' sums stand.
-constexpr int kOfWarps = 2 * kStepWarps;
+constexpr int kOfWarp = 2;
 
 // Whether a backward has no registers for the query of so wide a row: it then stands in shared memory, [pieces][kWarp], behind all.
 template <class scalar, int pieces>
 constexpr bool kSharesQuery = pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>) >= 128;
 
 template <class scalar, int pieces, int rows, int depth>
-constexpr int kStepShared = std::max<int>(
-    RowsUnderWay<rows * pieces, depth>::kBytes, kStepWarps * kWarp * pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>));
+constexpr int kStepShared = std::max<int>(  // of a warp
+    RowsUnderWay<rows * pieces, depth>::kBytes,
+    kWarp * pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>));
 
 template <class scalar, int pieces, int rows, int depth>
-__global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
+__global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
     attend_one_step(const OneStep call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
   constexpr int each = kLanes<scalar>;
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
   acc* of_warps = reinterpret_cast<acc*>(shared_memory());
-  acc* sums = of_warps + kOfWarps;
+  acc* sums = of_warps + kOfWarp * columns.warps();
   const int count = steps_to_attend(place, may_attend);
   MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, count, count, sums);
   Vector16 query[pieces];
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
 }
 
 template <class scalar, int pieces, int rows, int depth>
-__global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
+__global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
     differentiate_one_step(const OneStepBackward call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
   constexpr int each = kLanes<scalar>;
@@ -349,18 +349,18 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
   const Place place(problem, call.splits);
   const Attendable may_attend(problem, place.b, 0);
   acc* of_warps = reinterpret_cast<acc*>(shared_memory());
-  acc* sums = of_warps + kOfWarps;
+  acc* sums = of_warps + kOfWarp * columns.warps();
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t first = place.b * problem.steps + place.begin;
   MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, steps_to_attend(place, may_attend), count, sums);
-  const acc delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps);
+  const acc delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps, columns.warps());
   // Both are asked for before either is waited for.
   Vector16 query[pieces], grad[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   const bool has_grad = call.grad_context.data != nullptr;
   columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
   constexpr bool shares_query = kSharesQuery<scalar, pieces>;
-  char* behind = reinterpret_cast<char*>(sums) + kStepShared<scalar, pieces, rows, depth>;
+  char* behind = reinterpret_cast<char*>(sums) + columns.warps() * kStepShared<scalar, pieces, rows, depth>;
   Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
   if (shares_query && threadIdx.x < kWarp) {  // every warp's lanes have the same columns
 #pragma unroll
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
     }
   }
   const acc delta = has_grad ? columns.dot(grad, static_cast<const acc*>(call.context) + place.b * columns.size) : acc(0);
-  acc* of_block = of_warps + kStepWarps;  // for registers are short: the log-sum-exp, and delta in its two parts
+  acc* of_block = of_warps + columns.warps();  // for registers are short: the log-sum-exp, and delta in its two parts
   if (threadIdx.x == 0) {
     of_block[0] = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
     of_block[1] = delta_weights;
@@ -436,11 +436,11 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
 #pragma unroll
         for (int i = 0; i < each; ++i) {
           grad_query[p][i] += grad_score * x[i];
-          // Whatever is not finite in q or g is no row's that does not attend.
-          x[i] = memory.attends(r) ? weight * g[i] + grad_score * q[i] : acc(0);
+          x[i] = weight * g[i] + grad_score * q[i];
         }
         if (grad_row != nullptr) {
-          memory.store_piece(grad_row, r, p, x);
+          // Whatever is not finite in q or g is no row's that does not attend.
+          memory.store_piece(grad_row, r, p, memory.attends(r) ? pack<scalar>(x) : Vector16{});
         }
       }
       if (grad_row != nullptr) {
@@ -456,15 +456,15 @@ __global__ void __launch_bounds__(kStepBlock, (kDotBlocks<scalar, pieces>))
     return;
   }
 
-  excess = block_sum(columns.lane() == 0 ? excess : acc(0), of_warps);  // and every warp's rows have been read
+  excess = block_sum(columns.lane() == 0 ? excess : acc(0), of_warps, columns.warps());  // and every warp's rows have been read
   columns.share(sums, grad_query, 1, columns.width());
   sync_threads();  // every warp's sums are there
   const int64_t splits = call.splits.count, size = columns.size;
   scalar* to = static_cast<scalar*>(call.grad_query) + place.b * size;
   acc* partials = static_cast<acc*>(call.splits.partials) + (place.b * splits + place.split) * size;
   const acc* context = has_grad ? static_cast<const acc*>(call.context) + place.b * size : nullptr;
-  for (int d = threadIdx.x; d < columns.size; d += kStepBlock) {
-    acc sum = shared_column(sums, columns.width(), d);
+  for (int d = threadIdx.x; d < columns.size; d += columns.warps() * kWarp) {
+    acc sum = shared_column(sums, columns.width(), d, columns.warps());
     sum -= context == nullptr ? acc(0) : excess * context[d];
     if (splits == 1) {
       to[d] = from_acc<scalar>(sum);

@@ -2,6 +2,7 @@
 // the host (shim.h). Results and workspaces hold NaN until they are written.
 #include "../../csrc/attention.h"
 #include "../../csrc/cuda/stream.h"
+#include "shim.h"
 
 #include <ATen/Context.h>
 #include <ATen/ops/baddbmm.h>
@@ -38,6 +39,12 @@ class Poisoned {
   bool deterministic_, warns_;
 };
 
+// Some problems meet the GPU that has the least shared memory, the others the one that has the most.
+void choose_device(const Inputs& inputs) {
+  const int64_t sizes = inputs.query.size(0) + inputs.memory.size(1) + inputs.memory.size(2);
+  shim::shared_memory_of_multiprocessor((sizes % 2 == 0 ? 64 : 228) * 1024);
+}
+
 void poison(std::initializer_list<Tensor> outputs) {
   for (const Tensor& output : outputs) {
     if (output.defined()) {
@@ -52,18 +59,21 @@ void poison(const Gradients& gradients) {
 
 void forward(const Inputs& inputs, Outputs& outputs) {
   const Poisoned poisoned;
+  choose_device(inputs);
   poison({outputs.context, outputs.weights, outputs.logsumexp, outputs.exact_context, outputs.exact_weights});
   cuda::entry_points.forward(inputs, outputs);
 }
 
 void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   const Poisoned poisoned;
+  choose_device(inputs);
   poison(gradients);
   cuda::entry_points.backward(inputs, saved, gradients);
 }
 
 void backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients) {
   const Poisoned poisoned;
+  choose_device(inputs);
   poison(gradients);
   cuda::entry_points.backward_of_scores(inputs, grad_scores, gradients);
 }

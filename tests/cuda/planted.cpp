@@ -386,7 +386,7 @@ const std::map<std::string, Case> kCases{
     {"no_more_shared_memory_than_there_is",
      [](bool wrong) {
        Buffer out(kThreads);
-       launch(no_more_shared_memory_than_there_is, 1, kThreads, 64 * 1024 + (wrong ? 16 : 0), nullptr, out.values, wrong);
+       launch(no_more_shared_memory_than_there_is, 1, kThreads, 227 * 1024 + (wrong ? 16 : 0), nullptr, out.values, wrong);
      }},
     {"no_more_threads_than_there_are",
      [](bool wrong) {

@@ -105,8 +105,8 @@ constexpr size_t kStack = 128 * 1024;
 constexpr size_t kPage = 4096;
 constexpr size_t kCallers = 16 * 1024;  // of the stack, where a launch's arguments are
 constexpr size_t kUnaskedShared = 48 * 1024;
-constexpr size_t kMostShared = 64 * 1024;  // sm_75's, the least of the GPUs that the kernels are for
-constexpr size_t kMargin = 1 << 20;        // what falls so near to shared memory was meant for it
+constexpr size_t kMostShared = 227 * 1024;  // of a block, on any GPU
+constexpr size_t kMargin = 1 << 20;         // what falls so near to shared memory was meant for it
 
 // An access as it is remembered. The epoch counts the barriers of all blocks, and their beginnings: it tells block and launch too.
 struct Access {
@@ -232,6 +232,12 @@ class Executor {
     return multiprocessors_shared_;
   }
 
+  // sm_75 gives a block all that there is, the others keep 1 KB.
+  size_t most_shared() const {
+    const size_t all = multiprocessors_shared_;
+    return all <= 64 * 1024 ? all : all - 1024;
+  }
+
   int ptx_version() const {
     return ptx_version_;
   }
@@ -241,7 +247,7 @@ class Executor {
   }
 
   cudaError_t allow_shared(const void* kernel, int bytes) {
-    if (bytes < 0 || static_cast<size_t>(bytes) > kMostShared) {
+    if (bytes < 0 || static_cast<size_t>(bytes) > most_shared()) {
       return cudaErrorInvalidValue;
     }
     allowed_shared_[kernel] = bytes;
@@ -253,7 +259,8 @@ class Executor {
     const dim3 grid = config.gridDim;
     const dim3 block = config.blockDim;
     const auto allowed = allowed_shared_.find(kernel);
-    if (config.dynamicSmemBytes > std::max(kUnaskedShared, allowed == allowed_shared_.end() ? 0 : allowed->second)) {
+    if (config.dynamicSmemBytes > most_shared() ||
+        config.dynamicSmemBytes > std::max(kUnaskedShared, allowed == allowed_shared_.end() ? 0 : allowed->second)) {
       return cudaErrorInvalidValue;
     }
     if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff || block.x < 1 ||
