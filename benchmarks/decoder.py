@@ -110,6 +110,7 @@ class DecoderLoop:
         direction: str = "forward+backward",
         kind: Kind = GRU,
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         B, T, S, H = shape.sizes
         self.name = attention
@@ -120,9 +121,9 @@ class DecoderLoop:
         self._prepare = {"none": _none, "eager": _eager}.get(attention, _attn_ext)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self._decoder = Decoder(method, H, kind).to(dtype)
-            self._memory = torch.randn(B, S, H).mul_(H**-0.5).to(dtype).requires_grad_()
-            self._targets = torch.randint(VOCABULARY, (B, T))
+            self._decoder = Decoder(method, H, kind).to(device, dtype)
+            self._memory = torch.randn(B, S, H).mul_(H**-0.5).to(device, dtype).requires_grad_()
+            self._targets = torch.randint(VOCABULARY, (B, T)).to(device)
 
     def __call__(self) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(self._trains):

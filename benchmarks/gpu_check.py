@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_calls
+from benchmarks import gpu_calls, gpu_steps
 from benchmarks.machine import commit
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +57,7 @@ LIMITS = {
     "tests": (240, 0.5),
     "sanitizers": (120, 0.5),
     "same bits": (60, 0.5),
+    "training steps": (60, 0.4),
     "speed": (1e9, 1.0),
 }
 
@@ -189,16 +190,24 @@ def same_bits(limit: float) -> Stage:
     return Stage("same bits", verdict_of(status, limit), details=last_lines(said))
 
 
-def speed(limit: float) -> Stage:
-    file = ROOT / "build" / "gpu_speed.json"
+def measured(name: str, module: str, limit: float) -> Stage:
+    """A stage whose module writes what it has measured as it goes: a last number may take its time."""
+    file = ROOT / "build" / f"{module}.json"
     file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)
-    # A last number may take its time: what is measured is in the file.
     minutes = f"{max(limit - 20, 20) / 60:.2f}"
-    command = [sys.executable, "-m", "benchmarks.gpu_speed", "--json", file, "--minutes", minutes]
-    status, said = run(command, limit + 30, "speed")
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--json", file, "--minutes", minutes]
+    status, said = run(command, limit + 30, name)
     data = json.loads(file.read_text()) if file.exists() else None
-    return Stage("speed", verdict_of(status, limit), details=last_lines(said) if status != 0 else [], data=data)
+    return Stage(name, verdict_of(status, limit), details=last_lines(said) if status != 0 else [], data=data)
+
+
+def training_steps(limit: float) -> Stage:
+    return measured("training steps", "gpu_steps", limit)
+
+
+def speed(limit: float) -> Stage:
+    return measured("speed", "gpu_speed", limit)
 
 
 STAGES: dict[str, Callable[[float], Stage]] = {
@@ -206,6 +215,7 @@ STAGES: dict[str, Callable[[float], Stage]] = {
     "tests": tests,
     "sanitizers": sanitizers,
     "same bits": same_bits,
+    "training steps": training_steps,
     "speed": speed,
 }
 
@@ -278,6 +288,9 @@ def speed_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+TABLES: dict[str, Callable[[Any], list[str]]] = {"training steps": gpu_steps.table, "speed": speed_table}
+
+
 def markdown(about: dict[str, str], stages: Sequence[Stage]) -> str:
     lines = [f"# GPU check: {about['GPU'].split(',')[0]}, commit {about['commit']}", ""]
     lines += [f"- {name}: {text}" for name, text in about.items()]
@@ -285,7 +298,7 @@ def markdown(about: dict[str, str], stages: Sequence[Stage]) -> str:
     lines += [f"| {stage.name} | {stage.verdict} | {stage.seconds:.0f} |" for stage in stages]
     for stage in stages:
         if stage.data is not None:
-            lines += ["", f"## {stage.name}", "", *speed_table(stage.data)]
+            lines += ["", f"## {stage.name}", "", *TABLES[stage.name](stage.data)]
         if stage.details:
             lines += ["", f"## {stage.name}: what was said", "", "```", *stage.details, "```"]
     return "\n".join(lines) + "\n"
@@ -335,7 +348,7 @@ def main() -> None:
             break
     for stage in done:
         if stage.data is not None:
-            print(*speed_table(stage.data), sep="\n")
+            print(*TABLES[stage.name](stage.data), sep="\n")
     print(f"the report: {report}.md")
     sys.exit(0 if all(stage.verdict == "passed" for stage in done) else 1)
 

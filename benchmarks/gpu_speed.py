@@ -149,6 +149,13 @@ def fused(query: Tensor, memory: Tensor, keys: Tensor | None = None, v: Tensor |
     return attn_ext.additive_attention(query, keys, v, memory, need_weights=False)[0]
 
 
+def fused_with_weights(query: Tensor, memory: Tensor, keys: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    """As calls are if nobody asks for less: the weights are kept, and the backward does not take them anew."""
+    if keys is None:
+        return attn_ext.dot_attention(query, memory)[0]
+    return attn_ext.additive_attention(query, keys, v, memory)[0]
+
+
 def eager(query: Tensor, memory: Tensor, **parameters: Tensor) -> Tensor:
     return implementations.eager(query, memory, "", need_weights=False, **parameters)[0]
 
@@ -175,6 +182,8 @@ def triton_tanh_approx(query: Tensor, memory: Tensor, keys: Tensor, v: Tensor) -
 def contestants(workload: Workload) -> Iterator[tuple[str, Callable[[], Attend], float]]:
     """Name, how to come by it, and the seconds that may take; the fused op first."""
     yield "fused", lambda: fused, 0.0
+    if workload.direction == "backward" and workload.sizes[1] > 1:
+        yield "fused, weights kept", lambda: fused_with_weights, 0.0
     yield "eager", lambda: eager, 0.0
     if workload.method == "dot":
         for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_calls, gpu_check, gpu_speed
+from benchmarks import gpu_calls, gpu_check, gpu_speed, gpu_steps
 from benchmarks.gpu_check import Stage
 from benchmarks.gpu_speed import Ceilings, Row, Workload
 from tests.cuda import on_device
@@ -98,6 +98,26 @@ def test_the_report_has_every_stage_and_number(tmp_path: Path) -> None:
         assert cell in text
     version = torch.__version__.split("+")[0]
     assert gpu_check.name_of_report(about) == f"nvidia-h200-torch-{version}-abc1234"
+
+
+def test_training_steps_are_set_beside_those_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def make(who: str, method: str, *_: object) -> str:
+        if (who, method) == ("eager", "concat"):
+            raise torch.OutOfMemoryError("tried to allocate\nmuch")
+        made.append(f"{who} {method}")
+        return who
+
+    monkeypatch.setattr(gpu_steps, "replayed", {"none": 2e-3, "fused": 2.2e-3, "eager": 3e-3}.__getitem__)
+    rows = [gpu_steps.Steps((4, 3, 5, 16), "bfloat16"), gpu_steps.Steps((4, 3, 5, 16), "float32")]
+    gpu_steps.measure(rows, time.perf_counter() + 60, lambda: None, make)
+    assert made[:4] == ["none dot", "fused dot", "fused general", "fused concat"]
+    text = "\n".join(gpu_check.TABLES["training steps"]([vars(row) for row in rows]))
+    assert "| (4, 3, 5, 16) | float32 | 2.00 | 1.10x, 1.50x | 1.10x, 1.50x | 1.10x, - |" in text
+    assert "eager concat: OutOfMemoryError: tried to allocate" in text
+    gpu_steps.measure(rows, 0.0, lambda: None, make)
+    assert rows[0].missing["none dot"] == "the time was over"
 
 
 def test_a_command_ends_with_its_time_and_what_it_said_is_kept() -> None:
