@@ -67,9 +67,9 @@ class RowsUnderWay {
 struct Place {
   int64_t b, split, begin, end;
 
-  __device__ __forceinline__ Place(const Problem& problem, const Splits& splits)
-      : b(blockIdx.x / static_cast<unsigned>(splits.count)),
-        split(blockIdx.x % static_cast<unsigned>(splits.count)),
+  __device__ __forceinline__ Place(const Problem& problem, const Splits& splits, uint32_t block = blockIdx.x)
+      : b(block / static_cast<unsigned>(splits.count)),
+        split(block % static_cast<unsigned>(splits.count)),
         begin(split * splits.steps) {
     end = begin + splits.steps < problem.steps ? begin + splits.steps : problem.steps;
   }

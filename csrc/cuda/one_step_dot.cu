@@ -30,7 +30,7 @@ void for_columns(const Problem& problem, bool query_by_vectors, const Launch& la
 // Bytes of a block.
 template <class scalar, int pieces, int rows, int depth>
 constexpr size_t shared_size(bool backward, int64_t width = 1) {
-  const size_t query = backward && kSharesQuery<scalar, pieces> ? pieces * kWarp * sizeof(Vector16) : 0;
+  const size_t query = backward && kIsWide<scalar, pieces> ? pieces * kWarp * sizeof(Vector16) : 0;
   const size_t of_warp = kOfWarp * sizeof(accumulated_t<scalar>) + kStepShared<scalar, pieces, rows, depth>;
   return width * kStepWarps * of_warp + query;
 }

@@ -257,9 +257,10 @@ class MemoryUnderWay {
 // In shared memory two numbers a warp stand before the rows under way, where in the end the warps' sums stand.
 constexpr int kOfWarp = 2;
 
-// Whether a backward has no registers for the query of so wide a row: it then stands in shared memory, [pieces][kWarp], behind all.
+// Whether the columns of so wide a row leave registers short. A backward's query then stands in shared memory, [pieces][kWarp],
+// behind all.
 template <class scalar, int pieces>
-constexpr bool kSharesQuery = pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>) >= 128;
+constexpr bool kIsWide = pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>) >= 128;
 
 template <class scalar, int pieces, int rows, int depth>
 constexpr int kStepShared = std::max<int>(  // of a warp
@@ -336,7 +337,9 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
   }
   memory.finish();
 
-  finish_split(call, place, columns, columns.width(), mine, context, sums, of_warps);
+  // Of wide rows computed anew: in the loop registers are short.
+  const Place there(problem, call.splits, kIsWide<scalar, pieces> ? forgotten(blockIdx.x) : blockIdx.x);
+  finish_split(call, there, columns, columns.width(), mine, context, sums, of_warps);
 }
 
 template <class scalar, int pieces, int rows, int depth>
@@ -359,7 +362,7 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   const bool has_grad = call.grad_context.data != nullptr;
   columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  constexpr bool shares_query = kSharesQuery<scalar, pieces>;
+  constexpr bool shares_query = kIsWide<scalar, pieces>;
   char* behind = reinterpret_cast<char*>(sums) + columns.warps() * kStepShared<scalar, pieces, rows, depth>;
   Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
   if (shares_query && threadIdx.x < kWarp) {  // every warp's lanes have the same columns
