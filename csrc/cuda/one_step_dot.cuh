@@ -24,9 +24,9 @@ template <class scalar, int pieces>
 constexpr int kDotBlocks = sizeof(scalar) == 8 && pieces > 4 ? 3 : kStepBlocks;
 
 // A row of memory, a lane's columns of it, and how it is read.
-template <class scalar, int pieces>
-struct Columns : LanesOfRow<scalar, pieces, true> {
-  using Lanes = LanesOfRow<scalar, pieces, true>;
+template <class scalar, int pieces, bool any_width>
+struct Columns : LanesOfRow<scalar, pieces, any_width> {
+  using Lanes = LanesOfRow<scalar, pieces, any_width>;
   using Lanes::column;
   using Lanes::kEach;
   using typename Lanes::acc;
@@ -112,11 +112,11 @@ struct Columns : LanesOfRow<scalar, pieces, true> {
 };
 
 // The `count` first steps of a split, of which those before `end` may be attended: each team's next rows of memory are under way.
-template <class scalar, int pieces, int rows, int depth>
+template <class scalar, int pieces, int rows, int depth, bool any_width>
 class MemoryUnderWay {
  public:
   using acc = accumulated_t<scalar>;
-  using Cols = Columns<scalar, pieces>;
+  using Cols = Columns<scalar, pieces, any_width>;
   using Rows = RowsUnderWay<rows * pieces, depth>;
   static_assert(rows * depth <= 32, "who attends stands in a word");
 
@@ -269,7 +269,7 @@ constexpr int kStepShared = std::max<int>(  // of a warp
 
 template <class scalar, int pieces, int rows, int depth>
 __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
-    attend_one_step(const OneStep call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
+    attend_one_step(const OneStep call, const Columns<scalar, pieces, true> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
   constexpr int each = kLanes<scalar>;
   const Problem& problem = call.problem;
@@ -279,12 +279,12 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
   acc* of_warps = reinterpret_cast<acc*>(shared_memory());
   acc* sums = of_warps + kOfWarp * columns.warps();
   const int count = steps_to_attend(place, may_attend);
-  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, count, count, sums);
+  MemoryUnderWay<scalar, pieces, rows, depth, true> memory(problem, place, columns, count, count, sums);
   Vector16 query[pieces];
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   acc* scores = call.scores == nullptr ? nullptr : static_cast<acc*>(call.scores) + place.b * problem.steps + place.begin;
   acc context[pieces][each];
-  Columns<scalar, pieces>::clear(context);
+  Columns<scalar, pieces, true>::clear(context);
   Softmaxed<acc> mine;
   for (; memory.has_rows(); memory.advance()) {
     memory.wait();
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
       const acc factor = exponential(mine.largest - largest);
       mine.largest = largest;
       mine.total *= factor;
-      Columns<scalar, pieces>::multiply(context, factor);
+      Columns<scalar, pieces, true>::multiply(context, factor);
     }
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
@@ -342,9 +342,9 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
   finish_split(call, there, columns, columns.width(), mine, context, sums, of_warps);
 }
 
-template <class scalar, int pieces, int rows, int depth>
-__global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
-    differentiate_one_step(const OneStepBackward call, const Columns<scalar, pieces> columns, accumulated_t<scalar> scale) {
+template <class scalar, int pieces, int rows, int depth, bool any_width>
+__global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1) differentiate_one_step(
+    const OneStepBackward call, const Columns<scalar, pieces, any_width> columns, accumulated_t<scalar> scale) {
   using acc = accumulated_t<scalar>;
   constexpr int each = kLanes<scalar>;
   const Problem& problem = call.problem;
@@ -355,7 +355,8 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
   acc* sums = of_warps + kOfWarp * columns.warps();
   const int count = static_cast<int>(place.end - place.begin);
   const int64_t first = place.b * problem.steps + place.begin;
-  MemoryUnderWay<scalar, pieces, rows, depth> memory(problem, place, columns, steps_to_attend(place, may_attend), count, sums);
+  MemoryUnderWay<scalar, pieces, rows, depth, any_width> memory(
+      problem, place, columns, steps_to_attend(place, may_attend), count, sums);
   const acc delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps, columns.warps());
   // Both are asked for before either is waited for.
   Vector16 query[pieces], grad[pieces];
@@ -386,7 +387,7 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
                                    ? nullptr
                                    : row_of<scalar>(call.grad_weights, place.b, 0) + place.begin * call.grad_weights.element;
   acc grad_query[pieces][each], excess = 0;
-  Columns<scalar, pieces>::clear(grad_query);
+  Columns<scalar, pieces, any_width>::clear(grad_query);
   for (; memory.has_rows(); memory.advance()) {
     memory.wait();
     acc products[3 * rows] = {};  // q . m in two parts, as the forward has it, and g . m
