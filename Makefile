@@ -5,7 +5,7 @@
 # make targets set up, build, and hold the performance targets against the machine's limits (ARGS="--grid --json FILE")
 # make build   set up and build: seconds after a change to a kernel
 # make lint    ruff and clang-format, as they stand in the environment
-# make gpu-check, on a machine with a GPU: build, tests, sanitizers and speed in one report under benchmarks/results (needs no network)
+# make gpu-check, on a machine with a GPU: build, tests, sanitizers, training steps and speed in one report under benchmarks/results (needs no network)
 #
 # PYTHON names the interpreter to start from. If it has a PyTorch of 2.11 or later, .venv reuses it, so that a machine with PyTorch and
 # the packages below needs no network; otherwise TORCH is installed.

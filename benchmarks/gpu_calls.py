@@ -23,7 +23,7 @@ import attn_ext
 from attn_ext import functional
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SMALL = ((3, 1, 70, 33), (2, 1, 600, 64), (2, 37, 65, 40), (1, 130, 33, 8))  # B, T, S, D
+SMALL = ((3, 1, 70, 33), (2, 1, 600, 64), (2, 1, 50, 512), (2, 37, 65, 40), (1, 130, 33, 8))  # B, T, S, D
 # Rows of scores as the softmax has them: 16 or 32 elements a lane, four at once or each by itself, or a block's.
 ROWS = ((2, 3, 300, 8), (1, 2, 509, 8), (1, 2, 1000, 8), (1, 2, 999, 8), (1, 2, 1100, 8))
 WIDE_TILES = ((512, 17, 3, 8),)  # as many as additive scores' larger tiles wait for
@@ -44,7 +44,7 @@ def sizes_of(op: str, large: bool, rows: bool) -> Sequence[tuple[int, int, int, 
     small = {
         "dot": SMALL + (ROWS if rows else ()),
         "additive": SMALL + WIDE_TILES,
-        "keyed_dot": SMALL[2:],  # one query is as good as more
+        "keyed_dot": SMALL[3:],  # one query is as good as more
     }
     return small[op] + (LARGE if large else ())
 

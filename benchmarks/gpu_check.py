@@ -1,9 +1,9 @@
 """Everything there is to check on a machine with a GPU, in one report: `make gpu-check`, within about eight minutes.
 
 Builds for the GPU that is there, runs the tests of the ops on it, has compute-sanitizer look at small calls, compares
-runs bit by bit, and measures speed. A stage that cannot run says why, and the next one runs. The report, JSON and
-Markdown, stands in benchmarks/results/ by the names of GPU, PyTorch and commit, and is written anew after every stage;
-all that the stages' commands said stands in build/gpu_check/.
+runs bit by bit, and measures decoders' training steps and speed. A stage that cannot run says why, and the next one
+runs. The report, JSON and Markdown, stands in benchmarks/results/ by the names of GPU, PyTorch and commit, and is
+written anew after every stage; all that the stages' commands said stands in build/gpu_check/.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def speed_table(data: dict[str, Any]) -> list[str]:
         f"{ceilings['special'] / 1e12:.2f} T special functions/s and {ceilings['instructions'] / 1e12:.1f} T "
         "instructions/s, by the clock.",
         "",
-        "Medians in microseconds, inputs not in the L2 cache, CUDA graphs replayed; in brackets a peer's time over the "
+        "Medians in microseconds, inputs not in the L2 cache, CUDA graphs replayed; in brackets others' time over the "
         "fused op's.",
         "",
         "| method | (B, T, S, H) | dtype | direction | floor | fused | share of the floor | fused, called | peers |",

@@ -40,6 +40,7 @@ class Steps:
 def replayed(step: Callable[[], object]) -> float:
     """The median of seconds of a step's graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):  # to allocate and to choose what products there are
             step()
@@ -102,8 +103,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             cells.append(", ".join(f"{each / row['none']:.2f}x" if each and row["none"] else "-" for each in both))
         none = f"{row['none'] * 1e3:.2f}" if row["none"] else "-"
         lines.append(f"| {tuple(row['sizes'])} | {row['dtype']} | {none} | {' | '.join(cells)} |")
-    missing = {f"{name}: {why}" for row in rows for name, why in row["missing"].items()}
-    return [*lines, *([""] if missing else []), *sorted(missing)]
+    missing = [f"{tuple(row['sizes'])}, {name}: {why}" for row in rows for name, why in row["missing"].items()]
+    return [*lines, *([""] if missing else []), *missing]
 
 
 def main() -> None:

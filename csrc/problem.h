@@ -12,6 +12,10 @@ constexpr int64_t width_of(Dtype dtype) {
   return dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2;
 }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // What a query's score with a source step is: q . m, q . k, or v . tanh(q + k).
 enum class Method { Dot, KeyedDot, Additive };
 

@@ -39,13 +39,16 @@ def without_weights(T: int, size: int) -> Callable[[], object]:
 
 def calls() -> Iterator[Callable[[], object]]:
     """Through every kernel, at sizes that make it take all of its ways."""
-    one_query = ((3, 1, 70, 33), (2, 1, 600, 64), (1, 1, 3, 1500))
+    one_query = ((3, 1, 70, 33), (2, 1, 600, 64), (1, 1, 101, 512), (1, 1, 3, 1500))
     many_queries = ((2, 37, 65, 40), (1, 300, 9, 40), (1, 2, 1100, 8), (40, 2, 5, 3))
     for op in ("dot", "additive"):
         for sizes in one_query + many_queries:
             for dtype in (torch.float32, torch.bfloat16, torch.float64):
                 yield gpu_calls.of_an_op(op, sizes, dtype, "none", "cpu")
     yield from (without_weights(T, size) for T in (1, 5) for size in (40, 39))
+    yield lambda: attn_ext.additive_attention(
+        *(40 * torch.randn(size) for size in ((2, 5, 40), (2, 70, 40), (40,), (2, 70, 24)))
+    )
 
 
 def unnoticed() -> Iterator[str]:

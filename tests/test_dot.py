@@ -20,6 +20,16 @@ def test_one_step_of_any_width(dtype: torch.dtype, D: int) -> None:
     assert_accurate(Case("dot", B=3, T=1, S=37, D=D, dtype=dtype, masking="lengths+rows").problem())
 
 
+@pytest.mark.parametrize("masking", ["none", "lengths+rows"])
+@pytest.mark.parametrize(("S", "D"), [(S, D) for S in (100, 101, 102) for D in (256, 512, 1024)], ids="{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_one_step_that_has_the_multiprocessors_for_itself(dtype: torch.dtype, S: int, D: int, masking: str) -> None:
+    """On a GPU its blocks are several times as wide, as far as there is shared memory."""
+    problem = Case("dot", B=1, T=1, S=S, D=D, dtype=dtype, masking=masking).problem()
+    assert_accurate(problem)
+    assert_same(problem.results(), problem.results())
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
     ("S", "D"), [(1, 24), (33, 24), (64, 24), (65, 24), (300, 24), (2100, 24), (300, 512), (301, 250)], ids="{}".format

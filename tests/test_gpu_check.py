@@ -204,7 +204,7 @@ def test_a_changed_bit_is_found() -> None:
 
 @pytest.mark.fused
 def test_every_call_runs() -> None:
-    """70 small ones, which the tools of the GPU make in turn: they are to leave the time to the measurements."""
+    """78 small ones, which the tools of the GPU make in turn: they are to leave the time to the measurements."""
     names = set()
     for name, call in gpu_calls.calls("cpu", large=False):
         names.add(name)

@@ -36,10 +36,6 @@ constexpr int64_t kGroupBytes = 1 << 17;
 constexpr int64_t kFewSteps = 8;
 constexpr int64_t kFewBytes = int64_t{1} << 15;
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 inline int64_t work_of_step(const Problem& problem) {
   const int64_t score = problem.method == Method::Additive ? kTanhCost * problem.key_size : problem.key_size;
   return problem.queries * (score + problem.memory_size);

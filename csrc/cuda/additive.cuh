@@ -95,26 +95,4 @@ __device__ __forceinline__ void load_shared(acc (&to)[count], const acc* from) {
   }
 }
 
-// The way back.
-template <class acc, int count>
-__device__ __forceinline__ void store_shared(acc* to, const acc (&from)[count]) {
-  constexpr int lanes = kLanes<acc>;
-  if constexpr (count % lanes == 0) {
-#pragma unroll
-    for (int i = 0; i < count; i += lanes) {
-      acc part[lanes];
-#pragma unroll
-      for (int n = 0; n < lanes; ++n) {
-        part[n] = from[i + n];
-      }
-      store16(to + i, pack<acc>(part));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      to[i] = from[i];
-    }
-  }
-}
-
 }  // namespace attn_ext::cuda

@@ -14,10 +14,6 @@ namespace {
 // So many blocks keep a large GPU busy: a few on each of its multiprocessors.
 constexpr int64_t kEnoughBlocks = 512;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // What follows one another in a workspace, each on 16 bytes; with no workspace, to know its size.
 class Workspace {
  public:
@@ -121,14 +117,15 @@ class BackwardRun {
         tiles_(ceil_div(call.problem.queries, Tile::kQueries)),
         query_size_(call.problem.batch * call.problem.queries * call.problem.key_size),
         keys_size_(call.problem.batch * call.problem.steps * call.problem.key_size),
-        v_count_(call.problem.batch * tiles_ * plan_.splits) {
+        v_count_(call.problem.batch * tiles_ * plan_.splits),
+        workspace_(call.workspace) {
     query_slabs_ = place(call.grad_query, plan_.splits, query_size_);
     key_slabs_ = place(call.grad_keys, plan_.query_tiles + (is_one_launch() ? 0 : 1), keys_size_);
     v_slabs_ = place(call.grad_v, v_count_, call.problem.key_size);
   }
 
   size_t workspace_size() const {
-    return workspace_size_;
+    return workspace_.size();
   }
 
   void launch_all(Stream stream) const {
@@ -153,12 +150,7 @@ class BackwardRun {
 
   // Slabs, where several blocks add to one gradient: their part of the workspace.
   acc* place(const void* gradient, int64_t count, int64_t size) {
-    if (gradient == nullptr || count == 1) {
-      return nullptr;
-    }
-    char* at = static_cast<char*>(call_.workspace) + workspace_size_;
-    workspace_size_ += count * size * sizeof(acc);
-    return reinterpret_cast<acc*>(at);
+    return gradient == nullptr || count == 1 ? nullptr : workspace_.take<acc>(count * size);
   }
 
   // Of several launches each but the first finds the sum of those before it in the keys' first slab, and adds its own behind it.
@@ -197,7 +189,7 @@ class BackwardRun {
   const AdditiveBackward& call_;
   AdditiveBackwardPlan plan_;
   int64_t tiles_, query_size_, keys_size_, v_count_;
-  size_t workspace_size_ = 0;
+  Workspace workspace_;
   acc* query_slabs_;
   acc* key_slabs_;
   acc* v_slabs_;

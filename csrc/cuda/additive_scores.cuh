@@ -149,7 +149,8 @@ struct ScoresTile {
   static constexpr int kSteps = kAcross * kColumns;
   static constexpr int kStride = kQueries + kSteps + 4;  // so that a feature's row as it is does not come to few banks
   static constexpr size_t kBuffer = kFeatures * (kStride + 1) * sizeof(acc);
-  static constexpr size_t kShared = 2 * kBuffer + 2 * kAdditiveThreads * sizeof(Vector16);  // and where the next come from
+  // Two, one on its way and where it comes from; what is taken directly alone is loaded where it is summed.
+  static constexpr size_t kShared = kFactors<acc> ? 2 * kBuffer + 2 * kAdditiveThreads * sizeof(Vector16) : kBuffer;
 
   acc* rows;  // [kFeatures][kStride]: of a feature, all queries' and all steps'
   acc* v;     // [kFeatures]; factored: of a pair of features v0 and 1/v1

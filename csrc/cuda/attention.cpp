@@ -41,10 +41,6 @@ constexpr int64_t kWideBackward = 256 << 10;
 // Steps of a split are a multiple of it where they are more: short of that a block's warps do not all have the same to do.
 constexpr int64_t kSplitSteps = 8;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // What every call begins with.
 class Call {
  public:
@@ -160,7 +156,7 @@ class Call {
         }
       }
     };
-    if (is_dot() && problem_.steps * row >= (backward ? kWideBackward : kWideForward)) {
+    if (is_dot() && problem_.steps * row > (backward ? kWideBackward : kWideForward)) {
       consider(of_processor);
     }
     consider(1);

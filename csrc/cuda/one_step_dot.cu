@@ -10,7 +10,7 @@
 namespace attn_ext::cuda {
 namespace {
 
-// A thread's pieces under way, those that it computes with among them: 32 KB a block.
+// A thread's pieces under way, those that it computes with among them: 32 KB a block of the usual width.
 constexpr int kUnderWay = 16;
 
 // launch_of<pieces, rows, depth>(log_lanes): how a row is held.
@@ -33,7 +33,7 @@ Columns<scalar, pieces, any_width> columns_of(const Problem& problem, int log_la
 // Bytes of a block.
 template <class scalar, int pieces, int rows, int depth>
 constexpr size_t shared_size(bool backward, int64_t width = 1) {
-  const size_t query = backward && kIsWide<scalar, pieces> ? pieces * kWarp * sizeof(Vector16) : 0;
+  const size_t query = backward && kIsLongRow<scalar, pieces> ? pieces * kWarp * sizeof(Vector16) : 0;
   const size_t of_warp = kOfWarp * sizeof(accumulated_t<scalar>) + kStepShared<scalar, pieces, rows, depth>;
   return width * kStepWarps * of_warp + query;
 }

@@ -257,10 +257,10 @@ class MemoryUnderWay {
 // In shared memory two numbers a warp stand before the rows under way, where in the end the warps' sums stand.
 constexpr int kOfWarp = 2;
 
-// Whether the columns of so wide a row leave registers short. A backward's query then stands in shared memory, [pieces][kWarp],
+// Whether the columns of so long a row leave registers short. A backward's query then stands in shared memory, [pieces][kWarp],
 // behind all.
 template <class scalar, int pieces>
-constexpr bool kIsWide = pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>) >= 128;
+constexpr bool kIsLongRow = pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>) >= 128;
 
 template <class scalar, int pieces, int rows, int depth>
 constexpr int kStepShared = std::max<int>(  // of a warp
@@ -337,8 +337,8 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
   }
   memory.finish();
 
-  // Of wide rows computed anew: in the loop registers are short.
-  const Place there(problem, call.splits, kIsWide<scalar, pieces> ? forgotten(blockIdx.x) : blockIdx.x);
+  // Of long rows computed anew: in the loop registers are short.
+  const Place there(problem, call.splits, kIsLongRow<scalar, pieces> ? forgotten(blockIdx.x) : blockIdx.x);
   finish_split(call, there, columns, columns.width(), mine, context, sums, of_warps);
 }
 
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1) dif
   columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
   const bool has_grad = call.grad_context.data != nullptr;
   columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
-  constexpr bool shares_query = kIsWide<scalar, pieces>;
+  constexpr bool shares_query = kIsLongRow<scalar, pieces>;
   char* behind = reinterpret_cast<char*>(sums) + columns.warps() * kStepShared<scalar, pieces, rows, depth>;
   Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
   if (shares_query && threadIdx.x < kWarp) {  // every warp's lanes have the same columns
