@@ -323,6 +323,34 @@ __device__ __forceinline__ void load_directly(
   }
 }
 
+// Of a query, the first `there` of consecutive steps' sums; by vectors all of a vector's are there or none.
+template <class acc, int columns>
+__device__ __forceinline__ void store_scores(acc* to, const acc (&sums)[columns], int64_t there, bool by_vectors) {
+  constexpr int lanes = kLanes<acc>;
+  if constexpr (columns % lanes == 0) {
+    if (by_vectors) {
+#pragma unroll
+      for (int j = 0; j < columns; j += lanes) {
+        acc part[lanes];
+#pragma unroll
+        for (int n = 0; n < lanes; ++n) {
+          part[n] = -2 * sums[j + n];
+        }
+        if (j < there) {
+          store16(to + j, pack<acc>(part));
+        }
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < columns; ++j) {
+    if (j < there) {
+      to[j] = -2 * sums[j];
+    }
+  }
+}
+
 template <class scalar, int rows, int columns>
 __global__ void __launch_bounds__(kAdditiveThreads, 4)
     additive_scores_tile(const AdditiveScores call, const ScoresFactors factors, bool out_by_vectors) {
@@ -388,33 +416,10 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
   const TilePlace<Tile> there(problem, forgotten(blockIdx.x));
   const int64_t query0 = there.query0 + row, step0 = there.step0 + column;
   acc* out = static_cast<acc*>(call.scores) + (there.b * problem.queries + query0) * problem.steps + step0;
-  constexpr int width = columns % kLanes<acc> == 0 ? kLanes<acc> : 1;
 #pragma unroll
-  for (int i = 0; i < rows; ++i) {
-#pragma unroll
-    for (int j = 0; j < columns; j += width) {
-      if (query0 + i >= problem.queries) {
-        continue;
-      }
-      acc part[width];
-#pragma unroll
-      for (int n = 0; n < width; ++n) {
-        part[n] = -2 * sums[i][j + n];
-      }
-      if (width > 1 && out_by_vectors) {
-        if constexpr (width > 1) {
-          if (step0 + j < problem.steps) {
-            store16(out + i * problem.steps + j, pack<acc>(part));
-          }
-        }
-        continue;
-      }
-#pragma unroll
-      for (int n = 0; n < width; ++n) {
-        if (step0 + j + n < problem.steps) {
-          out[i * problem.steps + j + n] = part[n];
-        }
-      }
+  for (int i = 0; i < rows; ++i, out += problem.steps) {
+    if (query0 + i < problem.queries) {
+      store_scores(out, sums[i], problem.steps - step0, out_by_vectors);
     }
   }
 }
