@@ -3,68 +3,36 @@
 
 #include "../tensors.h"
 #include "capability.h"
+#include "outputs.h"
 #include "plan.h"
-#include "work_stealing.h"
+#include "run_items.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace attn_ext::cpu {
 namespace {
 
-// Asks for huge pages behind a large output. It is fresh memory: faults on its small pages would take several times as long as
-// writing it.
-void use_huge_pages(const Tensor& output) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  if (!output.defined() || output.nbytes() < 2 * page) {
-    return;
-  }
-  const auto begin = reinterpret_cast<uintptr_t>(output.const_data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t end = (begin + output.nbytes()) / page * page;
-  // Where the system has none it says so, and nothing is lost.
-  (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Runs every item, each in a slot of scratch: one a worker, or one an item if the items' results are merged afterwards, in `merges`
-// calls that do not depend on each other.
+// Runs every item; if the items' results are merged, each keeps its slot until it is, in `merges` calls that do not depend on each
+// other.
 template <class Call>
-void run_items(
+void run_all(
     const Call& call,
     size_t slot_size,
     void (*run)(const Call&, int64_t, char*),
     void (*merge)(const Call&, int64_t, char*, size_t),
     int64_t merges) {
-  const int64_t items = call.plan.items(call.problem);
-  const int64_t work = call.problem.batch * call.problem.steps * work_of_step(call.problem);
-  const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(work / items, 1), 1);
-  const int64_t workers = at::in_parallel_region() ? 1 : std::min<int64_t>(ceil_div(items, grain), at::get_num_threads());
-  const size_t slots_size = (merges == 0 ? workers : items) * slot_size;
-  const size_t size = slots_size + WorkStealing::size_of(workers);
-  // A small call's scratch is on the stack, so that it does not wait for the allocator.
-  alignas(64) char small[1 << 14];
-  const at::DataPtr large = size > sizeof(small) ? c10::GetCPUAllocator()->allocate(size) : at::DataPtr();
-  char* slots = large ? static_cast<char*>(large.get()) : small;
-  WorkStealing shares(slots + slots_size, items, ceil_div(grain, kPartsOfGrain), workers);
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      shares.work(worker, [&](int64_t item) { run(call, item, slots + (merges == 0 ? worker : item) * slot_size); });
-    }
-  });
-  at::parallel_for(0, merges, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      merge(call, index, slots, slot_size);
-    }
+  const Work work{call.plan.items(call.problem), call.problem.batch * call.problem.steps * work_of_step(call.problem)};
+  const auto run_one = [&](int64_t item, char* slot) { run(call, item, slot); };
+  run_items(work, slot_size, merges > 0, run_one, [&](char* slots) {
+    at::parallel_for(0, merges, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        merge(call, index, slots, slot_size);
+      }
+    });
   });
 }
 
@@ -104,7 +72,7 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   if (items > 0) {
     const Kernels& kernels = kernels_for(call.problem, call.plan);
     const int64_t merges = call.plan.splits * call.plan.chunks > 1 ? items : 0;
-    run_items(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
+    run_all(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
   }
   if (!grad_v.is_same(gradients.v)) {
     gradients.v.copy_(grad_v.sum(0));
@@ -136,7 +104,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   }
   const Kernels& kernels = kernels_for(call.problem, call.plan);
   const int64_t merges = call.plan.splits > 1 ? call.plan.groups(call.problem) : 0;
-  run_items(call, kernels.forward_slot(call), kernels.forward, kernels.merge, merges);
+  run_all(call, kernels.forward_slot(call), kernels.forward, kernels.merge, merges);
 }
 
 void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
