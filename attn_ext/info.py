@@ -40,9 +40,13 @@ def _what_runs(device: str) -> str:
     if backend.current() == "reference":
         return "reference, as chosen"
     if missing is None:
-        kernels = f", {torch.ops.attn_ext.cpu_capability()} kernels" if device == "cpu" else ""
-        return f"fused{kernels}"
+        return f"fused, {_cpu_kernels()}" if device == "cpu" else "fused"
     return f"an error: {missing}" if backend.current() == "fused" else f"reference, because {missing}"
+
+
+def _cpu_kernels() -> str:
+    products = "their own" if torch.ops.attn_ext.cpu_multiplies() else "PyTorch's"
+    return f"{torch.ops.attn_ext.cpu_capability()} kernels, {products} float32 projections"
 
 
 def main() -> None:

@@ -69,6 +69,7 @@ struct EntryPoints {
 namespace cpu {
 extern const EntryPoints entry_points;
 const char* capability_name();
+bool multiplies();  // the projections' float matrices, or leaves them to PyTorch's library
 }  // namespace cpu
 
 namespace cuda {

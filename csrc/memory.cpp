@@ -144,12 +144,17 @@ Tensor join(const std::vector<Step>& steps, Tensor Step::* field) {
 struct Keys {
   Tensor keys, prepared;
 
-  static Keys make(const Tensor& memory, const OptionalTensor& weight, const OptionalTensor& v, const OptionalTensor& bias) {
+  static Keys make(
+      const Tensor& memory,
+      const OptionalTensor& weight,
+      const OptionalTensor& v,
+      const OptionalTensor& bias,
+      const Hidden& hidden) {
     if (!v) {
       return {};
     }
     static const auto prepare_keys = find<Tensor(const Tensor&)>("attn_ext::prepare_keys");
-    const Tensor keys = project(memory, Parts(*weight, memory, true).of_keys, bias);
+    const Tensor keys = project_memory(memory, Parts(*weight, memory, true).of_keys, bias, hidden);
     return {keys, keys.is_cpu() ? prepare_keys.call(keys) : Tensor()};  // a GPU's kernels take the exponentials as they read
   }
 };
@@ -172,7 +177,7 @@ struct Node : torch::autograd::Function<Node> {
       const OptionalTensor& mask,
       Keys* made) {
     const BelowAutograd guard;
-    *made = Keys::make(memory, weight, v, bias);
+    *made = Keys::make(memory, weight, v, bias, {lengths, mask});
     const auto& [keys, prepared_keys] = *made;
     ctx->set_materialize_grads(false);
     ctx->saved_data[kLedger] = c10::IValue::make_capsule(c10::make_intrusive<Ledger>());
@@ -211,7 +216,8 @@ struct Node : torch::autograd::Function<Node> {
     }
     if (at::GradMode::is_enabled() && steps.empty()) {
       const variable_list computed = differentiably(saved, wanted, {grad_keys}, [&](const variable_list& inputs) -> variable_list {
-        const Tensor seen = without_hidden_rows(inputs[kMemory], if_defined(saved[kLengths]), if_defined(saved[kMask]));
+        const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
+        const Tensor seen = without_hidden_rows(inputs[kMemory], {lengths, mask});
         return {project(seen, Parts(inputs[kWeight], seen, true).of_keys, if_defined(inputs[kBias]))};
       });
       std::copy(computed.begin(), computed.end(), grads.begin());
@@ -237,6 +243,8 @@ struct Node : torch::autograd::Function<Node> {
     const at::NoGradGuard no_grad;
     const BelowAutograd guard;
     const Tensor &memory = saved[kMemory], &weight = saved[kWeight];
+    const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
+    const Hidden hidden{lengths, mask};
     const bool is_concat = saved[kV].defined();
     if (is_concat && !steps.empty()) {
       Tensor of_steps;
@@ -244,11 +252,12 @@ struct Node : torch::autograd::Function<Node> {
       grad_keys = grad_keys.defined() ? at::add(of_steps, grad_keys) : of_steps;
     }
     if (wanted[kMemory]) {
+      const SomeRows seen = seen_rows(memory, hidden);
       Tensor& sum = grads[kMemory];
-      sum = grad_memory(steps, !is_concat, memory.scalar_type());
+      sum = grad_memory(steps, !is_concat, memory.scalar_type(), seen);
       if (is_concat) {
         const Tensor of_keys = Parts(weight, memory, is_concat).of_keys;
-        sum = sum.defined() ? add_grad_of_input(sum, grad_keys, of_keys) : grad_of_input(grad_keys, of_keys, memory);
+        sum = sum.defined() ? add_grad_of_input(sum, grad_keys, of_keys, seen) : grad_of_input(grad_keys, of_keys, memory, seen);
       }
     }
     if (wanted[kWeight]) {
@@ -260,7 +269,7 @@ struct Node : torch::autograd::Function<Node> {
         write_grad_of_weight(into.of_query, join(steps, &Step::grad_query), join(steps, &Step::features));
       }
       if (is_concat) {
-        write_grad_of_key_weight(into.of_keys, grad_keys, memory, if_defined(saved[kLengths]), if_defined(saved[kMask]));
+        write_grad_of_key_weight(into.of_keys, grad_keys, memory, hidden);
       }
     }
     if (wanted[kBias]) {
@@ -269,7 +278,7 @@ struct Node : torch::autograd::Function<Node> {
   }
 
   // In float64, or in float32, as everything that the steps left; then in the memory's type.
-  static Tensor grad_memory(const std::vector<Step>& steps, bool is_its_own_keys, at::ScalarType type) {
+  static Tensor grad_memory(const std::vector<Step>& steps, bool is_its_own_keys, at::ScalarType type, const SomeRows& seen) {
     std::vector<Tensor> coefficients, rows;
     for (const Step& step : steps) {
       if (step.grad_context.defined()) {
@@ -284,8 +293,9 @@ struct Node : torch::autograd::Function<Node> {
     if (rows.empty()) {
       return Tensor();
     }
-    const Tensor of_all = at::cat(coefficients, 1);
-    return at::bmm(of_all.transpose(1, 2), at::cat(rows, 1).to(of_all.scalar_type())).to(type);
+    const Tensor all_coefficients = at::cat(coefficients, 1).transpose(1, 2);
+    const Tensor all_rows = at::cat(rows, 1).to(all_coefficients.scalar_type());
+    return multiply(all_coefficients, all_rows, {.rows = named(seen)}).to(type);
   }
 
   static std::tuple<Tensor, Tensor> grad_keys_and_v(
@@ -496,7 +506,7 @@ std::tuple<Tensor, Tensor, Tensor> memory_node(
   Keys made;
   if (!torch::autograd::compute_requires_grad(memory, weight, v, bias)) {
     const BelowAutograd guard;
-    made = Keys::make(memory, weight, v, bias);
+    made = Keys::make(memory, weight, v, bias, {lengths, mask});
     return {none, or_none(made.keys), or_none(made.prepared)};
   }
   const variable_list outputs = Node::apply(memory, weight, v, bias, lengths, mask, &made);

@@ -434,6 +434,7 @@ TORCH_LIBRARY(attn_ext, m) {
       " Tensor? lengths, Tensor? mask, float scale, bool need_weights, Tensor? node) -> (Tensor context, Tensor weights)");
 
   m.def("cpu_capability() -> str", cpu_capability);
+  m.def("cpu_multiplies() -> bool", cpu::multiplies);
   m.def("cuda_build() -> str", cuda_build);
 }
 

@@ -29,16 +29,21 @@ struct Options {
   const OptionalTensor& lengths;
   const OptionalTensor& mask;
   double scale;
+
+  Hidden hidden() const {
+    return {lengths, mask};
+  }
 };
 
 // A call's tensors as they meet: the query and, if there are any, the keys, projected.
 struct Projected {
   Tensor query, keys;
 
-  static Projected make(const Tensor& query, const Tensor& memory, const Parts& parts, const OptionalTensor& bias) {
+  static Projected make(
+      const Tensor& query, const Tensor& memory, const Parts& parts, const OptionalTensor& bias, const Options& options) {
     return {
         parts.of_query.defined() ? project(query, parts.of_query) : query,
-        parts.of_keys.defined() ? project(memory, parts.of_keys, bias) : Tensor()};
+        parts.of_keys.defined() ? project_memory(memory, parts.of_keys, bias, options.hidden()) : Tensor()};
   }
 };
 
@@ -114,7 +119,7 @@ struct Node : torch::autograd::Function<Node> {
       const Options* options,
       bool need_weights) {
     const BelowAutograd guard;
-    const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), options->by_keys), bias);
+    const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), options->by_keys), bias, *options);
     const auto [context, weights, logsumexp, exact] = attend(projected, v, memory, *options, need_weights, true);
     const bool rounded = !exact.empty();
     ctx->set_materialize_grads(false);
@@ -157,8 +162,8 @@ struct Node : torch::autograd::Function<Node> {
       const Tensor& memory = inputs[kMemory];
       const OptionalTensor v = if_defined(inputs[kV]);
       const Parts parts(inputs[kWeight], memory, v.has_value(), options.by_keys);
-      const Tensor seen = without_hidden_rows(memory, lengths, mask);
-      const auto projected = Projected::make(inputs[kQuery], seen, parts, if_defined(inputs[kBias]));
+      const Tensor seen = without_hidden_rows(memory, options.hidden());
+      const auto projected = Projected::make(inputs[kQuery], seen, parts, if_defined(inputs[kBias]), options);
       auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, grads[1].defined(), false);
       return {std::move(context), std::move(weights)};
     });
@@ -202,12 +207,13 @@ struct Node : torch::autograd::Function<Node> {
         write_grad_of_weight(into.of_query, computed.query, query);
       }
       if (into.of_keys.defined()) {
-        write_grad_of_key_weight(into.of_keys, computed.keys, memory, options.lengths, options.mask);
+        write_grad_of_key_weight(into.of_keys, computed.keys, memory, options.hidden());
       }
     }
     if (wanted[kMemory]) {
-      results[kMemory] =
-          parts.of_keys.defined() ? add_grad_of_input(computed.memory, computed.keys, parts.of_keys) : computed.memory;
+      results[kMemory] = parts.of_keys.defined()
+                             ? add_grad_of_input(computed.memory, computed.keys, parts.of_keys, seen_rows(memory, options.hidden()))
+                             : computed.memory;
     }
     if (wanted[kV]) {
       results[kV] = computed.v;
@@ -237,7 +243,7 @@ std::tuple<Tensor, Tensor> projected_attention(
   const Options options{by_keys, lengths, mask, scale};
   if (!have_tangents(query, weight, memory, v, bias) && !torch::autograd::compute_requires_grad(query, weight, memory, v, bias)) {
     const BelowAutograd guard;
-    const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), by_keys), bias);
+    const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), by_keys), bias, options);
     auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, need_weights, false);
     return {std::move(context), std::move(weights)};
   }

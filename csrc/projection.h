@@ -3,15 +3,17 @@
 #pragma once
 
 #include "attention.h"
+#include "cpu/matmul.h"
 
 #include <ATen/Functions.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <array>
 #include <cmath>
 #include <optional>
+#include <utility>
+#include <vector>
 
 namespace attn_ext {
 
@@ -73,71 +75,151 @@ inline void check_projection(
   }
 }
 
-// weight x + bias for each x of the input, [..., in] and [out, in]. Halves are multiplied in float32 where their weight comes in
-// it, as functional.py has it on a processor without products of theirs.
-inline Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}) {
-  const bool time_major = input.dim() == 3 && !input.is_contiguous() && input.transpose(0, 1).is_contiguous();
-  if (time_major) {  // so is the result then, and nothing is copied
-    return project(input.transpose(0, 1), weight, bias).transpose(0, 1);
+inline bool is_time_major(const Tensor& tensor) {
+  return tensor.dim() == 3 && !tensor.is_contiguous() && tensor.transpose(0, 1).is_contiguous();
+}
+
+// What no query may attend of a memory.
+struct Hidden {
+  const OptionalTensor& lengths;
+  const OptionalTensor& mask;
+
+  bool anything() const {
+    return lengths || mask;
+  }
+};
+
+// Some of a tensor's rows; none named: all.
+using SomeRows = std::optional<std::vector<cpu::Run>>;
+
+inline const std::vector<cpu::Run>* named(const SomeRows& rows) {
+  return rows ? &*rows : nullptr;
+}
+
+// The rows of a memory, one batch element behind the other or, `by_time`, one step behind the other, that some query may attend,
+// where one can look.
+inline SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_time = false) {
+  const auto& [lengths, mask] = hidden;
+  const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
+  if (!hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask)) {
+    return std::nullopt;
+  }
+  const int64_t batch = memory.size(0), steps = memory.size(1);
+  const Tensor ends = lengths ? lengths->contiguous() : Tensor();
+  const Tensor seen = !mask ? Tensor() : mask->dim() == 3 ? mask->any(1) : mask->contiguous();
+  // What they ought to be, the ops say.
+  if ((lengths && (ends.scalar_type() != at::kLong || ends.sizes() != at::IntArrayRef{batch})) ||
+      (mask && (seen.scalar_type() != at::kBool || seen.sizes() != at::IntArrayRef{batch, steps}))) {
+    return std::nullopt;
+  }
+  const int64_t* end = lengths ? ends.const_data_ptr<int64_t>() : nullptr;
+  const bool* may_attend = mask ? seen.const_data_ptr<bool>() : nullptr;
+  std::vector<cpu::Run> runs;
+  for (int64_t row = 0; row < batch * steps; ++row) {
+    const int64_t b = by_time ? row % batch : row / steps, s = by_time ? row / batch : row % steps;
+    if ((end != nullptr && s >= end[b]) || (may_attend != nullptr && !may_attend[b * steps + s])) {
+      continue;
+    }
+    if (runs.empty() || runs.back().end != row) {
+      runs.push_back({row, row});
+    }
+    runs.back().end = row + 1;
+  }
+  return runs;
+}
+
+// a b, of matrices or of a batch of them, and its terms.
+inline Tensor multiply(const Tensor& a, const Tensor& b, const cpu::Terms& terms) {
+  const auto& bias = terms.bias;
+  if (cpu::takes(a, b) && (!bias || cpu::is_plain(*bias))) {
+    const Tensor out =
+        a.dim() == 3 ? at::empty({a.size(0), a.size(1), b.size(2)}, a.options()) : at::empty({a.size(0), b.size(1)}, a.options());
+    cpu::matmul(out, a, b, terms);
+    return out;
+  }
+  return a.dim() == 3 ? at::bmm(a, b) : bias ? at::addmm(*bias, a, b) : at::mm(a, b);
+}
+
+// weight x + bias for each x of the input, [..., in] and [out, in]; 0 for those of other rows, where there is something to gain.
+// Halves are multiplied in float32 where their weight comes in it, as functional.py has it on a processor without products of
+// theirs.
+inline Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}, const SomeRows& some = {}) {
+  if (is_time_major(input)) {  // so is the result then, and nothing is copied
+    return project(input.transpose(0, 1), weight, bias, some).transpose(0, 1);
   }
   const auto type = at::isReducedFloatingType(input.scalar_type()) ? weight.scalar_type() : input.scalar_type();
-  const Tensor rows = as(type, rows_of(input)), factors = weight.t();
-  const Tensor projected = as(input.scalar_type(), bias ? at::addmm(*bias, rows, factors) : at::mm(rows, factors));
+  const Tensor product = multiply(as(type, rows_of(input)), weight.t(), {.bias = bias, .rows = named(some)});
+  const Tensor projected = as(input.scalar_type(), product);
   return input.dim() == 2 ? projected : projected.view_symint({input.sym_size(0), input.sym_size(1), weight.sym_size(0)});
 }
 
-// What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`.
-inline Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input) {
-  return as(input.scalar_type(), at::mm(as(weight.scalar_type(), rows_of(grad)), weight)).view_symint(input.sym_sizes());
+// Keys, of which those that are hidden may be anything.
+inline Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Hidden& hidden) {
+  return project(memory, weight, bias, seen_rows(memory, hidden, is_time_major(memory)));
+}
+
+// What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`; of rows that are hidden, 0.
+inline Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const SomeRows& some = {}) {
+  const Tensor rows = as(weight.scalar_type(), rows_of(grad));
+  return as(input.scalar_type(), project(rows, weight.t(), {}, some)).view_symint(input.sym_sizes());
 }
 
 // As grad_of_input, but added to what the input has already, contiguous; returns the sum.
-inline Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight) {
+inline Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const SomeRows& some) {
   if (sum.scalar_type() != weight.scalar_type()) {
-    return at::add(sum, grad_of_input(grad, weight, sum));
+    return at::add(sum, grad_of_input(grad, weight, sum, some));
   }
-  rows_of(sum).addmm_(rows_of(grad), weight);
+  const Tensor to = rows_of(sum), rows = rows_of(grad);
+  if (cpu::takes(rows, weight)) {
+    cpu::matmul(to, rows, weight, {.adds_to_out = true, .rows = named(some)});
+  } else {
+    to.addmm_(rows, weight);
+  }
   return sum;
 }
 
-// What a projection's weight gets, written to `result` [out, in].
-inline void write_grad_of_weight(const Tensor& result, const Tensor& grad, const Tensor& input) {
+// What a projection's weight gets of these rows, written to `result` [out, in]. Returns whether the others were left out; if not,
+// they are summed over with all.
+inline bool write_grad_of_weight(const Tensor& result, const Tensor& grad, const Tensor& input, const SomeRows& some = {}) {
   const auto type = result.scalar_type();
+  const Tensor grads = as(type, rows_of(grad)).t(), rows = as(type, rows_of(input));
+  if (cpu::takes(grads, rows)) {
+    cpu::matmul(result, grads, rows, {.depth = named(some)});
+    return some.has_value();
+  }
   Tensor out = result;
-  at::mm_out(out, as(type, rows_of(grad)).t(), as(type, rows_of(input)));
+  at::mm_out(out, grads, rows);
+  return false;
 }
 
 // The memory with 0 in the rows that no query may attend.
-inline Tensor without_hidden_rows(const Tensor& memory, const OptionalTensor& lengths, const OptionalTensor& mask) {
-  Tensor hidden;
+inline Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
+  const auto& [lengths, mask] = hidden;
+  Tensor without;
   if (mask) {
-    hidden = (mask->dim() == 3 ? mask->any(1) : *mask).logical_not();
+    without = (mask->dim() == 3 ? mask->any(1) : *mask).logical_not();
   }
   if (lengths) {
     const Tensor steps = at::arange(memory.sym_size(1), lengths->options());
     const Tensor behind = steps.ge(lengths->unsqueeze(1));
-    hidden = hidden.defined() ? hidden.logical_or_(behind) : behind;
+    without = without.defined() ? without.logical_or_(behind) : behind;
   }
-  return hidden.defined() ? memory.masked_fill(hidden.unsqueeze(2), 0) : memory;
+  return without.defined() ? memory.masked_fill(without.unsqueeze(2), 0) : memory;
 }
 
 // write_grad_of_weight of keys that the memory was projected to. A row that no query may attend has a gradient of 0 and may hold
 // anything; NaN and infinity survive the product with it.
-inline void write_grad_of_key_weight(
-    const Tensor& result,
-    const Tensor& grad_keys,
-    const Tensor& memory,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask) {
-  const bool hides_rows = lengths || mask;
+inline void write_grad_of_key_weight(const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Hidden& hidden) {
   // A look at the result costs less than a copy of the memory, but elsewhere it would wait for a device, or there is nothing to
   // see.
-  const bool can_look = memory.is_cpu() && !at::isTensorSubclassLike(memory);
-  if (!hides_rows || can_look) {
-    write_grad_of_weight(result, grad_keys, memory);
+  const bool can_look = cpu::is_plain(memory);
+  if (hidden.anything() && !can_look) {
+    write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, hidden));
+    return;
   }
-  if (hides_rows && !(can_look && std::isfinite(result.sum().item<double>()))) {
-    write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, lengths, mask));
+  const bool left_out = write_grad_of_weight(result, grad_keys, memory, seen_rows(memory, hidden));
+  if (hidden.anything() && !left_out && !std::isfinite(result.sum().item<double>())) {
+    write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, hidden));
   }
 }
 

@@ -38,10 +38,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _process_wide_settings() -> Iterator[None]:
     """Whatever a test sets for the whole process ends with it."""
-    name, threads = backend.current(), torch.get_num_threads()
+    name, threads, precision = backend.current(), torch.get_num_threads(), torch.get_float32_matmul_precision()
     yield
     backend.use_backend(name)
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(params=[pytest.param("fused", marks=pytest.mark.fused), "reference"])

@@ -22,6 +22,7 @@ const Kernels& additive_kernels(Dtype, bool, int64_t);
 namespace AVX512 {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
 const Kernels& additive_kernels(Dtype, bool, int64_t);
+const MatmulKernels& matmul_kernels();
 }  // namespace AVX512
 
 namespace AVX512_BF16 {
@@ -36,7 +37,16 @@ bool always() {
   return true;
 }
 
+const MatmulKernels* no_matmul() {
+  return nullptr;
+}
+
 #if defined(__x86_64__)
+// MKL takes AVX-512 on its maker's processors alone.
+const MatmulKernels* unless_intel() {
+  return __builtin_cpu_is("intel") ? nullptr : &AVX512::matmul_kernels();
+}
+
 // Whoever asks for AVX512 by name gets no more than that.
 bool unasked_bfloat16() {
   return std::getenv("ATEN_CPU_CAPABILITY") == nullptr && __builtin_cpu_supports("avx512bf16");
@@ -47,11 +57,11 @@ bool unasked_bfloat16() {
 
 const Capability& capability() {
   static constexpr Capability compiled[] = {
-      {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels},
+      {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels, no_matmul},
 #if defined(__x86_64__)
-      {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels},
-      {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels},
-      {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels},
+      {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels, no_matmul},
+      {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels, unless_intel},
+      {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, unless_intel},
 #endif
   };
   static const Capability& chosen = []() -> const Capability& {

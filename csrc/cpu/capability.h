@@ -11,6 +11,7 @@ struct Capability {
   bool (*runs)();  // where PyTorch's capability is `torch_name`
   const Kernels& (*dot)(Dtype, bool one_query, int64_t chunk);
   const Kernels& (*additive)(Dtype, bool one_query, int64_t chunk);
+  const MatmulKernels* (*matmul)();  // none where PyTorch's library multiplies at least as fast
 };
 
 // PyTorch's own choice, so that ATEN_CPU_CAPABILITY is obeyed, and what the processor has beyond it. Made once.

@@ -1,0 +1,185 @@
+"""The products around the ops, by the kernels here or by PyTorch's: keys of a memory, and what they give back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = [pytest.mark.fused, pytest.mark.cpu]
+
+MASKINGS = ("none", "lengths", "rows", "pairs", "lengths+rows", "nothing is seen")
+# B, S, Dm, A: whole blocks and panels, and one more or less; more rows than columns and fewer; deep and shallow.
+SIZES = (
+    (1, 1, 1, 1),
+    (3, 5, 7, 2),
+    (2, 33, 20, 65),
+    (1, 256, 64, 64),
+    (4, 100, 257, 129),
+    (5, 129, 63, 300),
+    (2, 300, 512, 257),
+    (64, 70, 16, 17),
+)
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def is_multiplied_here(call: object) -> bool:
+    with torch.autograd.profiler.profile() as profile:
+        call()
+    return any(event.name.startswith("attn_ext::cpu::matmul") for event in profile.function_events)
+
+
+def make(B: int, S: int, Dm: int, A: int, masking: str = "none") -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Memory, weight, v, bias; lengths, mask."""
+    generator = torch.Generator().manual_seed(B + S + Dm + A)
+    randn = [torch.randn(shape, generator=generator) for shape in ((B, S, Dm), (A, 3 + Dm), (A,), (A,))]
+    lengths = torch.randint(0, S + 1, (B,), generator=generator) if "lengths" in masking else None
+    mask = None
+    if "rows" in masking:
+        mask = torch.rand(B, S, generator=generator) < 0.6
+    elif masking == "pairs":
+        mask = torch.rand(B, 2, S, generator=generator) < 0.4
+    elif masking == "nothing is seen":
+        mask = torch.zeros(B, S, dtype=torch.bool)
+    return randn, lengths, mask
+
+
+def seen(B: int, S: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """[B, S]"""
+    rows = torch.ones(B, S, dtype=torch.bool)
+    if lengths is not None:
+        rows &= torch.arange(S) < lengths.unsqueeze(1)
+    if mask is not None:
+        rows &= mask if mask.dim() == 2 else mask.any(1)
+    return rows
+
+
+def keys_and_gradients(
+    tensors: list[Tensor], lengths: Tensor | None, mask: Tensor | None, grad_keys: Tensor
+) -> tuple[Tensor, Gradients]:
+    """A memory's keys, and what memory, weight and bias get of them."""
+    memory, weight, v, bias = (tensor.detach().requires_grad_() for tensor in tensors)
+    _, keys, _ = torch.ops.attn_ext.memory_node(memory, weight, v, bias, lengths, mask)
+    return keys.detach(), torch.autograd.grad(keys, (memory, weight, bias), grad_keys)
+
+
+def assert_near(actual: Tensor, expected: Tensor, depth: int) -> None:
+    """Within what sums of so many products are rounded by."""
+    assert actual.dtype == torch.float32
+    error = (actual.double() - expected).abs().max()
+    assert error <= 4 * torch.finfo(torch.float32).eps * max(depth, 4) ** 0.5 * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_keys_and_their_gradients(size: tuple[int, int, int, int], masking: str, precision: str) -> None:
+    """Of rows that nobody may attend, NaN here, keys may be anything, and nothing is passed on."""
+    torch.set_float32_matmul_precision(precision)
+    B, S, Dm, A = size
+    tensors, lengths, mask = make(*size, masking)
+    rows = seen(B, S, lengths, mask).unsqueeze(-1)
+    grad_keys = torch.randn(B, S, A).masked_fill(~rows, 0)
+    tensors[0] = tensors[0].masked_fill(~rows, torch.nan)
+    keys, (grad_memory, grad_weight, grad_bias) = keys_and_gradients(tensors, lengths, mask, grad_keys)
+    memory, weight, _, bias = (tensor.double() for tensor in tensors)
+    memory = memory.masked_fill(~rows, 0)
+    expected = memory @ weight[:, 3:].T + bias
+    assert_near(keys.masked_fill(~rows, 0), expected.masked_fill(~rows, 0), Dm)
+    assert_near(grad_memory, grad_keys.double() @ weight[:, 3:], A)
+    assert_near(grad_weight[:, 3:], grad_keys.double().flatten(0, 1).T @ memory.flatten(0, 1), B * S)
+    assert (grad_weight[:, :3] == 0).all()
+    assert_near(grad_bias, grad_keys.double().sum((0, 1)), B * S)
+
+
+@pytest.mark.parametrize("size", [(3, 50, 24, 40), (4, 129, 257, 66)], ids=str)
+def test_any_layout(size: tuple[int, int, int, int]) -> None:
+    """Time-major memories, transposed, sliced and repeated tensors, the same numbers everywhere."""
+    tensors, lengths, mask = make(*size, "lengths+rows")
+    B, S, _, A = size
+    rows = seen(B, S, lengths, mask).unsqueeze(-1)
+    grad_keys = torch.randn(B, S, A).masked_fill(~rows, 0)
+    expected = keys_and_gradients(tensors, lengths, mask, grad_keys)
+
+    def time_major(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    def sliced(tensor: Tensor) -> Tensor:
+        wider = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan)
+        wider[..., 1:-2] = tensor
+        return wider[..., 1:-2]
+
+    def spread(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, tensor + 1], -1)[..., 0]
+
+    memory, weight, v, bias = tensors
+    variants = [[time_major(memory), weight, v, bias], [memory, weight, v, spread(bias)]]
+    for layout in (turned, sliced, spread):
+        variants += [[layout(memory), weight, v, bias], [memory, layout(weight), v, bias]]
+    for variant in variants:
+        keys, grads = keys_and_gradients(variant, lengths, mask, grad_keys)
+        torch.testing.assert_close(keys.masked_fill(~rows, 0), expected[0].masked_fill(~rows, 0), rtol=1e-5, atol=1e-4)
+        for grad, other in zip(grads, expected[1], strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-4)
+    keys, grads = keys_and_gradients(tensors, lengths, mask, turned(grad_keys))
+    for grad, other in zip(grads, expected[1], strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-4)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    tensors, lengths, mask = make(4, 300, 200, 130, "lengths")
+    grad_keys = torch.randn(4, 300, 130)
+    one_and_more = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        keys, grads = keys_and_gradients(tensors, lengths, mask, grad_keys)
+        one_and_more.append((keys, *grads[:2]))
+    if torch.ops.attn_ext.cpu_multiplies():
+        for results in one_and_more[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results, one_and_more[0], strict=True))
+
+
+def test_which_products_are_made_here() -> None:
+    """Of float32, on a processor of whose vectors PyTorch's library makes half, and exact ones, if nobody looks on."""
+    ours = torch.ops.attn_ext.cpu_multiplies()
+    tensors, lengths, mask = make(2, 30, 20, 40, "lengths")
+    query = torch.randn(2, 3, 3)
+
+    def call(tensors: list[Tensor], query: Tensor = query) -> Tensor:
+        memory, weight, v, bias = tensors
+        return torch.ops.attn_ext.projected_attention(query, weight, memory, v, bias, lengths, mask, 1.0, True, False)[
+            0
+        ]
+
+    if not ours:
+        assert not is_multiplied_here(lambda: call(tensors))
+        return
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    assert is_multiplied_here(lambda: call(tensors))
+    context = call(leaves)
+    grads = torch.randn_like(context)
+    assert is_multiplied_here(lambda: torch.autograd.grad(context, leaves, grads, retain_graph=True))
+    assert not is_multiplied_here(lambda: torch.autograd.grad(context, leaves, grads, create_graph=True))
+    double = [tensor.double() for tensor in tensors]
+    assert not is_multiplied_here(lambda: call(double, query.double()))
+    torch.set_float32_matmul_precision("medium")
+    assert not is_multiplied_here(lambda: call(tensors))
+
+
+def test_a_trace_has_the_products_in_it() -> None:
+    """They are steps of it, and not what they came to while it was taken."""
+    tensors, lengths, mask = make(2, 30, 20, 40, "lengths")
+    memory, weight, v, bias = tensors
+
+    def call(query: Tensor, memory: Tensor) -> Tensor:
+        return torch.ops.attn_ext.projected_attention(query, weight, memory, v, bias, lengths, mask, 1.0, True, False)[
+            0
+        ]
+
+    queries = torch.randn(2, 2, 3, 3)
+    traced = torch.jit.trace(call, (queries[0], memory), check_trace=False)
+    other = torch.randn_like(memory)
+    torch.testing.assert_close(traced(queries[1], other), call(queries[1], other))
