@@ -131,13 +131,12 @@ void refuse_second_derivative(variable_list& grads, const variable_list& origins
   }
 }
 
-// The field of all steps, one after the other along T.
-Tensor join(const std::vector<Step>& steps, Tensor Step::* field) {
+std::vector<Tensor> each(const std::vector<Step>& steps, Tensor Step::* field) {
   std::vector<Tensor> parts;
   for (const Step& step : steps) {
     parts.push_back(step.*field);
   }
-  return at::cat(parts, 1);
+  return parts;
 }
 
 // Concat's keys, and what its steps take besides.
@@ -254,7 +253,7 @@ struct Node : torch::autograd::Function<Node> {
     if (wanted[kMemory]) {
       const SomeRows seen = seen_rows(memory, hidden);
       Tensor& sum = grads[kMemory];
-      sum = grad_memory(steps, !is_concat, memory.scalar_type(), seen);
+      sum = grad_memory(steps, !is_concat, memory, seen);
       if (is_concat) {
         const Tensor of_keys = Parts(weight, memory, is_concat).of_keys;
         sum = sum.defined() ? add_grad_of_input(sum, grad_keys, of_keys, seen) : grad_of_input(grad_keys, of_keys, memory, seen);
@@ -266,7 +265,7 @@ struct Node : torch::autograd::Function<Node> {
       if (steps.empty()) {
         into.of_query.zero_();
       } else {
-        write_grad_of_weight(into.of_query, join(steps, &Step::grad_query), join(steps, &Step::features));
+        write_grad_of_weight(into.of_query, each(steps, &Step::grad_query), each(steps, &Step::features));
       }
       if (is_concat) {
         write_grad_of_key_weight(into.of_keys, grad_keys, memory, hidden);
@@ -278,7 +277,7 @@ struct Node : torch::autograd::Function<Node> {
   }
 
   // In float64, or in float32, as everything that the steps left; then in the memory's type.
-  static Tensor grad_memory(const std::vector<Step>& steps, bool is_its_own_keys, at::ScalarType type, const SomeRows& seen) {
+  static Tensor grad_memory(const std::vector<Step>& steps, bool is_its_own_keys, const Tensor& memory, const SomeRows& seen) {
     std::vector<Tensor> coefficients, rows;
     for (const Step& step : steps) {
       if (step.grad_context.defined()) {
@@ -293,9 +292,13 @@ struct Node : torch::autograd::Function<Node> {
     if (rows.empty()) {
       return Tensor();
     }
-    const Tensor all_coefficients = at::cat(coefficients, 1).transpose(1, 2);
-    const Tensor all_rows = at::cat(rows, 1).to(all_coefficients.scalar_type());
-    return multiply(all_coefficients, all_rows, {.rows = named(seen)}).to(type);
+    const auto type = coefficients[0].scalar_type();
+    if (rows[0].scalar_type() != type) {  // two conversions a step would take longer than joining them first
+      coefficients = {joined(coefficients)};
+      rows = {as(type, joined(rows))};
+    }
+    const Tensor sums = cpu::sums_of_products(coefficients, rows, seen);
+    return as(memory.scalar_type(), sums.defined() ? sums : at::bmm(joined(coefficients).transpose(1, 2), joined(rows)));
   }
 
   static std::tuple<Tensor, Tensor> grad_keys_and_v(
@@ -313,8 +316,8 @@ struct Node : torch::autograd::Function<Node> {
     const bool by_row = saved[kMask].defined() && saved[kMask].dim() == 2;
     const bool of_keys = wants_keys(wanted);
     auto [grad_keys, grad_v] = op.call(
-        join(steps, &Step::grad_scores),
-        join(steps, &Step::query),
+        joined(each(steps, &Step::grad_scores)),
+        joined(each(steps, &Step::query)),
         saved[kKeys],
         if_defined(saved[kPreparedKeys]),
         saved[kV],

@@ -26,6 +26,11 @@ inline Tensor rows_of(const Tensor& tensor) {
   return tensor.dim() == 2 ? tensor : tensor.flatten(0, 1);
 }
 
+// [B, T, D] of several, one behind the other along T.
+inline Tensor joined(at::TensorList tensors) {
+  return tensors.size() == 1 ? tensors[0] : at::cat(tensors, 1);
+}
+
 // What of a weight, or of its gradient, projects queries, and what the memory: concat's is both, [A, Dq + Dm], general's, [Dm, Dq],
 // one of them. Undefined is what there is not.
 struct Parts {
@@ -89,12 +94,7 @@ struct Hidden {
   }
 };
 
-// Some of a tensor's rows; none named: all.
-using SomeRows = std::optional<std::vector<cpu::Run>>;
-
-inline const std::vector<cpu::Run>* named(const SomeRows& rows) {
-  return rows ? &*rows : nullptr;
-}
+using cpu::SomeRows;
 
 // The rows of a memory, one batch element behind the other or, `by_time`, one step behind the other, that some query may attend,
 // where one can look.
@@ -128,18 +128,6 @@ inline SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_ti
   return runs;
 }
 
-// a b, of matrices or of a batch of them, and its terms.
-inline Tensor multiply(const Tensor& a, const Tensor& b, const cpu::Terms& terms) {
-  const auto& bias = terms.bias;
-  if (cpu::takes(a, b) && (!bias || cpu::is_plain(*bias))) {
-    const Tensor out =
-        a.dim() == 3 ? at::empty({a.size(0), a.size(1), b.size(2)}, a.options()) : at::empty({a.size(0), b.size(1)}, a.options());
-    cpu::matmul(out, a, b, terms);
-    return out;
-  }
-  return a.dim() == 3 ? at::bmm(a, b) : bias ? at::addmm(*bias, a, b) : at::mm(a, b);
-}
-
 // weight x + bias for each x of the input, [..., in] and [out, in]; 0 for those of other rows, where there is something to gain.
 // Halves are multiplied in float32 where their weight comes in it, as functional.py has it on a processor without products of
 // theirs.
@@ -148,7 +136,14 @@ inline Tensor project(const Tensor& input, const Tensor& weight, const OptionalT
     return project(input.transpose(0, 1), weight, bias, some).transpose(0, 1);
   }
   const auto type = at::isReducedFloatingType(input.scalar_type()) ? weight.scalar_type() : input.scalar_type();
-  const Tensor product = multiply(as(type, rows_of(input)), weight.t(), {.bias = bias, .rows = named(some)});
+  const Tensor rows = as(type, rows_of(input)), factors = weight.t();
+  Tensor product;
+  if (cpu::takes(rows, factors) && (!bias || cpu::is_plain(*bias))) {
+    product = at::empty({rows.size(0), factors.size(1)}, rows.options());
+    cpu::matmul(product, rows, factors, bias, false, some);
+  } else {
+    product = bias ? at::addmm(*bias, rows, factors) : at::mm(rows, factors);
+  }
   const Tensor projected = as(input.scalar_type(), product);
   return input.dim() == 2 ? projected : projected.view_symint({input.sym_size(0), input.sym_size(1), weight.sym_size(0)});
 }
@@ -171,24 +166,29 @@ inline Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Ten
   }
   const Tensor to = rows_of(sum), rows = rows_of(grad);
   if (cpu::takes(rows, weight)) {
-    cpu::matmul(to, rows, weight, {.adds_to_out = true, .rows = named(some)});
+    cpu::matmul(to, rows, weight, std::nullopt, true, some);
   } else {
     to.addmm_(rows, weight);
   }
   return sum;
 }
 
-// What a projection's weight gets of these rows, written to `result` [out, in]. Returns whether the others were left out; if not,
-// they are summed over with all.
-inline bool write_grad_of_weight(const Tensor& result, const Tensor& grad, const Tensor& input, const SomeRows& some = {}) {
-  const auto type = result.scalar_type();
-  const Tensor grads = as(type, rows_of(grad)).t(), rows = as(type, rows_of(input));
-  if (cpu::takes(grads, rows)) {
-    cpu::matmul(result, grads, rows, {.depth = named(some)});
+// What a projection's weight gets of these rows of its inputs, written to `result` [out, in]. Returns whether the others were left
+// out; if not, they are summed over with all.
+inline bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::TensorList inputs, const SomeRows& some = {}) {
+  const auto rows = [&](at::TensorList tensors) {
+    std::vector<Tensor> of_type;
+    for (const Tensor& tensor : tensors) {
+      of_type.push_back(as(result.scalar_type(), tensor));
+    }
+    return of_type;
+  };
+  const std::vector<Tensor> of_grads = rows(grads), of_inputs = rows(inputs);
+  if (cpu::sum_of_products(result, of_grads, of_inputs, some)) {
     return some.has_value();
   }
   Tensor out = result;
-  at::mm_out(out, grads, rows);
+  at::mm_out(out, rows_of(joined(of_grads)).t(), rows_of(joined(of_inputs)));
   return false;
 }
 

@@ -7,17 +7,36 @@
 #include "../tensors.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
+
 namespace attn_ext::cpu {
 namespace {
+
+using Addresses = std::vector<const float*>;
 
 // Rows and columns of an item's block of the result: as many as keep it in the second-level cache, and as few as are worth packing.
 constexpr int64_t kBlock = 256, kLeastBlock = 64;
 
 // A product deeper than that has to have blocks for all threads.
 constexpr int64_t kDeep = 4096;
+
+// Who allows rounder products gets PyTorch's.
+bool may_multiply() {
+  return multiplies() && at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+}
+
+bool is_worth_it(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
+  const int64_t blocks = batch * ceil_div(rows, kLeastBlock) * ceil_div(columns, kLeastBlock);
+  return blocks > 0 && depth > 0 && (depth <= kDeep || blocks >= at::get_num_threads());
+}
+
+bool is_of_floats(const Tensor& tensor) {
+  return is_plain(tensor) && tensor.scalar_type() == at::kFloat;
+}
 
 bool is_by_rows(const Tensor& matrix) {
   return matrix.stride(-1) == 1 || matrix.size(-1) == 1;
@@ -33,16 +52,86 @@ View matrix_view(const Tensor& matrix) {
   return {matrix.const_data_ptr(), matrix.dim() == 3 ? matrix.stride(0) : 0, row, element};
 }
 
-Runs runs_of(const std::vector<Run>* some, const Run& all) {
-  return some == nullptr ? Runs{&all, 1} : Runs{some->data(), static_cast<int64_t>(some->size())};
+// Of `size`, as even as can be.
+int64_t part_of(int64_t size, int64_t multiple) {
+  return ceil_div(ceil_div(size, ceil_div(size, kBlock)), multiple) * multiple;
 }
 
-// As even as can be.
-int64_t part_of(int64_t size, int64_t most, int64_t multiple) {
-  return ceil_div(ceil_div(size, ceil_div(size, most)), multiple) * multiple;
+Matmul of_size(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
+  Matmul call{};
+  call.batch = batch;
+  call.rows = rows;
+  call.depth = depth;
+  call.columns = columns;
+  return call;
+}
+
+// `call` lacks out and the division of the work.
+void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
+  RECORD_FUNCTION("attn_ext::cpu::matmul[avx512]", c10::ArrayRef<const c10::IValue>{});
+  call.out = matrix_view(out);
+  call.out.data = out.mutable_data_ptr();
+  const Run all{0, call.batch * call.rows};
+  call.row_runs = rows ? Runs{rows->data(), static_cast<int64_t>(rows->size())} : Runs{&all, 1};
+  call.height = part_of(call.rows, 1);
+  call.width = part_of(call.columns, kLeastBlock);
+  while (call.items() < 2 * at::get_num_threads() && std::max(call.height, call.width) > kLeastBlock) {
+    int64_t& longer = call.width >= call.height ? call.width : call.height;
+    longer = ceil_div(longer / 2, kLeastBlock) * kLeastBlock;
+  }
+  use_huge_pages(out);
+  const MatmulKernels& kernels = *capability().matmul();
+  const Work work{call.items(), call.batch * call.rows * call.depth * call.columns};
+  const auto run_one = [&](int64_t item, char* slot) { kernels.run(call, item, slot); };
+  run_items(work, kernels.slot(call), false, run_one, [](char*) {});
+}
+
+// The rows of tensors of `batch` elements each, those of an element one behind the other; none where one is not to be taken so.
+std::optional<Addresses> rows_by_element(at::TensorList tensors, int64_t batch) {
+  Addresses rows;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (const Tensor& tensor : tensors) {
+      if (!is_of_floats(tensor) || !is_by_rows(tensor) || tensor.size(0) != batch) {
+        return std::nullopt;
+      }
+      const float* data = tensor.const_data_ptr<float>() + b * tensor.stride(0);
+      for (int64_t i = 0; i < tensor.size(1); ++i) {
+        rows.push_back(data + i * tensor.stride(1));
+      }
+    }
+  }
+  return rows;
+}
+
+// The same of all elements at once, and only these rows.
+std::optional<Addresses> rows_of_all(at::TensorList tensors, const SomeRows& some) {
+  Addresses all;
+  for (const Tensor& tensor : tensors) {
+    const auto rows = rows_by_element(tensor.dim() == 3 ? tensor : tensor.unsqueeze(0), tensor.dim() == 3 ? tensor.size(0) : 1);
+    if (!rows) {
+      return std::nullopt;
+    }
+    all.insert(all.end(), rows->begin(), rows->end());
+  }
+  if (!some) {
+    return all;
+  }
+  if (!some->empty() && some->back().end > static_cast<int64_t>(all.size())) {
+    return std::nullopt;
+  }
+  Addresses left;
+  for (const Run& run : *some) {
+    left.insert(left.end(), all.begin() + run.first, all.begin() + run.end);
+  }
+  return left;
 }
 
 }  // namespace
+
+bool multiplies() {
+  static const bool has_kernels = capability().matmul() != nullptr;
+  return has_kernels;
+}
 
 bool is_plain(const Tensor& tensor) {
   const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
@@ -50,62 +139,62 @@ bool is_plain(const Tensor& tensor) {
   return keys.remove(c10::DispatchKey::BackendSelect).highestPriorityTypeId() == c10::DispatchKey::CPU;
 }
 
-bool multiplies() {
-  static const bool has_kernels = capability().matmul() != nullptr;
-  return has_kernels;
-}
-
 bool takes(const Tensor& a, const Tensor& b) {
-  const auto is_stored = [](const Tensor& matrix) {
-    return is_plain(matrix) && matrix.scalar_type() == at::kFloat && matrix.numel() > 0 &&
-           (is_by_rows(matrix) || is_by_columns(matrix));
-  };
-  // Who allows rounder products gets PyTorch's.
-  const bool allows_less = at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
-  if (!multiplies() || allows_less || !is_stored(a) || !is_stored(b)) {
-    return false;
-  }
-  const int64_t batch = a.dim() == 3 ? a.size(0) : 1;
-  if (a.dim() != b.dim() || a.size(-1) != b.size(-2) || (b.dim() == 3 && b.size(0) != batch)) {
-    return false;  // which PyTorch's says in its own words
-  }
-  const int64_t blocks = batch * ceil_div(a.size(-2), kLeastBlock) * ceil_div(b.size(-1), kLeastBlock);
-  return a.size(-1) <= kDeep || blocks >= at::get_num_threads();
+  return may_multiply() && is_of_floats(a) && is_of_floats(b) && a.size(1) == b.size(0) && is_by_rows(a) &&
+         (is_by_rows(b) || is_by_columns(b)) && is_worth_it(1, a.size(0), a.size(1), b.size(1));
 }
 
-void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const Terms& terms) {
-  if (!is_by_rows(out)) {
-    TORCH_INTERNAL_ASSERT_DEBUG_ONLY(!terms.bias && terms.rows == nullptr);
-    return matmul(out.transpose(-2, -1), b.transpose(-2, -1), a.transpose(-2, -1), terms);
-  }
-  RECORD_FUNCTION("attn_ext::cpu::matmul[avx512]", c10::ArrayRef<const c10::IValue>{});
-  Matmul call{};
-  call.batch = a.dim() == 3 ? a.size(0) : 1;
-  call.rows = a.size(-2);
-  call.depth = a.size(-1);
-  call.columns = b.size(-1);
+void matmul(
+    const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool adds_to_out, const SomeRows& rows) {
+  Matmul call = of_size(1, a.size(0), a.size(1), b.size(1));
   call.a = matrix_view(a);
   call.b = matrix_view(b);
-  call.out = matrix_view(out);
-  call.out.data = out.mutable_data_ptr();
-  const Tensor bias = terms.bias ? terms.bias->contiguous() : Tensor();
-  call.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-  call.adds_to_out = terms.adds_to_out;
-  const Run all_rows{0, call.batch * call.rows}, all_depth{0, call.depth};
-  call.row_runs = runs_of(terms.rows, all_rows);
-  call.depth_runs = runs_of(terms.depth, all_depth);
-  const int64_t threads = at::get_num_threads();
-  call.height = part_of(call.rows, kBlock, 1);
-  call.width = part_of(call.columns, kBlock, kLeastBlock);
-  while (call.items() < 2 * threads && std::max(call.height, call.width) > kLeastBlock) {
-    int64_t& longer = call.width >= call.height ? call.width : call.height;
-    longer = ceil_div(longer / 2, kLeastBlock) * kLeastBlock;
+  const Tensor added = bias ? bias->contiguous() : Tensor();
+  call.bias = bias ? added.const_data_ptr<float>() : nullptr;
+  call.adds_to_out = adds_to_out;
+  run(call, out, rows);
+}
+
+bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, const SomeRows& some) {
+  if (!may_multiply() || !is_of_floats(out)) {
+    return false;
   }
-  use_huge_pages(out);
-  const MatmulKernels& kernels = *capability().matmul();
-  const Work work{call.items(), call.batch * call.rows * call.depth * call.columns};
-  const auto run = [&](int64_t item, char* slot) { kernels.run(call, item, slot); };
-  run_items(work, kernels.slot(call), false, run, [](char*) {});
+  if (!is_by_rows(out)) {
+    return is_by_columns(out) && sum_of_products(out.t(), b, a, some);
+  }
+  const auto a_rows = rows_of_all(a, some), b_rows = rows_of_all(b, some);
+  if (!a_rows || !b_rows || a_rows->size() != b_rows->size() || a.front().size(-1) != out.size(0) ||
+      b.front().size(-1) != out.size(1)) {
+    return false;
+  }
+  Matmul call = of_size(1, out.size(0), static_cast<int64_t>(a_rows->size()), out.size(1));
+  if (!is_worth_it(1, call.rows, std::max<int64_t>(call.depth, 1), call.columns)) {
+    return false;
+  }
+  call.a_columns = a_rows->data();
+  call.b_rows = b_rows->data();
+  run(call, out, {});
+  return true;
+}
+
+Tensor sums_of_products(at::TensorList a, at::TensorList b, const SomeRows& rows) {
+  if (!may_multiply() || !is_of_floats(a.front())) {
+    return Tensor();
+  }
+  const int64_t batch = a.front().size(0), size = a.front().size(-1), columns = b.front().size(-1);
+  if (!is_worth_it(batch, size, 1, columns)) {
+    return Tensor();
+  }
+  const auto a_rows = rows_by_element(a, batch), b_rows = rows_by_element(b, batch);
+  if (!a_rows || !b_rows || a_rows->size() != b_rows->size()) {
+    return Tensor();
+  }
+  const Tensor out = at::empty({batch, size, columns}, a.front().options());
+  Matmul call = of_size(batch, size, static_cast<int64_t>(a_rows->size()) / batch, columns);
+  call.a_columns = a_rows->data();
+  call.b_rows = b_rows->data();
+  run(call, out, rows);
+  return out;
 }
 
 }  // namespace attn_ext::cpu

@@ -11,22 +11,30 @@
 
 namespace attn_ext::cpu {
 
-// What a product is added to, and what of it is not there to be taken.
-struct Terms {
-  std::optional<at::Tensor> bias{};         // [columns]
-  bool adds_to_out = false;                 // instead
-  const std::vector<Run>* rows = nullptr;   // of all matrices of a batch, one behind the other: the others of out become 0
-  const std::vector<Run>* depth = nullptr;  // of what is summed over, where a is stored by columns and b by rows
-};
-
 // Whether a call of PyTorch's with it would go straight to the CPU's kernel: beneath autograd, and nothing traces, batches, counts
 // or fakes what happens.
 bool is_plain(const at::Tensor& tensor);
 
-// Whether matmul() takes these, [rows, depth] and [depth, columns], or a batch of them, and is worth its call.
+// Some of a tensor's rows, those of a batch one behind the other; none named: all.
+using SomeRows = std::optional<std::vector<Run>>;
+
+// Whether matmul() takes these, or they are PyTorch's: [rows, depth] and [depth, columns].
 bool takes(const at::Tensor& a, const at::Tensor& b);
 
-// out = a b, with its terms; by columns without a bias and with all its rows.
-void matmul(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const Terms& terms = {});
+// out = a b + bias [columns], or, without one, out + a b. The other rows of out become 0, or stay what they are.
+void matmul(
+    const at::Tensor& out,
+    const at::Tensor& a,
+    const at::Tensor& b,
+    const std::optional<at::Tensor>& bias,
+    bool adds_to_out,
+    const SomeRows& rows);
+
+// out = the sum of a^T b over these rows of tensors [rows, size] or [batch, rows, size], as if each list of them were one. False,
+// and nothing is written, if it is PyTorch's.
+bool sum_of_products(const at::Tensor& out, at::TensorList a, at::TensorList b, const SomeRows& some = {});
+
+// The same for each element of a batch: [batch, rows, columns], of which other rows become 0. Undefined if it is PyTorch's.
+at::Tensor sums_of_products(at::TensorList a, at::TensorList b, const SomeRows& rows = {});
 
 }  // namespace attn_ext::cpu

@@ -111,33 +111,22 @@ struct Runs {
   int64_t count;
 };
 
-// out = a b + bias, or out + a b, of a batch of matrices of floats; each factor is stored by rows or by columns.
+// out = a b + bias, or out + a b, of a batch of matrices of floats.
 struct Matmul {
   int64_t batch;
   int64_t rows;
   int64_t depth;
   int64_t columns;
-  View a;             // [batch, rows, depth]
-  View b;             // [batch, depth, columns]
-  View out;           // [batch, rows, columns], by rows
-  const float* bias;  // [columns], or null
-  bool adds_to_out;   // without a bias
-  Runs row_runs;      // of the batch's rows: the others of out become 0, or stay as they are where they are added to
-  Runs depth_runs;    // what is summed over: all but where takes_any_depth()
-  int64_t height;     // of an item's block of out
+  View a;                         // [batch, rows, depth], by rows
+  View b;                         // [batch, depth, columns], by rows or by columns
+  const float* const* a_columns;  // [batch, depth]: instead, where the columns of a
+  const float* const* b_rows;     // and the rows of b begin, each without gaps; or null
+  View out;                       // [batch, rows, columns], by rows
+  const float* bias;              // [columns], or null
+  bool adds_to_out;               // without a bias
+  Runs row_runs;                  // of the batch's rows: the others of out become 0, or stay as they are where they are added to
+  int64_t height;                 // of an item's block of out
   int64_t width;
-
-  bool is_a_by_columns() const {
-    return a.element != 1;
-  }
-
-  bool is_b_by_columns() const {
-    return b.element != 1;
-  }
-
-  bool takes_any_depth() const {
-    return is_a_by_columns() && !is_b_by_columns();
-  }
 
   int64_t items() const {
     return batch * ceil_div(rows, height) * ceil_div(columns, width);

@@ -1,6 +1,6 @@
 // Matrix products of which rows are left out: the projections around the ops and their gradients.
 //
-// A block of the result is summed over blocks of depth, for each of which b comes by packed panels and a, where it is stored by
+// A block of the result is summed over blocks of depth, for each of which b comes by packed panels and a, where it is given by its
 // columns, is copied once: products.h has the register tile and says why.
 #include "products.h"
 
@@ -10,38 +10,6 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 #if defined(CPU_CAPABILITY_AVX512) && !defined(__AVX512BF16__)
 
 namespace {
-
-// Numbers of the depth that are summed over at once, of one run, or of several where they need not be neighbours.
-struct DepthBlock {
-  int64_t count = 0;
-  int64_t at[kPanelDepth];
-};
-
-class DepthWalk {
- public:
-  explicit DepthWalk(const Matmul& call) : runs_(call.depth_runs), crosses_runs_(call.takes_any_depth()) {}
-
-  bool next(DepthBlock& block) {
-    block.count = 0;
-    for (; run_ < runs_.count; ++run_, done_ = 0) {
-      const Run& run = runs_.data[run_];
-      const int64_t count = std::min(run.end - run.first - done_, kPanelDepth - block.count);
-      std::iota(block.at + block.count, block.at + block.count + count, run.first + done_);
-      block.count += count;
-      done_ += count;
-      if (block.count == kPanelDepth || (!crosses_runs_ && block.count > 0)) {
-        return true;
-      }
-    }
-    return block.count > 0;
-  }
-
- private:
-  const Runs& runs_;
-  bool crosses_runs_;
-  int64_t run_ = 0;
-  int64_t done_ = 0;
-};
 
 // The part of a run that lies in first .. end, from `first` on.
 Run within(const Run& run, int64_t first, int64_t end) {
@@ -54,38 +22,36 @@ class Block {
       : call_(call),
         panel_(arena.take<float>(kPanelWidth * kPanelDepth)),
         stride_(padded<float>(call.height)),
-        copied_(call.is_a_by_columns() ? arena.take<float>(kPanelDepth * stride_) : nullptr) {}
+        copied_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * stride_) : nullptr) {}
 
   void run(int64_t item) {
     const int64_t across = ceil_div(call_.columns, call_.width), down = ceil_div(call_.rows, call_.height);
     first_column_ = item % across * call_.width;
     end_column_ = std::min(first_column_ + call_.width, call_.columns);
-    const int64_t batch = item / across / down, first_row = item / across % down * call_.height;
-    height_ = std::min(call_.height, call_.rows - first_row);
-    const int64_t first = batch * call_.rows + first_row;
-    out_ = static_cast<float*>(const_cast<void*>(call_.out.data)) + batch * call_.out.batch + first_row * call_.out.row;
-    a_ = static_cast<const float*>(call_.a.data) + batch * call_.a.batch + first_row * call_.a.row;
-    b_ = static_cast<const float*>(call_.b.data) + batch * call_.b.batch;
-    find_runs(first);
-    DepthWalk walk(call_);
-    DepthBlock depth;
-    for (bool begins = true; walk.next(depth) || begins; begins = false) {
-      add(depth, begins);
-    }
+    batch_ = item / across / down;
+    first_row_ = item / across % down * call_.height;
+    height_ = std::min(call_.height, call_.rows - first_row_);
+    out_ = static_cast<float*>(const_cast<void*>(call_.out.data)) + batch_ * call_.out.batch + first_row_ * call_.out.row;
+    find_runs();
+    int64_t k = 0;
+    do {
+      add(k, std::min(kPanelDepth, call_.depth - k));
+      k += kPanelDepth;
+    } while (k < call_.depth);
   }
 
  private:
   // The block's own runs, and zeros in the rows between them, unless what is there is to be added to.
-  void find_runs(int64_t first) {
+  void find_runs() {
+    first_ = batch_ * call_.rows + first_row_;
     const Run *const begin = call_.row_runs.data, *const end = begin + call_.row_runs.count;
     const auto is_before = [](const Run& run, int64_t row) { return run.end <= row; };
     const auto is_behind = [](int64_t row, const Run& run) { return row <= run.first; };
-    runs_ = std::lower_bound(begin, end, first, is_before);
-    end_runs_ = std::upper_bound(runs_, end, first + height_, is_behind);
-    first_ = first;
+    runs_ = std::lower_bound(begin, end, first_, is_before);
+    end_runs_ = std::upper_bound(runs_, end, first_ + height_, is_behind);
     int64_t row = 0;
     for (const Run* run = runs_; run != end_runs_; ++run) {
-      const Run rows = within(*run, first, first + height_);
+      const Run rows = within(*run, first_, first_ + height_);
       hide(row, rows.first);
       row = rows.end;
     }
@@ -98,53 +64,59 @@ class Block {
     }
   }
 
-  void add(const DepthBlock& depth, bool begins) {
+  // The terms k .. k + depth - 1.
+  void add(int64_t k, int64_t depth) {
+    const Coefficients<float> c = coefficients(k, depth);
     const float* rows_of_b[kPanelDepth];
-    for (int64_t k = 0; k < depth.count && !call_.is_b_by_columns(); ++k) {
-      rows_of_b[k] = b_ + depth.at[k] * call_.b.row;
+    const float* b = static_cast<const float*>(call_.b.data) + batch_ * call_.b.batch;
+    const bool by_rows = call_.b_rows != nullptr || call_.b.element == 1;
+    for (int64_t i = 0; i < depth && by_rows; ++i) {
+      rows_of_b[i] = call_.b_rows != nullptr ? call_.b_rows[batch_ * call_.depth + k + i] : b + (k + i) * call_.b.row;
     }
-    Coefficients<float> c{a_, call_.a.row, 1};
-    if (copied_ != nullptr) {
-      for (int64_t k = 0; k < depth.count; ++k) {
-        std::copy_n(a_ + depth.at[k] * call_.a.element, height_, copied_ + k * stride_);
-      }
-      c = {copied_, 1, stride_};
-    } else if (depth.count > 0) {
-      c.data += depth.at[0];
-    }
-    const PanelRows<float> panel(panel_, depth.count);
+    const PanelRows<float> panel(panel_, depth);
     for (int64_t n = first_column_; n < end_column_; n += kPanelWidth) {
       const int64_t width = std::min(kPanelWidth, end_column_ - n);
-      if (!call_.is_b_by_columns()) {
-        for (int64_t k = 0; k < depth.count; ++k) {
-          scale_row(panel_ + k * kPanelWidth, rows_of_b[k] + n, width, 1.f);
+      if (by_rows) {
+        for (int64_t i = 0; i < depth; ++i) {
+          scale_row(panel_ + i * kPanelWidth, rows_of_b[i] + n, width, 1.f);
         }
-      } else if (depth.count > 0) {
+      } else {
         const float* columns[kPanelWidth];
         for (int64_t j = 0; j < width; ++j) {
-          columns[j] = b_ + (n + j) * call_.b.element;
+          columns[j] = b + (n + j) * call_.b.element;
         }
-        transpose(panel_, kPanelWidth, columns, width, depth.at[0], depth.count);
+        transpose(panel_, kPanelWidth, columns, width, k, depth);
       }
       static constexpr float one = 1;
       float* const out = out_ + n;
-      const bool has_bias = begins && call_.bias != nullptr;
-      const float* plus = has_bias ? call_.bias + n : begins && !call_.adds_to_out ? nullptr : out;
+      const bool has_bias = k == 0 && call_.bias != nullptr;
+      const float* plus = has_bias ? call_.bias + n : k > 0 || call_.adds_to_out ? out : nullptr;
       const Result<float> all(out, call_.out.row, plus, has_bias ? 0 : call_.out.row, &one, 0);
       for (const Run* run = runs_; run != end_runs_; ++run) {
         const auto [i, end] = within(*run, first_, first_ + height_);
-        multiply_blocks<float>(all.at(i, 0), end - i, {c.data + i * c.row, c.row, c.column}, panel.address, depth.count, width);
+        multiply_blocks<float>(all.at(i, 0), end - i, {c.data + i * c.row, c.row, c.column}, panel.address, depth, width);
       }
     }
+  }
+
+  // The block of a: where it is, or copied, since what lies in a few sets of the cache would not stay there.
+  Coefficients<float> coefficients(int64_t k, int64_t depth) {
+    if (call_.a_columns == nullptr) {
+      return {static_cast<const float*>(call_.a.data) + batch_ * call_.a.batch + first_row_ * call_.a.row + k, call_.a.row, 1};
+    }
+    for (int64_t i = 0; i < depth; ++i) {
+      std::copy_n(call_.a_columns[batch_ * call_.depth + k + i] + first_row_, height_, copied_ + i * stride_);
+    }
+    return {copied_, 1, stride_};
   }
 
   const Matmul& call_;
   float* panel_;
   int64_t stride_;
   float* copied_;
-  int64_t first_column_ = 0, end_column_ = 0, height_ = 0, first_ = 0;
+  int64_t batch_ = 0, first_row_ = 0, height_ = 0, first_column_ = 0, end_column_ = 0;
+  int64_t first_ = 0;  // of the batch's rows
   float* out_ = nullptr;
-  const float *a_ = nullptr, *b_ = nullptr;
   const Run *runs_ = nullptr, *end_runs_ = nullptr;
 };
 
