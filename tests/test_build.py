@@ -47,7 +47,7 @@ def test_info_of_the_fused_ops() -> None:
     assert lines["extension"].startswith(f"built for PyTorch {torch.__version__} by ")
     assert "DEFAULT" in lines["CPU kernels"]
     assert lines["backend"] == "auto"
-    assert lines["cpu tensors run"] == "fused, default kernels"
+    assert lines["cpu tensors run"] == "fused, default kernels, PyTorch's float32 projections"
 
 
 def test_info_of_the_reference() -> None:
