@@ -244,6 +244,7 @@ struct Node : torch::autograd::Function<Node> {
     const Tensor &memory = saved[kMemory], &weight = saved[kWeight];
     const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
     const Hidden hidden{lengths, mask};
+    const SomeRows seen = seen_rows(memory, hidden);
     const bool is_concat = saved[kV].defined();
     if (is_concat && !steps.empty()) {
       Tensor of_steps;
@@ -251,7 +252,6 @@ struct Node : torch::autograd::Function<Node> {
       grad_keys = grad_keys.defined() ? at::add(of_steps, grad_keys) : of_steps;
     }
     if (wanted[kMemory]) {
-      const SomeRows seen = seen_rows(memory, hidden);
       Tensor& sum = grads[kMemory];
       sum = grad_memory(steps, !is_concat, memory, seen);
       if (is_concat) {
@@ -268,7 +268,7 @@ struct Node : torch::autograd::Function<Node> {
         write_grad_of_weight(into.of_query, each(steps, &Step::grad_query), each(steps, &Step::features));
       }
       if (is_concat) {
-        write_grad_of_key_weight(into.of_keys, grad_keys, memory, hidden);
+        write_grad_of_key_weight(into.of_keys, grad_keys, memory, hidden, seen);
       }
     }
     if (wanted[kBias]) {

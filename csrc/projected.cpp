@@ -197,6 +197,7 @@ struct Node : torch::autograd::Function<Node> {
          parts.of_keys.defined() && (wanted[kWeight] || wanted[kMemory] || wanted[kBias]),
          wanted[kV],
          wanted[kMemory]});
+    const SomeRows seen = parts.of_keys.defined() ? seen_rows(memory, options.hidden()) : std::nullopt;
     if (wanted[kQuery]) {
       results[kQuery] = parts.of_query.defined() ? grad_of_input(computed.query, parts.of_query, query) : computed.query;
     }
@@ -207,13 +208,12 @@ struct Node : torch::autograd::Function<Node> {
         write_grad_of_weight(into.of_query, computed.query, query);
       }
       if (into.of_keys.defined()) {
-        write_grad_of_key_weight(into.of_keys, computed.keys, memory, options.hidden());
+        write_grad_of_key_weight(into.of_keys, computed.keys, memory, options.hidden(), seen);
       }
     }
     if (wanted[kMemory]) {
-      results[kMemory] = parts.of_keys.defined()
-                             ? add_grad_of_input(computed.memory, computed.keys, parts.of_keys, seen_rows(memory, options.hidden()))
-                             : computed.memory;
+      results[kMemory] =
+          parts.of_keys.defined() ? add_grad_of_input(computed.memory, computed.keys, parts.of_keys, seen) : computed.memory;
     }
     if (wanted[kV]) {
       results[kV] = computed.v;

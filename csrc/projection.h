@@ -97,11 +97,11 @@ struct Hidden {
 using cpu::SomeRows;
 
 // The rows of a memory, one batch element behind the other or, `by_time`, one step behind the other, that some query may attend,
-// where one can look.
+// where one can look and somebody leaves the others out.
 inline SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_time = false) {
   const auto& [lengths, mask] = hidden;
   const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
-  if (!hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask)) {
+  if (!cpu::multiplies() || !hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask)) {
     return std::nullopt;
   }
   const int64_t batch = memory.size(0), steps = memory.size(1);
@@ -209,7 +209,8 @@ inline Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
 
 // write_grad_of_weight of keys that the memory was projected to. A row that no query may attend has a gradient of 0 and may hold
 // anything; NaN and infinity survive the product with it.
-inline void write_grad_of_key_weight(const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Hidden& hidden) {
+inline void write_grad_of_key_weight(
+    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Hidden& hidden, const SomeRows& seen) {
   // A look at the result costs less than a copy of the memory, but elsewhere it would wait for a device, or there is nothing to
   // see.
   const bool can_look = cpu::is_plain(memory);
@@ -217,7 +218,7 @@ inline void write_grad_of_key_weight(const Tensor& result, const Tensor& grad_ke
     write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, hidden));
     return;
   }
-  const bool left_out = write_grad_of_weight(result, grad_keys, memory, seen_rows(memory, hidden));
+  const bool left_out = write_grad_of_weight(result, grad_keys, memory, seen);
   if (hidden.anything() && !left_out && !std::isfinite(result.sum().item<double>())) {
     write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, hidden));
   }

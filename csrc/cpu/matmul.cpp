@@ -48,8 +48,7 @@ bool is_by_columns(const Tensor& matrix) {
 
 View matrix_view(const Tensor& matrix) {
   const bool by_rows = is_by_rows(matrix);
-  const int64_t row = by_rows ? matrix.stride(-2) : 1, element = by_rows ? 1 : matrix.stride(-1);
-  return {matrix.const_data_ptr(), matrix.dim() == 3 ? matrix.stride(0) : 0, row, element};
+  return {matrix.const_data_ptr(), 0, by_rows ? matrix.stride(0) : 1, by_rows ? 1 : matrix.stride(1)};
 }
 
 // Of `size`, as even as can be.
@@ -69,8 +68,9 @@ Matmul of_size(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
 // `call` lacks out and the division of the work.
 void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
   RECORD_FUNCTION("attn_ext::cpu::matmul[avx512]", c10::ArrayRef<const c10::IValue>{});
-  call.out = matrix_view(out);
-  call.out.data = out.mutable_data_ptr();
+  call.out = out.mutable_data_ptr<float>();
+  call.out_batch = out.dim() == 3 ? out.stride(0) : 0;
+  call.out_row = out.stride(-2);
   const Run all{0, call.batch * call.rows};
   call.row_runs = rows ? Runs{rows->data(), static_cast<int64_t>(rows->size())} : Runs{&all, 1};
   call.height = part_of(call.rows, 1);

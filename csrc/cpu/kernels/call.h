@@ -117,15 +117,17 @@ struct Matmul {
   int64_t rows;
   int64_t depth;
   int64_t columns;
-  View a;                         // [batch, rows, depth], by rows
-  View b;                         // [batch, depth, columns], by rows or by columns
-  const float* const* a_columns;  // [batch, depth]: instead, where the columns of a
+  View a;                         // [rows, depth], by rows
+  View b;                         // [depth, columns], by rows or by columns
+  const float* const* a_columns;  // [batch, depth]: instead, and of a batch, where the columns of a
   const float* const* b_rows;     // and the rows of b begin, each without gaps; or null
-  View out;                       // [batch, rows, columns], by rows
-  const float* bias;              // [columns], or null
-  bool adds_to_out;               // without a bias
-  Runs row_runs;                  // of the batch's rows: the others of out become 0, or stay as they are where they are added to
-  int64_t height;                 // of an item's block of out
+  float* out;                     // [batch, rows, columns], by rows
+  int64_t out_batch;
+  int64_t out_row;
+  const float* bias;  // [columns], or null
+  bool adds_to_out;   // without a bias
+  Runs row_runs;      // of the batch's rows: the others of out become 0, or stay as they are where they are added to
+  int64_t height;     // of an item's block of out
   int64_t width;
 
   int64_t items() const {

@@ -6,7 +6,7 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Elsewhere, and of processors whose libraries know them, it is theirs (capability.cpp). The products of bfloat16 change nothing.
+// Elsewhere they are PyTorch's (capability.cpp). Where there are products of bfloat16 too, those of floats are the same.
 #if defined(CPU_CAPABILITY_AVX512) && !defined(__AVX512BF16__)
 
 namespace {
@@ -31,7 +31,7 @@ class Block {
     batch_ = item / across / down;
     first_row_ = item / across % down * call_.height;
     height_ = std::min(call_.height, call_.rows - first_row_);
-    out_ = static_cast<float*>(const_cast<void*>(call_.out.data)) + batch_ * call_.out.batch + first_row_ * call_.out.row;
+    out_ = call_.out + batch_ * call_.out_batch + first_row_ * call_.out_row;
     find_runs();
     int64_t k = 0;
     do {
@@ -60,7 +60,7 @@ class Block {
 
   void hide(int64_t first, int64_t end) {
     for (int64_t i = first; i < end && !call_.adds_to_out; ++i) {
-      std::fill(out_ + i * call_.out.row + first_column_, out_ + i * call_.out.row + end_column_, 0.f);
+      std::fill(out_ + i * call_.out_row + first_column_, out_ + i * call_.out_row + end_column_, 0.f);
     }
   }
 
@@ -68,7 +68,7 @@ class Block {
   void add(int64_t k, int64_t depth) {
     const Coefficients<float> c = coefficients(k, depth);
     const float* rows_of_b[kPanelDepth];
-    const float* b = static_cast<const float*>(call_.b.data) + batch_ * call_.b.batch;
+    const auto* b = static_cast<const float*>(call_.b.data);
     const bool by_rows = call_.b_rows != nullptr || call_.b.element == 1;
     for (int64_t i = 0; i < depth && by_rows; ++i) {
       rows_of_b[i] = call_.b_rows != nullptr ? call_.b_rows[batch_ * call_.depth + k + i] : b + (k + i) * call_.b.row;
@@ -91,7 +91,7 @@ class Block {
       float* const out = out_ + n;
       const bool has_bias = k == 0 && call_.bias != nullptr;
       const float* plus = has_bias ? call_.bias + n : k > 0 || call_.adds_to_out ? out : nullptr;
-      const Result<float> all(out, call_.out.row, plus, has_bias ? 0 : call_.out.row, &one, 0);
+      const Result<float> all(out, call_.out_row, plus, has_bias ? 0 : call_.out_row, &one, 0);
       for (const Run* run = runs_; run != end_runs_; ++run) {
         const auto [i, end] = within(*run, first_, first_ + height_);
         multiply_blocks<float>(all.at(i, 0), end - i, {c.data + i * c.row, c.row, c.column}, panel.address, depth, width);
@@ -102,7 +102,7 @@ class Block {
   // The block of a: where it is, or copied, since what lies in a few sets of the cache would not stay there.
   Coefficients<float> coefficients(int64_t k, int64_t depth) {
     if (call_.a_columns == nullptr) {
-      return {static_cast<const float*>(call_.a.data) + batch_ * call_.a.batch + first_row_ * call_.a.row + k, call_.a.row, 1};
+      return {static_cast<const float*>(call_.a.data) + first_row_ * call_.a.row + k, call_.a.row, 1};
     }
     for (int64_t i = 0; i < depth; ++i) {
       std::copy_n(call_.a_columns[batch_ * call_.depth + k + i] + first_row_, height_, copied_ + i * stride_);
