@@ -115,15 +115,18 @@ inline SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_ti
   const int64_t* end = lengths ? ends.const_data_ptr<int64_t>() : nullptr;
   const bool* may_attend = mask ? seen.const_data_ptr<bool>() : nullptr;
   std::vector<cpu::Run> runs;
-  for (int64_t row = 0; row < batch * steps; ++row) {
-    const int64_t b = by_time ? row % batch : row / steps, s = by_time ? row / batch : row % steps;
-    if ((end != nullptr && s >= end[b]) || (may_attend != nullptr && !may_attend[b * steps + s])) {
-      continue;
+  const int64_t outer = by_time ? steps : batch, inner = by_time ? batch : steps;
+  for (int64_t i = 0, row = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j, ++row) {
+      const int64_t b = by_time ? j : i, s = by_time ? i : j;
+      if ((end != nullptr && s >= end[b]) || (may_attend != nullptr && !may_attend[b * steps + s])) {
+        continue;
+      }
+      if (runs.empty() || runs.back().end != row) {
+        runs.push_back({row, row});
+      }
+      runs.back().end = row + 1;
     }
-    if (runs.empty() || runs.back().end != row) {
-      runs.push_back({row, row});
-    }
-    runs.back().end = row + 1;
   }
   return runs;
 }
