@@ -77,6 +77,32 @@ def test_a_single_step(dtype: torch.dtype, T: int) -> None:
         assert (weights[0, :-1] == 1).all()
 
 
+@pytest.mark.parametrize("S", [7, 70, 300, 1100], ids="S={}".format)
+@pytest.mark.parametrize("T", [2, 17, 70], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_a_score_that_is_no_number(dtype: torch.dtype, T: int, S: int, each_backend: str) -> None:
+    """No weight of a query that attends it is one, be it the last of many steps or all there is; other queries' are."""
+    problem = Case("dot", B=2, T=T, S=S, D=8, dtype=dtype).problem()
+    expected = problem.results()["weights"]
+    for step in (0, S // 2, S - 1):
+        mask = torch.ones(2, T, S, dtype=torch.bool)
+        mask[0, 0, step] = False
+        mask[1, 0] = torch.arange(S) == step
+        memory = problem.tensors["memory"].clone()
+        memory[:, step] = math.nan
+        problem.options["mask"] = mask
+        weights = problem.with_tensors(memory=memory).results()["weights"]
+        assert weights[:, 1:].isnan().all()
+        assert weights[1, 0, step].isnan()
+        others = mask[0, 0]
+        torch.testing.assert_close(
+            weights[0, 0, others],
+            expected[0, 0, others] / (1 - expected[0, 0, step]),
+            atol=8 * torch.finfo(dtype).eps,
+            rtol=8 * torch.finfo(dtype).eps,
+        )
+
+
 @pytest.mark.parametrize("T", [1, 3, 16, 40], ids="T={}".format)
 def test_no_features(T: int) -> None:
     """Every score is an empty sum, 0."""

@@ -73,6 +73,7 @@ struct AttentionForward {
     Slot(const Forward& f, char* base)
         : arena(base),
           context_stride(padded<acc>(f.problem.memory_size)),
+          stride(f.plan.tile),
           tiles(f.weights == nullptr ? 0 : f.plan.split_tiles),
           rounds(f.problem.dtype != kAccumulated<acc>),
           row_max(arena.take<acc>(f.plan.chunk)),
@@ -82,15 +83,16 @@ struct AttentionForward {
           tile_max(arena.take<acc>(f.plan.chunk * tiles)),
           tile_end(arena.take<int64_t>(tiles)),
           used(arena.take<int64_t>(1)),
-          tile_scores(arena.take<acc>(f.plan.chunk * f.plan.tile)),
+          tile_scores(arena.take<acc>(f.plan.chunk * stride)),
           panel(take_panel<element>(arena, f.plan.chunk)),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
     Arena arena;
     int64_t context_stride;
-    int64_t tiles;  // of a split, at most; 0 without weights
-    bool rounds;    // the results are of another type than acc
+    int64_t stride;  // of tile_scores
+    int64_t tiles;   // of a split, at most; 0 without weights
+    bool rounds;     // the results are of another type than acc
     acc* row_max;
     acc* row_sum;
     acc* factors;       // of a product's rows
@@ -98,7 +100,7 @@ struct AttentionForward {
     acc* tile_max;      // [chunk][tiles] row_max when the tile's weights were written
     int64_t* tile_end;  // [tiles] the step behind each tile's last
     int64_t* used;      // so many of the tiles have steps
-    acc* tile_scores;   // [chunk][tile]
+    acc* tile_scores;   // [chunk][stride]
     element* panel;
     Rows<element> memory;
     Score score;
@@ -111,8 +113,8 @@ struct AttentionForward {
   static void run(const Forward& f, int64_t index, char* base) {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
-    const int64_t stride = f.plan.tile;
     Slot slot(f, base);
+    const int64_t stride = slot.stride;
     std::fill_n(slot.row_max, item.queries, kNothing<acc>);
     std::fill_n(slot.row_sum, item.queries, acc(0));
     slot.score.load_queries(item.batch, item.first_query, item.queries);
@@ -129,8 +131,8 @@ struct AttentionForward {
       mask_scores(slot.tile_scores, stride, problem, item.batch, item.first_query, item.queries, tile);
       // The last product of an item that stands alone goes where it belongs; the weights do so at once if it is the first, too.
       const bool final = !more && f.plan.splits == 1;
+      enter(slot, item.queries, tile.count, tiles == 0, problem.memory_size);
       for (int64_t t = 0; t < item.queries; ++t) {
-        enter(slot, t, slot.tile_scores + t * stride, tile.count, problem.memory_size);
         slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
       }
       // A loop of its own: a row's last elements would be waited for, had they just been stored as parts of a vector.
@@ -278,29 +280,38 @@ struct AttentionForward {
     }
   }
 
-  // A row of tile scores enters the running softmax: it becomes exp(e - row_max), and what was summed before is rescaled.
-  static void enter(Slot& slot, int64_t t, acc* row, int64_t steps, int64_t size) {
-    const acc before = slot.row_max[t];
-    if (steps == 1 && before == kNothing<acc>) {
+  // Rows of tile scores enter the running softmax: they become exp(e - row_max), and what was summed before is rescaled. Every pass
+  // has a loop of its own, since a row's result waits for its maximum, and that for a chain of them: the next rows' need not.
+  static void enter(Slot& slot, int64_t queries, int64_t steps, bool first, int64_t size) {
+    const int64_t stride = slot.stride;
+    if (steps == 1 && first) {
       // exp(0), which is no number where the score is none or infinite.
-      slot.row_max[t] = *row;
-      slot.row_sum[t] = *row = *row == kNothing<acc> ? acc(0) : *row - *row + 1;
+      for (int64_t t = 0; t < queries; ++t) {
+        acc& score = slot.tile_scores[t * stride];
+        slot.row_max[t] = score;
+        slot.row_sum[t] = score = score == kNothing<acc> ? acc(0) : score - score + 1;
+      }
       return;
     }
     const int64_t count = whole_vectors<acc>(steps);
-    const acc row_max = maximum(row, count, before);
-    if (row_max == kNothing<acc>) {
-      std::fill_n(row, count, acc(0));
-      return;
+    for (int64_t t = 0; t < queries; ++t) {
+      const acc before = slot.row_max[t];
+      const acc row_max = slot.row_max[t] = maximum(slot.tile_scores + t * stride, count, before);
+      if (row_max != before && slot.row_sum[t] != 0) {
+        const acc correction = std::exp(before - row_max);
+        slot.row_sum[t] *= correction;
+        acc* context = slot.context + t * slot.context_stride;
+        scale_row(context, context, size, correction);
+      }
     }
-    if (row_max != before && slot.row_sum[t] != 0) {
-      const acc correction = std::exp(before - row_max);
-      slot.row_sum[t] *= correction;
-      acc* context = slot.context + t * slot.context_stride;
-      scale_row(context, context, size, correction);
+    for (int64_t t = 0; t < queries; ++t) {
+      acc* row = slot.tile_scores + t * stride;
+      if (slot.row_max[t] == kNothing<acc>) {
+        std::fill_n(row, count, acc(0));
+      } else {
+        slot.row_sum[t] += exponentials(row, count, slot.row_max[t]);
+      }
     }
-    slot.row_sum[t] += exponentials(row, count, row_max);
-    slot.row_max[t] = row_max;
   }
 
   static void absorb(Slot& slot, const Slot& other, int64_t queries, int64_t size) {
@@ -643,19 +654,28 @@ struct AttentionBackward {
     } else {
       std::fill_n(grad_scores, count * stride, acc(0));
     }
-    const acc scale = static_cast<acc>(problem.scale);
-    for (int64_t t = 0; t < count; ++t) {
-      const acc* a = weights + t * stride;
+    for (int64_t t = 0; f.grad_weights.data != nullptr && t < count; ++t) {
+      acc grad_weights[kTile];
+      gather(grad_weights, problem.dtype, f.grad_weights, item.batch, first_query + t, tile);
       acc* row = grad_scores + t * stride;
-      if (f.grad_weights.data != nullptr) {
-        acc grad_weights[kTile];
-        gather(grad_weights, problem.dtype, f.grad_weights, item.batch, first_query + t, tile);
-        for (int64_t j = 0; j < tile.count; ++j) {
-          row[j] += grad_weights[j];
-        }
+      for (int64_t j = 0; j < tile.count; ++j) {
+        row[j] += grad_weights[j];
       }
-      const acc delta = one_tile(f) ? dot_product(a, row, tile.count) : slot.delta[first + t];
-      slot.excess[first + t] += differentiate_softmax(row, a, tile.count, delta, scale, one_tile(f));
+    }
+    // As in a forward, a loop for each pass.
+    acc* delta = slot.delta + first;
+    acc* excess = slot.excess + first;
+    for (int64_t t = 0; one_tile(f) && t < count; ++t) {
+      delta[t] = dot_product(weights + t * stride, grad_scores + t * stride, tile.count);
+    }
+    const acc scale = static_cast<acc>(problem.scale);
+    acc sums[kChunk];
+    for (int64_t t = 0; t < count; ++t) {
+      sums[t] = differentiate_softmax(grad_scores + t * stride, weights + t * stride, tile.count, delta[t], scale);
+      excess[t] += sums[t];
+    }
+    for (int64_t t = 0; one_tile(f) && t < count; ++t) {
+      take_off_excess(grad_scores + t * stride, weights + t * stride, tile.count, sums[t]);
     }
   }
 
@@ -665,10 +685,13 @@ struct AttentionBackward {
     const int64_t first_query = item.first_query + first;
     slot.gradient.scores(weights, stride, first, count, tile.count, slot.panel);
     mask_scores(weights, stride, f.problem, item.batch, first_query, count, tile);
+    const acc* logsumexp = static_cast<const acc*>(f.logsumexp) + item.batch * f.problem.queries + first_query;
+    acc sums[kChunk];
     for (int64_t t = 0; t < count; ++t) {
-      const acc logsumexp = static_cast<const acc*>(f.logsumexp)[item.batch * f.problem.queries + first_query + t];
-      acc* row = weights + t * stride;
-      recompute_softmax(row, tile.count, logsumexp, one_tile(f));
+      sums[t] = recompute_softmax(weights + t * stride, tile.count, logsumexp[t]);
+    }
+    for (int64_t t = 0; one_tile(f) && t < count; ++t) {
+      scale_row(weights + t * stride, weights + t * stride, tile.count, 1 / sums[t]);
     }
   }
 

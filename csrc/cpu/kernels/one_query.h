@@ -785,7 +785,10 @@ struct OneQueryBackward {
       } else {
         slot.score.scores(a, slot.memory);
         std::fill(a + tile.count, a + whole_vectors<acc>(tile.count), kNothing<acc>);
-        recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], one_group);
+        const acc total = recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch]);
+        if (one_group) {
+          scale_row(a, a, tile.count, 1 / total);
+        }
       }
       std::fill_n(de, tile.count, acc(0));
       if (grad_context != nullptr) {
@@ -796,7 +799,11 @@ struct OneQueryBackward {
       }
       const acc scale = static_cast<acc>(f.problem.scale);
       const acc subtract = one_group ? dot_product(a, de, tile.count) : delta;
-      return differentiate_softmax(de, a, tile.count, subtract, scale, one_group);
+      const acc excess = differentiate_softmax(de, a, tile.count, subtract, scale);
+      if (one_group) {
+        take_off_excess(de, a, tile.count, excess);
+      }
+      return excess;
     }
   };
 };

@@ -28,49 +28,61 @@ acc exponentials(acc* row, int64_t count, acc subtract) {
   return sum(total);
 }
 
-// A tile's weights out of its scores, filled up to whole vectors, and their log-sum-exp. That is rounded, and so would be the sum
-// of the weights, by as much as it is large: if they are all there are, they are divided by it.
+// A tile's weights out of its scores, filled up to whole vectors, and their log-sum-exp; returns their sum. The log-sum-exp is
+// rounded, and so would be the sum, by as much as it is large: weights that are all there are have to be divided by it. It is never
+// 0.
 template <class acc>
-void recompute_softmax(acc* row, int64_t steps, acc logsumexp, bool all) {
+acc recompute_softmax(acc* row, int64_t steps, acc logsumexp) {
   const int64_t count = whole_vectors<acc>(steps);
   if (logsumexp == kNothing<acc>) {
     std::fill_n(row, count, acc(0));
-    return;
+    return 1;
   }
-  const acc total = exponentials(row, count, logsumexp);
-  if (all) {
-    scale_row(row, row, steps, 1 / total);
-  }
+  return exponentials(row, count, logsumexp);
 }
 
-// The gradients of scores out of those of their weights, de_s = scale a_s (da_s - delta). A weight of 0 passes nothing on, whatever
-// came in: 0 * inf is no gradient. Returns their sum, which over a whole row is 0 but for what rounding left in delta: if the steps
-// are all there are, that is taken off.
-template <class acc>
-acc differentiate_softmax(acc* row, const acc* weights, int64_t steps, acc delta, acc scale, bool all) {
+// row[j] = gradient(factor a_j, row[j], subtract), and 0 where the weight a_j is: 0 * inf is no gradient. Returns the sum.
+template <class acc, class Gradient>
+acc pass_on(acc* row, const acc* weights, int64_t steps, acc factor, acc subtract, const Gradient& gradient) {
   constexpr int64_t lanes = Vec<acc>::size();
-  const auto pass_on = [&](acc factor, acc subtract, auto gradient) {
-    Vec<acc> total(0);
-    for (int64_t j = 0; j < steps; j += lanes) {
-      const int64_t count = std::min(lanes, steps - j);
-      const Vec<acc> a = Vec<acc>::loadu(weights + j, count);
-      const Vec<acc> de = gradient(Vec<acc>(factor) * a, Vec<acc>::loadu(row + j, count), Vec<acc>(subtract));
-      const Vec<acc> passed = Vec<acc>::blendv(de, Vec<acc>(0), a == Vec<acc>(0));
-      passed.store(row + j, static_cast<int>(count));
-      total = total + passed;
-    }
-    return sum(total);
-  };
-  const acc excess = pass_on(scale, delta, [](const auto& a, const auto& da, const auto& delta) { return a * (da - delta); });
-  if (all) {
-    pass_on(1, excess, [](const auto& a, const auto& de, const auto& excess) { return de - a * excess; });
+  Vec<acc> total(0);
+  for (int64_t j = 0; j < steps; j += lanes) {
+    const int64_t count = std::min(lanes, steps - j);
+    const Vec<acc> a = Vec<acc>::loadu(weights + j, count);
+    const Vec<acc> de = gradient(Vec<acc>(factor) * a, Vec<acc>::loadu(row + j, count), Vec<acc>(subtract));
+    const Vec<acc> passed = Vec<acc>::blendv(de, Vec<acc>(0), a == Vec<acc>(0));
+    passed.store(row + j, static_cast<int>(count));
+    total = total + passed;
   }
-  return excess;
+  return sum(total);
 }
 
+// The gradients of scores out of those of their weights, de_s = scale a_s (da_s - delta). Returns their sum, which over a whole row
+// is 0 but for what rounding left in delta.
+template <class acc>
+acc differentiate_softmax(acc* row, const acc* weights, int64_t steps, acc delta, acc scale) {
+  return pass_on(
+      row, weights, steps, scale, delta, [](const auto& a, const auto& da, const auto& delta) { return a * (da - delta); });
+}
+
+// That sum, of steps that are all there are, out of their gradients.
+template <class acc>
+void take_off_excess(acc* row, const acc* weights, int64_t steps, acc excess) {
+  pass_on(row, weights, steps, acc(1), excess, [](const auto& a, const auto& de, const auto& excess) { return de - a * excess; });
+}
+
+// The largest of a row and `start`. A NaN stays out of the way, since its exponential will not, unless there is nothing else.
 template <class acc>
 acc maximum(const acc* row, int64_t count, acc start) {
+  const auto larger = [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::clamp_min(a, b); };
   Vec<acc> all(start);
+  for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
+    all = larger(all, Vec<acc>::loadu(row + j));
+  }
+  const acc found = at::vec::vec_reduce_all<acc>(larger, all);
+  if (found != kNothing<acc>) {
+    return found;
+  }
   for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
     all = at::vec::maximum(all, Vec<acc>::loadu(row + j));
   }
