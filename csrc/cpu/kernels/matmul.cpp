@@ -76,9 +76,10 @@ class Block {
     const PanelRows<float> panel(panel_, depth);
     for (int64_t n = first_column_; n < end_column_; n += kPanelWidth) {
       const int64_t width = std::min(kPanelWidth, end_column_ - n);
+      const float* from[kPanelDepth];
       if (by_rows) {
         for (int64_t i = 0; i < depth; ++i) {
-          scale_row(panel_ + i * kPanelWidth, rows_of_b[i] + n, width, 1.f);
+          from[i] = rows_of_b[i] + n;
         }
       } else {
         const float* columns[kPanelWidth];
@@ -94,7 +95,15 @@ class Block {
       const Result<float> all(out, call_.out_row, plus, has_bias ? 0 : call_.out_row, &one, 0);
       for (const Run* run = runs_; run != end_runs_; ++run) {
         const auto [i, end] = within(*run, first_, first_ + height_);
-        multiply_blocks<float>(all.at(i, 0), end - i, {c.data + i * c.row, c.row, c.column}, panel.address, depth, width);
+        const bool packs = by_rows && run == runs_;
+        multiply_blocks<float>(
+            all.at(i, 0),
+            end - i,
+            {c.data + i * c.row, c.row, c.column},
+            packs ? from : panel.address,
+            depth,
+            width,
+            packs ? &panel : nullptr);
       }
     }
   }

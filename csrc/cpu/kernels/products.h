@@ -99,11 +99,51 @@ struct Result {
   }
 };
 
+// A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, 64 KiB
+// of floats.
+constexpr int64_t kPanelWidth = 64;
+constexpr int64_t kPanelDepth = 256;
+static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products of a tile and of a chunk take their depth at once");
+
+// Rows of b that are asked for ahead.
+constexpr int64_t kAhead = 16;
+
+// Rows that are worth transposing a panel for; no shallower product is worth packing one.
+constexpr int64_t kPanelRows = 16;
+
+// Scratch for the products of up to `queries` queries, or null: a panel, and of pairs the coefficients of one product.
+template <class element>
+element* take_panel(Arena& arena, int64_t queries) {
+  constexpr int64_t panel = kPanelWidth * kPanelDepth;
+  const int64_t coefficients = std::is_same_v<element, Pair> ? kPanelDepth / 2 * padded<element>(kTile) : 0;
+  return queries >= kPanelRows ? arena.take<element>(panel + coefficients) : nullptr;
+}
+
+// A panel and the addresses of its rows.
+template <class element>
+struct PanelRows {
+  element* data;
+  const element* address[kPanelDepth];
+
+  PanelRows(element* panel, int64_t depth) : data(panel) {
+    for (int64_t k = 0; k < depth; ++k) {
+      address[k] = panel + k * kPanelWidth;
+    }
+  }
+};
+
 // multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
-// result's lines, each of another page, come while the sums are taken: what was there is added last.
-template <int rows, int width, bool partial, class element, class acc>
+// result's lines, each of another page, come while the sums are taken: what was there is added last. One that `packs` leaves a
+// panel of what it takes of b for the tiles that follow, and asks for it ahead: the others' rows of b are near.
+template <int rows, int width, bool partial, bool packs, class element, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
-    Result<acc> out, Coefficients<element> c, const element* const* b, int64_t n, int64_t depth, int64_t count) {
+    Result<acc> out,
+    Coefficients<element> c,
+    const element* const* b,
+    int64_t n,
+    int64_t depth,
+    int64_t count,
+    element* panel = nullptr) {
   static_assert(!partial || width == 1);
   using F = Factors<element>;
   constexpr int lanes = Vec<acc>::size();
@@ -118,10 +158,15 @@ template <int rows, int width, bool partial, class element, class acc>
   }
   for (int64_t k = 0; k < depth; ++k) {
     const element* from = b[k] + n;
+    [[maybe_unused]] const element* later = packs ? b[std::min(k + kAhead, depth - 1)] + n : nullptr;
     typename F::Vector right[width];
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
       right[w] = partial ? F::load(from, count) : F::load(from + w * lanes);
+      if constexpr (packs) {
+        __builtin_prefetch(later + w * lanes);
+        right[w].store(panel + k * kPanelWidth + n + w * lanes);
+      }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
@@ -144,40 +189,17 @@ template <int rows, int width, bool partial, class element, class acc>
   }
 }
 
-// A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, 64 KiB
-// of floats.
-constexpr int64_t kPanelWidth = 64;
-constexpr int64_t kPanelDepth = 256;
-static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products of a tile and of a chunk take their depth at once");
-
-// Rows that are worth transposing a panel for; no shallower product is worth packing one.
-constexpr int64_t kPanelRows = 16;
-
-// Scratch for the products of up to `queries` queries, or null: a panel, and of pairs the coefficients of one product.
-template <class element>
-element* take_panel(Arena& arena, int64_t queries) {
-  constexpr int64_t panel = kPanelWidth * kPanelDepth;
-  const int64_t coefficients = std::is_same_v<element, Pair> ? kPanelDepth / 2 * padded<element>(kTile) : 0;
-  return queries >= kPanelRows ? arena.take<element>(panel + coefficients) : nullptr;
-}
-
-// Addresses of a panel's rows.
-template <class element>
-struct PanelRows {
-  const element* address[kPanelDepth];
-
-  PanelRows(const element* panel, int64_t depth) {
-    for (int64_t k = 0; k < depth; ++k) {
-      address[k] = panel + k * kPanelWidth;
-    }
-  }
-};
-
 // multiply() with b as it stands: a block of it, all k by a few vectors, stays in the first-level cache, a deep one in the second,
-// while the result's rows pass.
+// while the result's rows pass. With a panel to be packed the first rows pass by b itself, the others by what those leave there.
 template <class element, class acc>
 void multiply_blocks(
-    Result<acc> out, int64_t height, Coefficients<element> c, const element* const* b, int64_t depth, int64_t size) {
+    Result<acc> out,
+    int64_t height,
+    Coefficients<element> c,
+    const element* const* b,
+    int64_t depth,
+    int64_t size,
+    const PanelRows<element>* panel = nullptr) {
   constexpr int lanes = Vec<acc>::size();
   // A few rows of b stay in the first-level cache whole: then the result is written row by row. Narrow ones are anyhow.
   constexpr int64_t few = 8, block = tallest(kWidest);
@@ -190,14 +212,21 @@ void multiply_blocks(
   int64_t n = 0;
   const auto columns = [&](auto width, auto partial) {
     for_even_blocks<tallest(width.value)>(height, [&](auto rows, int64_t i) {
-      multiply_tile<rows.value, width.value, partial.value, element>(
-          out.at(i, n), {c.data + i * c.row, c.row, c.column}, b, n, depth, size - n);
+      const Coefficients<element> of_rows{c.data + i * c.row, c.row, c.column};
+      if constexpr (std::is_same_v<element, acc>) {
+        if (panel != nullptr && i == 0) {
+          return multiply_tile<rows.value, width.value, partial.value, true>(
+              out.at(i, n), of_rows, b, n, depth, size - n, panel->data);
+        }
+      }
+      multiply_tile<rows.value, width.value, partial.value, false>(
+          out.at(i, n), of_rows, panel != nullptr ? panel->address : b, n, depth, size - n);
     });
     n += width.value * lanes;
   };
   // One row gets its accumulators from vectors abreast alone.
   for (; height == 1 && n + 8 * lanes <= size; n += 8 * lanes) {
-    multiply_tile<1, 8, false, element>(out.at(0, n), c, b, n, depth, size - n);
+    multiply_tile<1, 8, false, false>(out.at(0, n), c, b, n, depth, size - n);
   }
   for (int64_t vectors; (vectors = (size - n) / lanes) > 0;) {
     // The last ones as 3 and 2 rather than 4 and 1.
@@ -225,12 +254,13 @@ void multiply(
     return multiply_blocks<acc>(out, height, c, b, depth, size);
   }
   const PanelRows<acc> rows(panel, depth);
+  const acc* from[kPanelDepth];
   for (int64_t n = 0; n < size; n += kPanelWidth) {
     const int64_t width = std::min(kPanelWidth, size - n);
     for (int64_t k = 0; k < depth; ++k) {
-      scale_row(panel + k * kPanelWidth, b[k] + n, width, acc(1));
+      from[k] = b[k] + n;
     }
-    multiply_blocks<acc>(out.at(0, n), height, c, rows.address, depth, width);
+    multiply_blocks<acc>(out.at(0, n), height, c, from, depth, width, &rows);
   }
 }
 
