@@ -153,7 +153,7 @@ inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t en
   for (int64_t a = 0; a < size; a += Vec<acc>::size()) {
     const auto x = Vec<acc>::loadu(from + a, std::min<int64_t>(Vec<acc>::size(), size - a));
     scale(exponential<acc>(x, 2), a).store(to + a);
-    magnitudes = at::vec::maximum(magnitudes, x.abs());
+    magnitudes = raised(magnitudes, x.abs());
   }
   std::fill(to + size, to + end, acc(1));
 }

@@ -74,12 +74,11 @@ void take_off_excess(acc* row, const acc* weights, int64_t steps, acc excess) {
 // The largest of a row and `start`. A NaN stays out of the way, since its exponential will not, unless there is nothing else.
 template <class acc>
 acc maximum(const acc* row, int64_t count, acc start) {
-  const auto larger = [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::clamp_min(a, b); };
   Vec<acc> all(start);
   for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
-    all = larger(all, Vec<acc>::loadu(row + j));
+    all = raised(all, Vec<acc>::loadu(row + j));
   }
-  const acc found = at::vec::vec_reduce_all<acc>(larger, all);
+  const acc found = at::vec::vec_reduce_all<acc>(raised<acc>, all);
   if (found != kNothing<acc>) {
     return found;
   }

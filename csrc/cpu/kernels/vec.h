@@ -95,6 +95,12 @@ inline Vec<float> exponential(const Vec<float>& x, float factor) {
 #endif
 #endif
 
+// a, or b where that is larger, which a NaN of b is not: an instruction, where PyTorch's maximum() is a chain of four.
+template <class acc>
+Vec<acc> raised(const Vec<acc>& a, const Vec<acc>& b) {
+  return at::vec::clamp_min(a, b);
+}
+
 template <class acc>
 acc largest(const Vec<acc>& x) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); }, x);
