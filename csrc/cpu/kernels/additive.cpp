@@ -15,9 +15,9 @@
 //
 // x, and the product of those that share, must neither overflow nor lose its factors to underflow. While the exponentials are taken
 // the largest |2q| and |2k| are found; their sum, and how far the v are apart, decide how many features share a reciprocal. Where
-// even two could leave the type's range, E = exp(2 (q + k)) is taken directly, which is exact for any input. A single query takes
-// it so too: for it the exponentials are as many either way, and the keys are read where they stand. A decoder's steps share their
-// keys: their exponentials come prepared.
+// even two could leave the type's range, E = exp(2 (q + k)) is taken directly, which is exact for any input; a backward of many
+// queries decides so for each vector of features. A single query takes it so too: for it the exponentials are as many either way,
+// and the keys are read where they stand. A decoder's steps share their keys: their exponentials come prepared.
 #include "kernels.h"
 #include "many_queries.h"
 #include "one_query.h"
@@ -228,32 +228,40 @@ class Exponentials {
   acc range_ = 0;
 };
 
+// What is asked of an AdditiveScore: scores(), its keys' exponentials, and its keys even where those would do.
+struct Wanted {
+  bool scores = true;
+  bool exponentials = true;
+  bool keys = false;
+};
+
 template <class acc_>
 class AdditiveScore {
  public:
   using acc = acc_;
   using element = acc;
 
-  AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, bool has_scores = true)
+  AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, Wanted wanted = {})
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
         query_(arena, problem.dtype, problem.query, queries, size_),
         keys_(arena, problem.dtype, problem.keys, tile, size_),
-        key_exponentials_(arena, tile, size_, problem.prepared_keys),
+        has_exponentials_(wanted.exponentials || problem.prepared_keys.data != nullptr),
+        key_exponentials_(arena, has_exponentials_ ? tile : 0, size_, problem.prepared_keys),
         v_(arena.take<acc>(Exponentials<acc>::shared_size(size_))),
         problem_(problem),
-        has_scores_(has_scores),
+        wanted_(wanted),
         inverse_v_(arena.take<acc>(Exponentials<acc>::shared_size(size_))),
-        query_over_v_(arena, has_scores ? queries : 0, size_) {}
+        query_over_v_(arena, wanted.scores ? queries : 0, size_) {}
 
   void load_queries(int64_t b, int64_t first, int64_t count) {
     query_.load(b, first, count);
     load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
-    if (has_scores_) {
+    if (wanted_.scores) {
       invert_v();
     }
     std::fill(v_ + size_, v_ + Exponentials<acc>::shared_size(size_), acc(0));
-    if (has_scores_) {
+    if (wanted_.scores) {
       query_over_v_.take(query_.addresses(), count, [&](const Vec<acc>& exponentials, int64_t a) {
         return exponentials * Vec<acc>::loadu(inverse_v_ + a);
       });
@@ -264,12 +272,12 @@ class AdditiveScore {
   void load_keys(int64_t b, const Tile& tile, const Rows<acc>&) {
     if (key_exponentials_.is_prepared()) {
       key_exponentials_.find(b, tile);
-      if (may_share(2)) {  // nobody looks at the keys themselves
+      if (!wanted_.keys && may_share(2)) {  // nobody looks at the keys themselves
         return;
       }
     }
     keys_.load(b, tile);
-    if (!key_exponentials_.is_prepared()) {
+    if (has_exponentials_ && !key_exponentials_.is_prepared()) {
       key_exponentials_.take(keys_.addresses(), tile.count, kUnscaled);
     }
   }
@@ -313,6 +321,7 @@ class AdditiveScore {
   acc scale_;
   Rows<acc> query_;
   Rows<acc> keys_;
+  bool has_exponentials_;  // of the keys
   Exponentials<acc> key_exponentials_;
   acc query_range_ = 0;  // the largest |2q|
   acc* v_;               // ends in zeros, as the exponentials in ones
@@ -411,8 +420,8 @@ class AdditiveScore {
     }
   }
 
-  bool has_scores_;  // scores() may be asked for
-  acc* inverse_v_;   // times unit_; ends in ones
+  Wanted wanted_;
+  acc* inverse_v_;  // times unit_; ends in ones
   Exponentials<acc> query_over_v_;
   acc unit_ = 1;
   acc spread_ = 0;  // of log |v|
@@ -421,33 +430,44 @@ class AdditiveScore {
 template <class acc>
 class AdditiveGradient : public AdditiveScore<acc> {
  public:
-  static constexpr bool kPads = true;
   static constexpr bool kMultipliesKeys = false;
 
   AdditiveGradient(const Backward& f, Arena& arena)
-      : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena, !f.weights.data && !f.score_gradients.data),
+      : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena, wanted(f)),
         f_(f),
-        stride_(padded<acc>(f.problem.key_size)),
-        half_exponentials_(arena, f.plan.chunk, f.problem.key_size),
-        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, kPads),
-        grad_v_(arena.take<acc>(stride_)) {}
+        half_exponentials_(arena, only_queries(f) ? f.plan.chunk : 0, f.problem.key_size),
+        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, crowds(f.problem)),
+        grad_v_(arena.take<acc>(padded<acc>(f.problem.key_size))) {
+    for (Column& column : columns_) {
+      for (acc** rows : {&column.queries, &column.grad_queries}) {
+        *rows = arena.take<acc>(std::min(f.plan.chunk, kChunk) * lanes);
+      }
+      for (acc** rows : {&column.keys, &column.grad_keys}) {
+        *rows = arena.take<acc>(f.plan.tile * lanes);
+      }
+    }
+  }
 
-  void begin(const Item& item, acc* grad_query) {
+  // Vectors of a row are stored whole.
+  static bool query_in_place(const Problem& problem) {
+    return problem.key_size % lanes == 0 && !crowds(problem);
+  }
+
+  void begin(const Item& item) {
     this->load_queries(item.batch, item.first_query, item.queries);
-    half_exponentials_.take(
-        this->query_.addresses(), item.queries, [](const Vec<acc>& exponentials, int64_t) { return exponentials * Vec<acc>(0.5); });
-    this->query_range_ = half_exponentials_.range();
+    if (only_queries(f_)) {
+      half_exponentials_.take(this->query_.addresses(), item.queries, [](const Vec<acc>& exponentials, int64_t) {
+        return exponentials * Vec<acc>(0.5);
+      });
+      this->query_range_ = half_exponentials_.range();
+    }
     grad_keys_.begin_item(item);
-    std::fill_n(grad_query, item.queries * stride_, acc(0));
-    std::fill_n(grad_v_, stride_, acc(0));
+    std::fill_n(grad_v_, padded<acc>(this->size_), acc(0));
   }
 
   void begin_tile(int64_t b, const Tile& tile, int64_t written, const Rows<acc>& memory) {
     this->load_keys(b, tile, memory);
     grad_keys_.begin(tile, written);
-    if (!only_queries()) {
-      std::fill_n(grad_keys_.rows(), tile.count * stride_, acc(0));
-    }
   }
 
   const acc** queries_of_memory(const acc** rows, int64_t, int64_t) const {
@@ -455,34 +475,22 @@ class AdditiveGradient : public AdditiveScore<acc> {
   }
 
   void add(
-      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query, int64_t, acc*) {
-    if (!this->may_factor()) {
-      add_direct(grad_scores, scores_stride, first, count, steps, grad_query);
-    } else if (only_queries()) {
+      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, Result<acc> grad_query, acc*) {
+    if (only_queries(f_) && this->may_factor()) {
       add_to_queries(grad_scores, scores_stride, first, count, steps, grad_query);
     } else if (f_.grad_query == nullptr) {
-      add_factored<false>(grad_scores, scores_stride, first, count, steps, grad_query);
+      add_by_columns<false>(grad_scores, scores_stride, first, count, steps, grad_query);
     } else {
-      add_factored<true>(grad_scores, scores_stride, first, count, steps, grad_query);
+      add_by_columns<true>(grad_scores, scores_stride, first, count, steps, grad_query);
     }
   }
 
   void end_tile(const Tile& tile) {
-    if (grad_keys_.wanted()) {
-      for (int64_t j = 0; j < tile.count; ++j) {
-        times_v(grad_keys_.rows() + j * stride_);
-      }
-      grad_keys_.end(tile);
-    }
+    grad_keys_.end(tile);
   }
 
-  void end(const Item& item, int64_t index, int64_t written, acc* grad_query, int64_t) {
+  void end(const Item& item, int64_t index, int64_t written) {
     grad_keys_.zero(written, item.end_step);
-    if (f_.grad_query != nullptr) {
-      for (int64_t t = 0; t < item.queries; ++t) {
-        times_v(grad_query + t * stride_);
-      }
-    }
     if (f_.grad_v != nullptr) {
       acc* out = static_cast<acc*>(f_.grad_v) + index * this->size_;
       scale_row(out, grad_v_, this->size_, acc(-1));
@@ -494,27 +502,32 @@ class AdditiveGradient : public AdditiveScore<acc> {
   }
 
  private:
-  bool only_queries() const {
-    return !grad_keys_.wanted() && f_.grad_v == nullptr;
+  static constexpr int64_t lanes = Vec<acc>::size();
+
+  // The lines of a column of such rows share a few sets of the caches: their gradients are summed in rows of scratch.
+  static bool crowds(const Problem& problem) {
+    return problem.key_size * sizeof(acc) % 4096 == 0;
   }
 
-  void times_v(acc* row) const {
-    for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
-      (Vec<acc>::loadu(row + a) * Vec<acc>::loadu(this->v_ + a)).store(row + a);
-    }
+  static bool only_queries(const Backward& f) {
+    return f.grad_keys == nullptr && f.grad_v == nullptr;
+  }
+
+  static Wanted wanted(const Backward& f) {
+    const bool scores = f.weights.data == nullptr && f.score_gradients.data == nullptr;
+    return {scores, scores || only_queries(f), !only_queries(f)};
   }
 
   // The queries' gradients alone: rows of keys are read from left to right, several vectors of them abreast.
-  void add_to_queries(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
+  void add_to_queries(
+      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, Result<acc> grad_query) {
     const int64_t stride = half_exponentials_.stride();
-    constexpr int64_t lanes = Vec<acc>::size();
     constexpr int most = kAccumulators / 3;
     const Vec<acc> half(0.5);
     for_blocks<most>(count, [&](auto rows, int64_t t0) {
       for_blocks<most / rows.value>((this->size_ + lanes - 1) / lanes, [&](auto width, int64_t vector) {
         const int64_t a = vector * lanes;
         const acc* query = half_exponentials_.addresses()[first + t0] + a;
-        acc* grad_query_rows = grad_query + (first + t0) * stride_ + a;
         const acc* scores = grad_scores + t0 * scores_stride;
         Vec<acc> q[rows.value][width.value];
         Vec<acc> grad_q[rows.value][width.value];
@@ -523,7 +536,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
 #pragma GCC unroll 8
           for (int w = 0; w < width.value; ++w) {
             q[i][w] = Vec<acc>::loadu(query + i * stride + w * lanes);
-            grad_q[i][w] = Vec<acc>::loadu(grad_query_rows + i * stride_ + w * lanes);
+            grad_q[i][w] = Vec<acc>(0);
           }
         }
         for (int64_t j = 0; j < steps; ++j) {
@@ -542,64 +555,127 @@ class AdditiveGradient : public AdditiveScore<acc> {
         for (int i = 0; i < rows.value; ++i) {
 #pragma GCC unroll 8
           for (int w = 0; w < width.value; ++w) {
-            grad_q[i][w].store(grad_query_rows + i * stride_ + w * lanes);
+            put(grad_query, t0 + i, a + w * lanes, grad_q[i][w]);
           }
         }
       });
     });
   }
 
-  // A vector of features at a time. Columns of the keys and of their gradients are copied, which pays from a few queries on: in
-  // place, each of their lines is in a page of its own, more than the first-level TLB has entries for.
+  // Times v, into a row of a result or added to what is there.
+  void put(const Result<acc>& result, int64_t row, int64_t a, const Vec<acc>& gradient) const {
+    const auto total = gradient * Vec<acc>::loadu(this->v_ + a);
+    const auto at = result.at(row, a);
+    (at.plus == nullptr ? total : total + Vec<acc>::loadu(at.plus)).store(at.to);
+  }
+
+  // A vector of features of the queries, the keys and their gradients, row by row.
+  struct Column {
+    acc* queries;  // exp(2q) / 2 and
+    acc* keys;     // exp(2k) if their range allows, else q and k
+    acc* grad_queries;
+    acc* grad_keys;
+    bool factors;
+  };
+
+  // So many columns are taken out of the rows at a time: every row is in a page of its own.
+  static constexpr int64_t kAbreast = 4;
+
+  // Column by column, so that all that the sums run over, exponentials and gradients, is in the first-level cache and nowhere else.
+  // The rows' own lines are read and written once, and fetched while the columns before them are at work.
   template <bool to_queries>
-  void add_factored(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
-    constexpr int64_t lanes = Vec<acc>::size();
-    const int64_t stride = half_exponentials_.stride();
-    const acc* const* keys = this->key_exponentials_.addresses();
-    alignas(64) acc keys_column[kShortTile * lanes];
-    alignas(64) acc grad_keys_column[kShortTile * lanes];
-    for (int64_t a = 0; a < this->size_; a += lanes) {
-      acc* grad_key = grad_keys_.rows() + a;
-      for (int64_t j = 0; j < steps; ++j) {
-        Vec<acc>::loadu(keys[j] + a).store(keys_column + j * lanes);
-        Vec<acc>::loadu(grad_key + j * stride_).store(grad_keys_column + j * lanes);
+  void add_by_columns(
+      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, Result<acc> grad_query) {
+    const acc* const* queries = this->query_.addresses() + first;
+    const acc* const* keys = this->has_exponentials_ ? this->key_exponentials_.addresses() : this->keys_.addresses();
+    const Result<acc> grad_keys(grad_keys_.rows(), grad_keys_.stride(), first > 0);
+    constexpr int64_t strip = kAbreast * lanes;
+    for (int64_t a = 0; a < this->size_; a += strip) {
+      const int64_t width = std::min(ceil_div(this->size_ - a, lanes), kAbreast);
+      take_columns(queries, count, steps, a, width);
+      for (int64_t w = 0; w < width; ++w) {
+        const Column& column = columns_[w];
+        std::fill_n(column.grad_keys, steps * lanes, acc(0));
+        // Two registers a query, and half a dozen.
+        for_even_blocks<kAccumulators / 3>(count, [&](auto rows, int64_t t0) {
+          // Meanwhile a line of every row that comes next.
+          const int64_t next = a + strip + w * lanes;
+          for (int64_t t = t0; next < this->size_ && t < t0 + rows.value; ++t) {
+            fetch(queries[t] + next);
+            fetch(grad_query.to + t * grad_query.stride + next);
+          }
+          for (int64_t j = steps * t0 / count; next < this->size_ && j < steps * (t0 + rows.value) / count; ++j) {
+            fetch(keys[j] + next);
+            fetch(grad_keys.to + j * grad_keys.stride + next);
+          }
+          const auto add = column.factors ? add_column<true, to_queries, rows.value> : add_column<false, true, rows.value>;
+          add(column, t0, grad_v_ + a + w * lanes, grad_scores + t0 * scores_stride, scores_stride, steps);
+        });
       }
-      // Two registers a query, and half a dozen.
-      for_even_blocks<kAccumulators / 3>(count, [&](auto rows, int64_t t0) {
-        const acc* query = half_exponentials_.addresses()[first + t0] + a;
-        acc* to = grad_query + (first + t0) * stride_ + a;
-        const acc* scores = grad_scores + t0 * scores_stride;
-        add_column<to_queries, rows.value>(
-            query, stride, to, stride_, keys_column, grad_keys_column, grad_v_ + a, scores, scores_stride, steps);
-      });
-      for (int64_t j = 0; j < steps; ++j) {
-        Vec<acc>::loadu(grad_keys_column + j * lanes).store(grad_key + j * stride_);
+      for (int64_t t = 0; to_queries && t < count; ++t) {
+        for (int64_t w = 0; w < width; ++w) {
+          put(grad_query, t, a + w * lanes, Vec<acc>::loadu(columns_[w].grad_queries + t * lanes));
+        }
+      }
+      for (int64_t j = 0; grad_keys_.wanted() && j < steps; ++j) {
+        for (int64_t w = 0; w < width; ++w) {
+          put(grad_keys, j, a + w * lanes, Vec<acc>::loadu(columns_[w].grad_keys + j * lanes));
+        }
       }
     }
   }
 
-  // The gradients of a few queries stay in registers while the steps go by. Not inlined: sums that the caller could look at would
-  // be stored at every step.
-  template <bool to_queries, int rows>
+  // `width` of them, of the features from a on.
+  void take_columns(const acc* const* queries, int64_t count, int64_t steps, int64_t a, int64_t width) {
+    const auto filled = [&](int64_t w) { return std::min(lanes, this->size_ - a - w * lanes); };
+    Vec<acc> query_magnitudes[kAbreast], key_magnitudes[kAbreast];
+    for (int64_t w = 0; w < width; ++w) {
+      query_magnitudes[w] = Vec<acc>(0);
+      key_magnitudes[w] = Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0));
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t w = 0; w < width; ++w) {
+        const auto q = Vec<acc>::loadu(queries[t] + a + w * lanes, filled(w));
+        (exponential<acc>(q, 2) * Vec<acc>(0.5)).store(columns_[w].queries + t * lanes);
+        query_magnitudes[w] = raised(query_magnitudes[w], q.abs());
+      }
+    }
+    for (int64_t j = 0; j < steps; ++j) {
+      for (int64_t w = 0; w < width; ++w) {
+        if (this->has_exponentials_) {
+          Vec<acc>::loadu(this->key_exponentials_.addresses()[j] + a + w * lanes).store(columns_[w].keys + j * lanes);
+        } else {
+          const auto k = Vec<acc>::loadu(this->keys_.addresses()[j] + a + w * lanes, filled(w));
+          exponential<acc>(k, 2).store(columns_[w].keys + j * lanes);
+          key_magnitudes[w] = raised(key_magnitudes[w], k.abs());
+        }
+      }
+    }
+    for (int64_t w = 0; w < width; ++w) {
+      columns_[w].factors = 2 * largest(query_magnitudes[w] + key_magnitudes[w]) <= range_of<acc>(1);
+      for (int64_t t = 0; !columns_[w].factors && t < count; ++t) {
+        Vec<acc>::loadu(queries[t] + a + w * lanes, filled(w)).store(columns_[w].queries + t * lanes);
+      }
+      for (int64_t j = 0; !columns_[w].factors && j < steps; ++j) {
+        Vec<acc>::loadu(this->keys_.addresses()[j] + a + w * lanes, filled(w)).store(columns_[w].keys + j * lanes);
+      }
+    }
+  }
+
+  // The gradients of a few queries, from t0 on, stay in registers while the steps go by. Not inlined: sums that the caller could
+  // look at would be stored at every step.
+  template <bool factors, bool to_queries, int rows>
   [[gnu::noinline]] static void add_column(
-      const acc* query,
-      int64_t query_stride,
-      acc* grad_query,
-      int64_t grad_stride,
-      const acc* keys,
-      acc* grad_keys,
-      acc* grad_v_sum,
-      const acc* scores,
-      int64_t scores_stride,
-      int64_t steps) {
-    constexpr int64_t lanes = Vec<acc>::size();
+      const Column& column, int64_t t0, acc* grad_v_sum, const acc* scores, int64_t scores_stride, int64_t steps) {
+    const acc* const keys = column.keys;
+    acc* const grad_keys = column.grad_keys;
     const Vec<acc> half(0.5);
     Vec<acc> q[rows];
     Vec<acc> grad_q[rows];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      q[i] = Vec<acc>::loadu(query + i * query_stride);
-      grad_q[i] = Vec<acc>::loadu(grad_query + i * grad_stride);
+      q[i] = Vec<acc>::loadu(column.queries + (t0 + i) * lanes);
+      grad_q[i] = Vec<acc>(0);
     }
     auto grad_v = Vec<acc>::loadu(grad_v_sum);
     for (int64_t j = 0; j < steps; ++j) {
@@ -608,7 +684,8 @@ class AdditiveGradient : public AdditiveScore<acc> {
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
         const Vec<acc> grad_score(scores[i * scores_stride + j]);
-        const auto h = negative_tanh<acc>(at::vec::fmadd(q[i], k, half));
+        const auto x = factors ? at::vec::fmadd(q[i], k, half) : direct_denominator<acc>(q[i], k, kRange<acc>) * half;
+        const auto h = negative_tanh<acc>(x);
         const auto u = grad_score * h;
         const auto y = at::vec::fnmadd(u, h, grad_score);
         if constexpr (to_queries) {
@@ -622,39 +699,15 @@ class AdditiveGradient : public AdditiveScore<acc> {
     grad_v.store(grad_v_sum);
 #pragma GCC unroll 8
     for (int i = 0; to_queries && i < rows; ++i) {
-      grad_q[i].store(grad_query + i * grad_stride);
-    }
-  }
-
-  // Row by row, as the keys stand.
-  void add_direct(const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, acc* grad_query) {
-    for (int64_t t = 0; t < count; ++t) {
-      const acc* query = this->query_.addresses()[first + t];
-      acc* grad_q = grad_query + (first + t) * stride_;
-      for (int64_t j = 0; j < steps; ++j) {
-        const acc* key = this->keys_.addresses()[j];
-        acc* grad_k = grad_keys_.rows() + j * stride_;
-        const Vec<acc> grad_score(grad_scores[t * scores_stride + j]);
-        for (int64_t a = 0; a < this->size_; a += Vec<acc>::size()) {
-          const int64_t filled = std::min<int64_t>(Vec<acc>::size(), this->size_ - a);
-          const auto x = direct_denominator<acc>(Vec<acc>::loadu(query + a, filled), Vec<acc>::loadu(key + a, filled), kRange<acc>);
-          const auto h = negative_tanh<acc>(x * Vec<acc>(0.5));
-          const auto grad = grad_score * at::vec::fnmadd(h, h, Vec<acc>(1));
-          (Vec<acc>::loadu(grad_q + a) + grad).store(grad_q + a);
-          if (!only_queries()) {
-            (Vec<acc>::loadu(grad_k + a) + grad).store(grad_k + a);
-            at::vec::fmadd(grad_score, h, Vec<acc>::loadu(grad_v_ + a)).store(grad_v_ + a);
-          }
-        }
-      }
+      grad_q[i].store(column.grad_queries + (t0 + i) * lanes);
     }
   }
 
   const Backward& f_;
-  int64_t stride_;                       // of the gradients in scratch
-  Exponentials<acc> half_exponentials_;  // exp(2q) / 2
-  TileGradient<acc> grad_keys_;          // not yet times v
-  acc* grad_v_;                          // not yet times -1
+  Exponentials<acc> half_exponentials_;  // exp(2q) / 2, where queries alone have gradients
+  TileGradient<acc> grad_keys_;
+  acc* grad_v_;  // not yet times -1
+  Column columns_[kAbreast];
 };
 
 // Of one query, both ways. Its exponentials are as many as the keys', or all prepared.

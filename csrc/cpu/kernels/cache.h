@@ -9,7 +9,7 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // A line of what comes next, into the second-level cache: the first has its hands full. Calls of what does nothing but fetch would
 // be dropped as without effect, were they not inlined at once.
-[[gnu::always_inline]] inline void fetch(const char* line) {
+[[gnu::always_inline]] inline void fetch(const void* line) {
   __builtin_prefetch(line, 0, 2);
 }
 

@@ -57,7 +57,6 @@ template <class element>
 class DotGradient : public DotScore<element> {
  public:
   using acc = typename DotScore<element>::acc;
-  static constexpr bool kPads = false;
   static constexpr bool kMultipliesKeys = true;
 
   DotGradient(const Backward& f, Arena& arena) : DotScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena), f_(f) {
@@ -66,9 +65,12 @@ class DotGradient : public DotScore<element> {
     }
   }
 
-  void begin(const Item& item, acc*) {
+  static bool query_in_place(const Problem&) {
+    return true;
+  }
+
+  void begin(const Item& item) {
     this->load_queries(item.batch, item.first_query, item.queries);
-    adds_ = false;
     if (grad_keys_) {
       grad_keys_->begin_item(item);
     }
@@ -102,39 +104,19 @@ class DotGradient : public DotScore<element> {
         panel);
   }
 
-  void add(
-      const acc* grad_scores,
-      int64_t stride,
-      int64_t first,
-      int64_t count,
-      int64_t steps,
-      acc* grad_query,
-      int64_t query_stride,
-      element* panel) {
+  void add(const acc* grad_scores, int64_t stride, int64_t, int64_t count, int64_t steps, Result<acc> grad_query, element* panel) {
     if (f_.grad_query != nullptr) {
-      acc* out = grad_query + first * query_stride;
-      multiply(
-          Result<acc>{out, query_stride, adds_},
-          count,
-          Coefficients<acc>{grad_scores, stride, 1},
-          this->keys_,
-          steps,
-          this->size_,
-          panel);
+      multiply(grad_query, count, Coefficients<acc>{grad_scores, stride, 1}, this->keys_, steps, this->size_, panel);
     }
   }
 
   void end_tile(const Tile& tile) {
-    adds_ = true;
     if (grad_keys_) {
       grad_keys_->end(tile);
     }
   }
 
-  void end(const Item& item, int64_t, int64_t written, acc* grad_query, int64_t query_stride) {
-    if (!adds_ && f_.grad_query != nullptr) {
-      std::fill_n(grad_query, item.queries * query_stride, acc(0));
-    }
+  void end(const Item& item, int64_t, int64_t written) {
     if (grad_keys_) {
       grad_keys_->zero(written, item.end_step);
     }
@@ -149,7 +131,6 @@ class DotGradient : public DotScore<element> {
  private:
   const Backward& f_;
   std::optional<TileGradient<acc>> grad_keys_;  // where the memory is not its own keys
-  bool adds_ = false;                           // the query's gradient has a tile's part
 };
 
 // Of one query over a memory that is its own keys, both ways.

@@ -348,8 +348,8 @@ struct AttentionForward {
 };
 
 // A [B, S, size] gradient, tile by tile: added up in the output itself, or in scratch where a mask leaves gaps between rows, the
-// output is of another type or its rows are not whole vectors, and where rows are to be padded(): for who walks down columns.
-// Where the queries are divided among items, each has its share of the gradient in place of the output until merge().
+// output is of another type or its rows are not whole vectors, and where rows are to be padded(). Where the queries are divided
+// among items, each has its share of the gradient in place of the output until merge().
 template <class acc>
 class TileGradient {
  public:
@@ -442,7 +442,9 @@ struct AttentionBackward {
   struct Slot {
     Slot(const Backward& f, char* base)
         : arena(base),
-          query_in_place(f.grad_query != nullptr && !Gradient::kPads && f.plan.splits == 1 && f.problem.dtype == kAccumulated<acc>),
+          query_in_place(
+              f.grad_query != nullptr && Gradient::query_in_place(f.problem) && f.plan.splits == 1 &&
+              f.problem.dtype == kAccumulated<acc>),
           query_stride(query_in_place ? f.problem.key_size : padded<acc>(f.problem.key_size)),
           grad_query(query_in_place ? nullptr : arena.take<acc>(f.plan.chunk * query_stride)),
           delta(arena.take<acc>(f.plan.chunk)),
@@ -498,7 +500,7 @@ struct AttentionBackward {
       find_delta(f, item, slot);
     }
     std::fill_n(slot.excess, item.queries, acc(0));
-    slot.gradient.begin(item, slot.grad_query);
+    slot.gradient.begin(item);
     slot.grad_memory.begin_item(item);
     int64_t written = item.first_step;  // up to here the memory's gradient is written
     SourceWalk walk(problem, item, f.plan.tile);
@@ -517,7 +519,10 @@ struct AttentionBackward {
     for (int64_t t = 0; f.grad_scores != nullptr && t < item.queries; ++t) {
       grad_scores_row(f, item, t).zero(written, item.end_step);
     }
-    slot.gradient.end(item, index, written, slot.grad_query, slot.query_stride);
+    slot.gradient.end(item, index, written);
+    if (written == item.first_step && f.grad_query != nullptr) {
+      std::fill_n(slot.grad_query, item.queries * slot.query_stride, acc(0));
+    }
     if (problem.method == Method::Dot && f.grad_query != nullptr && f.grad_context.data != nullptr && !one_tile(f)) {
       for (int64_t t = 0; t < item.queries; ++t) {
         add_row(slot.grad_query + t * slot.query_stride, -slot.excess[t], slot.context.addresses()[t], problem.key_size);
@@ -601,7 +606,8 @@ struct AttentionBackward {
         slot.gradient.add_to_keys(columns_of(slot, grad_scores, count, tile.count), first, count, tile.count, slot.panel);
       }
     }
-    slot.gradient.add(grad_scores, stride, first, count, tile.count, slot.grad_query, slot.query_stride, slot.panel);
+    const Result<acc> grad_query(slot.grad_query + first * slot.query_stride, slot.query_stride, written > item.first_step);
+    slot.gradient.add(grad_scores, stride, first, count, tile.count, grad_query, slot.panel);
   }
 
   // The coefficients of the memory's gradient, by source step. A column of many rows is in as many pages, more than the first-level
