@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from attn_ext import luong_attention
 
 pytestmark = [pytest.mark.fused, pytest.mark.cpu]
 
@@ -169,6 +172,28 @@ def test_which_products_are_made_here() -> None:
     assert not is_multiplied_here(lambda: call(double, query.double()))
     torch.set_float32_matmul_precision("medium")
     assert not is_multiplied_here(lambda: call(tensors))
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "ours"),
+    [
+        (torch.backends.cuda.matmul, "tf32", True),
+        (torch.backends.mkldnn.matmul, "ieee", True),
+        (torch.backends.mkldnn.matmul, "bf16", False),
+        (torch.backends.mkldnn.matmul, "tf32", False),
+    ],
+    ids=["cuda-tf32", "mkldnn-ieee", "mkldnn-bf16", "mkldnn-tf32"],
+)
+def test_a_precision_set_for_one_backend(settings: Any, value: str, ours: bool) -> None:
+    """From then on PyTorch refuses to say what holds for all of them."""
+    tensors = [torch.randn(2, 3, 64), torch.randn(2, 64, 64), torch.randn(64, 64)]
+    settings.fp32_precision = value
+
+    def call() -> None:
+        query, memory, weight = (tensor.detach().requires_grad_() for tensor in tensors)
+        luong_attention(query, memory, "general", weight=weight)[0].sum().backward()
+
+    assert is_multiplied_here(call) == ours
 
 
 def test_a_trace_has_the_products_in_it() -> None:

@@ -25,8 +25,13 @@ constexpr int64_t kBlock = 256, kLeastBlock = 64;
 constexpr int64_t kDeep = 4096;
 
 // Who allows rounder products gets PyTorch's.
+// Asked for by backend: the setting of all at once raises as soon as one of them has been set by itself.
 bool may_multiply() {
-  return multiplies() && at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+  if (!multiplies()) {
+    return false;
+  }
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  return precision != at::Float32Precision::TF32 && precision != at::Float32Precision::BF16;
 }
 
 bool is_worth_it(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
@@ -140,7 +145,7 @@ bool is_plain(const Tensor& tensor) {
 }
 
 bool takes(const Tensor& a, const Tensor& b) {
-  return may_multiply() && is_of_floats(a) && is_of_floats(b) && a.size(1) == b.size(0) && is_by_rows(a) &&
+  return is_of_floats(a) && is_of_floats(b) && may_multiply() && a.size(1) == b.size(0) && is_by_rows(a) &&
          (is_by_rows(b) || is_by_columns(b)) && is_worth_it(1, a.size(0), a.size(1), b.size(1));
 }
 
@@ -156,7 +161,7 @@ void matmul(
 }
 
 bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, const SomeRows& some) {
-  if (!may_multiply() || !is_of_floats(out)) {
+  if (!is_of_floats(out) || !may_multiply()) {
     return false;
   }
   if (!is_by_rows(out)) {
@@ -178,7 +183,7 @@ bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, cons
 }
 
 Tensor sums_of_products(at::TensorList a, at::TensorList b, const SomeRows& rows) {
-  if (!may_multiply() || !is_of_floats(a.front())) {
+  if (!is_of_floats(a.front()) || !may_multiply()) {
     return Tensor();
   }
   const int64_t batch = a.front().size(0), size = a.front().size(-1), columns = b.front().size(-1);
