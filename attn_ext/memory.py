@@ -47,15 +47,16 @@ class AttentionMemory:
 
     Args:
         memory: [B, S, Dm] encoder outputs.
-        method, weight, v, bias, lengths, mask, scale: as in :func:`attn_ext.luong_attention`.
+        method, weight, v, bias, lengths, mask, scale: as in :func:`attn_ext.luong_attention`. None may be changed in
+            place while the memory is in use: what was hidden when it was made has no keys.
 
     Attributes:
         memory, weight, v, lengths, mask: as given; memory, weight and v in autocast's dtype where that was enabled,
             lengths as int64 on memory's device. None where there is none.
         method: "dot", "general" or "concat".
         scale: as a float; 1.0 where none was given.
-        keys: concat's, Wm memory + bias with [Wq Wm] = weight, [B, S, A]; rows that no query may attend hold anything.
-            None otherwise.
+        keys: concat's, Wm memory + bias with [Wq Wm] = weight, [B, S, A]; rows that no query may attend hold anything,
+            and so has a gradient given to them no meaning. None otherwise.
 
     Raises:
         ValueError, TypeError: as :func:`attn_ext.luong_attention`.

@@ -33,6 +33,9 @@ class Block {
     height_ = std::min(call_.height, call_.rows - first_row_);
     out_ = call_.out + batch_ * call_.out_batch + first_row_ * call_.out_row;
     find_runs();
+    if (runs_ == end_runs_) {
+      return;
+    }
     int64_t k = 0;
     do {
       add(k, std::min(kPanelDepth, call_.depth - k));
