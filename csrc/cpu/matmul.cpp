@@ -24,8 +24,8 @@ constexpr int64_t kBlock = 256, kLeastBlock = 64;
 // A product deeper than that has to have blocks for all threads.
 constexpr int64_t kDeep = 4096;
 
-// Who allows rounder products gets PyTorch's.
-// Asked for by backend: the setting of all at once raises as soon as one of them has been set by itself.
+// Who allows rounder products gets PyTorch's. Asked for by backend, since the setting of all at once raises as soon as one of them
+// has been set by itself.
 bool may_multiply() {
   if (!multiplies()) {
     return false;

@@ -575,6 +575,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
     acc* keys;     // exp(2k) if their range allows, else q and k
     acc* grad_queries;
     acc* grad_keys;
+    Vec<acc> query_magnitude, key_magnitude;  // the largest |q| and |k|, lane by lane
     bool factors;
   };
 
@@ -627,38 +628,49 @@ class AdditiveGradient : public AdditiveScore<acc> {
 
   // `width` of them, of the features from a on.
   void take_columns(const acc* const* queries, int64_t count, int64_t steps, int64_t a, int64_t width) {
-    const auto filled = [&](int64_t w) { return std::min(lanes, this->size_ - a - w * lanes); };
-    Vec<acc> query_magnitudes[kAbreast], key_magnitudes[kAbreast];
-    for (int64_t w = 0; w < width; ++w) {
-      query_magnitudes[w] = Vec<acc>(0);
-      key_magnitudes[w] = Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0));
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      for (int64_t w = 0; w < width; ++w) {
-        const auto q = Vec<acc>::loadu(queries[t] + a + w * lanes, filled(w));
-        (exponential<acc>(q, 2) * Vec<acc>(0.5)).store(columns_[w].queries + t * lanes);
-        query_magnitudes[w] = raised(query_magnitudes[w], q.abs());
-      }
-    }
-    for (int64_t j = 0; j < steps; ++j) {
-      for (int64_t w = 0; w < width; ++w) {
-        if (this->has_exponentials_) {
-          Vec<acc>::loadu(this->key_exponentials_.addresses()[j] + a + w * lanes).store(columns_[w].keys + j * lanes);
-        } else {
-          const auto k = Vec<acc>::loadu(this->keys_.addresses()[j] + a + w * lanes, filled(w));
-          exponential<acc>(k, 2).store(columns_[w].keys + j * lanes);
-          key_magnitudes[w] = raised(key_magnitudes[w], k.abs());
+    const auto for_vectors = [&](const acc* const* rows, int64_t end, const auto& f) {
+      for (int64_t i = 0; i < end; ++i) {
+        for (int64_t w = 0; w < width; ++w) {
+          const int64_t first = a + w * lanes;
+          f(columns_[w], i * lanes, Vec<acc>::loadu(rows[i] + first, std::min(lanes, this->size_ - first)));
         }
       }
+    };
+    for (Column& column : columns_) {
+      column.query_magnitude = Vec<acc>(0);
+      column.key_magnitude = Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0));
     }
+    for_vectors(queries, count, [](Column& column, int64_t i, const Vec<acc>& q) {
+      (exponential<acc>(q, 2) * Vec<acc>(0.5)).store(column.queries + i);
+      column.query_magnitude = raised(column.query_magnitude, q.abs());
+    });
+    if (this->has_exponentials_) {
+      for_vectors(this->key_exponentials_.addresses(), steps, [](Column& column, int64_t j, const Vec<acc>& e) {
+        e.store(column.keys + j);
+      });
+    } else {
+      for_vectors(this->keys_.addresses(), steps, [](Column& column, int64_t j, const Vec<acc>& k) {
+        exponential<acc>(k, 2).store(column.keys + j);
+        column.key_magnitude = raised(column.key_magnitude, k.abs());
+      });
+    }
+    bool all_factor = true;
     for (int64_t w = 0; w < width; ++w) {
-      columns_[w].factors = 2 * largest(query_magnitudes[w] + key_magnitudes[w]) <= range_of<acc>(1);
-      for (int64_t t = 0; !columns_[w].factors && t < count; ++t) {
-        Vec<acc>::loadu(queries[t] + a + w * lanes, filled(w)).store(columns_[w].queries + t * lanes);
-      }
-      for (int64_t j = 0; !columns_[w].factors && j < steps; ++j) {
-        Vec<acc>::loadu(this->keys_.addresses()[j] + a + w * lanes, filled(w)).store(columns_[w].keys + j * lanes);
-      }
+      Column& column = columns_[w];
+      column.factors = 2 * largest(column.query_magnitude + column.key_magnitude) <= range_of<acc>(1);
+      all_factor &= column.factors;
+    }
+    if (!all_factor) {
+      for_vectors(queries, count, [](Column& column, int64_t i, const Vec<acc>& q) {
+        if (!column.factors) {
+          q.store(column.queries + i);
+        }
+      });
+      for_vectors(this->keys_.addresses(), steps, [](Column& column, int64_t j, const Vec<acc>& k) {
+        if (!column.factors) {
+          k.store(column.keys + j);
+        }
+      });
     }
   }
 

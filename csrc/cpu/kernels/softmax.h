@@ -28,9 +28,8 @@ acc exponentials(acc* row, int64_t count, acc subtract) {
   return sum(total);
 }
 
-// A tile's weights out of its scores, filled up to whole vectors, and their log-sum-exp; returns their sum. The log-sum-exp is
-// rounded, and so would be the sum, by as much as it is large: weights that are all there are have to be divided by it. It is never
-// 0.
+// A tile's weights out of its scores, filled up to whole vectors, and their log-sum-exp; returns their sum, which is never 0. The
+// log-sum-exp is rounded, and so would be the sum, by as much as it is large: weights that are all there are want dividing by it.
 template <class acc>
 acc recompute_softmax(acc* row, int64_t steps, acc logsumexp) {
   const int64_t count = whole_vectors<acc>(steps);
