@@ -575,7 +575,6 @@ class AdditiveGradient : public AdditiveScore<acc> {
     acc* keys;     // exp(2k) if their range allows, else q and k
     acc* grad_queries;
     acc* grad_keys;
-    Vec<acc> query_magnitude, key_magnitude;  // the largest |q| and |k|, lane by lane
     bool factors;
   };
 
@@ -632,43 +631,43 @@ class AdditiveGradient : public AdditiveScore<acc> {
       for (int64_t i = 0; i < end; ++i) {
         for (int64_t w = 0; w < width; ++w) {
           const int64_t first = a + w * lanes;
-          f(columns_[w], i * lanes, Vec<acc>::loadu(rows[i] + first, std::min(lanes, this->size_ - first)));
+          f(w, i * lanes, Vec<acc>::loadu(rows[i] + first, std::min(lanes, this->size_ - first)));
         }
       }
     };
-    for (Column& column : columns_) {
-      column.query_magnitude = Vec<acc>(0);
-      column.key_magnitude = Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0));
-    }
-    for_vectors(queries, count, [](Column& column, int64_t i, const Vec<acc>& q) {
-      (exponential<acc>(q, 2) * Vec<acc>(0.5)).store(column.queries + i);
-      column.query_magnitude = raised(column.query_magnitude, q.abs());
+    // Kept here, not with the columns, where each would be waited for: an eighth of a few queries' backward.
+    Vec<acc> query_magnitudes[kAbreast], key_magnitudes[kAbreast];
+    std::fill_n(query_magnitudes, kAbreast, Vec<acc>(0));
+    std::fill_n(key_magnitudes, kAbreast, Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0)));
+    for_vectors(queries, count, [&](int64_t w, int64_t i, const Vec<acc>& q) {
+      (exponential<acc>(q, 2) * Vec<acc>(0.5)).store(columns_[w].queries + i);
+      query_magnitudes[w] = raised(query_magnitudes[w], q.abs());
     });
     if (this->has_exponentials_) {
-      for_vectors(this->key_exponentials_.addresses(), steps, [](Column& column, int64_t j, const Vec<acc>& e) {
-        e.store(column.keys + j);
+      for_vectors(this->key_exponentials_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& e) {
+        e.store(columns_[w].keys + j);
       });
     } else {
-      for_vectors(this->keys_.addresses(), steps, [](Column& column, int64_t j, const Vec<acc>& k) {
-        exponential<acc>(k, 2).store(column.keys + j);
-        column.key_magnitude = raised(column.key_magnitude, k.abs());
+      for_vectors(this->keys_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& k) {
+        exponential<acc>(k, 2).store(columns_[w].keys + j);
+        key_magnitudes[w] = raised(key_magnitudes[w], k.abs());
       });
     }
     bool all_factor = true;
     for (int64_t w = 0; w < width; ++w) {
       Column& column = columns_[w];
-      column.factors = 2 * largest(column.query_magnitude + column.key_magnitude) <= range_of<acc>(1);
+      column.factors = 2 * largest(query_magnitudes[w] + key_magnitudes[w]) <= range_of<acc>(1);
       all_factor &= column.factors;
     }
     if (!all_factor) {
-      for_vectors(queries, count, [](Column& column, int64_t i, const Vec<acc>& q) {
-        if (!column.factors) {
-          q.store(column.queries + i);
+      for_vectors(queries, count, [&](int64_t w, int64_t i, const Vec<acc>& q) {
+        if (!columns_[w].factors) {
+          q.store(columns_[w].queries + i);
         }
       });
-      for_vectors(this->keys_.addresses(), steps, [](Column& column, int64_t j, const Vec<acc>& k) {
-        if (!column.factors) {
-          k.store(column.keys + j);
+      for_vectors(this->keys_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& k) {
+        if (!columns_[w].factors) {
+          k.store(columns_[w].keys + j);
         }
       });
     }
