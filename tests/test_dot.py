@@ -20,12 +20,18 @@ def test_one_step_of_any_width(dtype: torch.dtype, D: int) -> None:
     assert_accurate(Case("dot", B=3, T=1, S=37, D=D, dtype=dtype, masking="lengths+rows").problem())
 
 
+# Of 4 multiprocessors, which the kernels are told of on the host, and of a large GPU's.
+ALONE = [(4, S, D) for S in (100, 101, 102) for D in (256, 512, 1024)] + [(64, 50, 512)]
+
+
 @pytest.mark.parametrize("masking", ["none", "lengths+rows"])
-@pytest.mark.parametrize(("S", "D"), [(S, D) for S in (100, 101, 102) for D in (256, 512, 1024)], ids="{}".format)
+@pytest.mark.parametrize(("B", "S", "D"), ALONE, ids="{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_one_step_that_has_the_multiprocessors_for_itself(dtype: torch.dtype, S: int, D: int, masking: str) -> None:
-    """On a GPU its blocks are several times as wide, as far as there is shared memory."""
-    problem = Case("dot", B=1, T=1, S=S, D=D, dtype=dtype, masking=masking).problem()
+def test_one_step_that_has_a_multiprocessor_for_itself(
+    dtype: torch.dtype, B: int, S: int, D: int, masking: str
+) -> None:
+    """On a GPU its block is several times as wide, as far as there is shared memory."""
+    problem = Case("dot", B=B, T=1, S=S, D=D, dtype=dtype, masking=masking).problem()
     assert_accurate(problem)
     assert_same(problem.results(), problem.results())
 

@@ -11,6 +11,7 @@
 
 #include "../dispatch.h"
 #include "../tensors.h"
+#include "splits.h"
 #include "stream.h"
 
 #include <ATen/ops/baddbmm.h>
@@ -20,26 +21,10 @@
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 
-#include <algorithm>
 #include <limits>
 
 namespace attn_ext::cuda {
 namespace {
-
-// In bytes that one multiprocessor reads meanwhile: what is worth a block, what it takes to merge splits, and what to begin another
-// wave of blocks.
-constexpr int64_t kLeastSplit = 16 << 10;
-constexpr int64_t kMerge = 48 << 10;
-constexpr int64_t kWave = 32 << 10;
-
-// In bytes again: what a block's rows have at hand, and how much of a batch element makes blocks of several times the usual warps
-// worth while, which leave fewer splits to merge and have more warps to merge first.
-constexpr int64_t kRound = 8 << 10;
-constexpr int64_t kWideForward = 512 << 10;
-constexpr int64_t kWideBackward = 256 << 10;
-
-// Steps of a split are a multiple of it where they are more: short of that a block's warps do not all have the same to do.
-constexpr int64_t kSplitSteps = 8;
 
 // What every call begins with.
 class Call {
@@ -127,44 +112,10 @@ class Call {
     return of_these;
   }
 
-  // The steps of a batch element in as many blocks as read them soonest: the busiest multiprocessor decides. `partial_size`
-  // elements of a split's result wait for the merge.
+  // `partial_size` elements of a split's result wait for the merge.
   Splits splits(int64_t partial_size, bool backward) {
-    const int64_t processors = multiprocessors(inputs_.query.device());
-    const int64_t of_processor = (is_dot() ? one_step_dot_blocks : one_step_additive_blocks)(problem_, backward);
-    const int64_t columns = problem_.memory_size + (is_dot() ? 0 : problem_.key_size);
-    const int64_t row = std::max<int64_t>(columns * width_of(problem_.dtype), 1);
-    const int64_t most_steps = is_dot() ? problem_.steps : kMostSplitSteps;
-    int64_t least = std::numeric_limits<int64_t>::max();
-    Splits splits{};
-    const auto consider = [&](int64_t width) {
-      const int64_t at_once = processors * (of_processor / width);
-      for (const int64_t waves : {0, 1, 2, 4}) {
-        const int64_t useful = std::max<int64_t>(problem_.steps * row / (width * kLeastSplit), 1);
-        const int64_t wanted = std::clamp<int64_t>(waves * at_once / problem_.batch, 1, useful);
-        int64_t steps = ceil_div(problem_.steps, wanted);
-        steps = steps < kSplitSteps ? steps : ceil_div(steps, kSplitSteps) * kSplitSteps;
-        steps = std::clamp<int64_t>(steps, 1, most_steps);
-        const int64_t count = std::max<int64_t>(ceil_div(problem_.steps, steps), 1), blocks = problem_.batch * count;
-        const int64_t cost =
-            ceil_div(blocks, processors) * steps * row + (count > 1 ? kMerge : 0) + ceil_div(blocks, at_once) * kWave;
-        if (cost < least) {
-          least = cost;
-          splits.steps = steps;
-          splits.count = count;
-          splits.width = width;
-        }
-      }
-    };
-    if (is_dot() && problem_.steps * row > (backward ? kWideBackward : kWideForward)) {
-      consider(of_processor);
-    }
-    consider(1);
-    if (is_dot() && splits.count == 1 && problem_.batch <= processors) {
-      // The multiprocessor has nothing else to do: rounds of the block's are what it waits for, or in the end its warps' merge.
-      const int64_t rounds = ceil_div(problem_.steps * row, kRound);
-      splits.width = std::min({of_processor, rounds, int64_t{backward && rounds > 6 ? 4 : 2}});
-    }
+    const int64_t blocks = (is_dot() ? one_step_dot_blocks : one_step_additive_blocks)(problem_, backward);
+    Splits splits = split_steps(problem_, multiprocessors(inputs_.query.device()), blocks, partial_size, backward);
     if (splits.count > 1) {
       partials_ = empty_exact({problem_.batch, splits.count, partial_size});
       splits.partials = partials_.mutable_data_ptr();

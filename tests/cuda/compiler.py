@@ -52,7 +52,8 @@ def host_library(undefined: bool = False) -> Path:
     kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu") if path.stem != "build")
     sources = [(source, kernel_flags) for source in kernels]
     sources += [("tests/cuda/shim.cpp", FLAGS)]
-    sources += [(source, TORCH_FLAGS) for source in ("csrc/cuda/attention.cpp", "tests/cuda/host.cpp")]
+    hosts = ("csrc/cuda/attention.cpp", "csrc/cuda/splits.cpp", "tests/cuda/host.cpp")
+    sources += [(source, TORCH_FLAGS) for source in hosts]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
         objects = list(pool.map(lambda pair: compile_object(*pair), sources))
     key = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()[:16]
