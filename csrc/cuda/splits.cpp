@@ -1,5 +1,5 @@
 // The time that splits take, estimated. What it is made of was fitted to calls of 39 shapes, forward and backward, each in up to 33
-// ways, on an H200; what is chosen took 1.7 % more than the soonest of them in the mean (docs/performance_gpu.md).
+// ways, on an H200; what is chosen took 1.6 % more than the soonest of them in the mean (docs/performance_gpu.md).
 #include "splits.h"
 
 #include <algorithm>
@@ -15,11 +15,19 @@ struct Times {
   int64_t split;    // a split that the merge's threads go through, one after the other, and
   int64_t partial;  // a byte of the splits' results
 };
-constexpr Times kForward{6, 32 << 10, 1536, 12};
-constexpr Times kBackward{7, 40 << 10, 256, 8};  // whose merge shares the splits among threads
+constexpr Times kForward{6, 40 << 10, 1536, 12};
+constexpr Times kBackward{7, 48 << 10, 256, 8};  // whose merge shares the splits among threads
 constexpr int64_t kStep = 640;      // a step to the block, beyond its bytes; half of a short row's, for they come together
 constexpr int64_t kByElements = 3;  // so many times the block's time, of rows that do not lie on 16 bytes
 constexpr int64_t kWave = 1 << 20;  // blocks for which there is no room at first
+
+// The warps' time and the memory's: of so much of the shorter nothing is hidden, for the rows are asked for all at once, of the
+// rest all but an eighth.
+constexpr int64_t together(int64_t by_warps, int64_t by_memory) {
+  constexpr int64_t at_once = 64 << 10;
+  const int64_t shorter = std::min(by_warps, by_memory), rest = std::max<int64_t>(shorter - at_once, 0);
+  return std::max(by_warps, by_memory) + shorter - rest + rest / 8;
+}
 
 // Steps of a split are a multiple of it where they are more: short of that a block's warps do not all have the same to do.
 constexpr int64_t kSplitSteps = 8;
@@ -41,7 +49,8 @@ Splits split_steps(const Problem& problem, int64_t processors, int64_t blocks, i
                 keys = is_dot ? 0 : problem.key_size * width_of(problem.dtype);
   const int64_t row = std::max<int64_t>(memory + keys, 1), moved = backward ? 2 * row : row;
   const int64_t step = (moved * times.byte / 4 + std::min(kStep, moved / 2)) * ((memory | keys) % 16 == 0 ? 1 : kByElements);
-  const int64_t partial = partial_size * (problem.dtype == Dtype::Double ? 8 : 4);
+  // Additive gradients leave v's too.
+  const int64_t partial = partial_size * (problem.dtype == Dtype::Double ? 8 : 4) * (backward && !is_dot ? 2 : 1);
   const int64_t most_steps = is_dot ? problem.steps : kMostSplitSteps;
   int64_t least = std::numeric_limits<int64_t>::max();
   Splits soonest{};
@@ -54,7 +63,7 @@ Splits split_steps(const Problem& problem, int64_t processors, int64_t blocks, i
     const int64_t by_warps = waves * steps * step * speed_of(1) / speed_of(width);
     const int64_t by_memory = ceil_div(all, processors) * steps * moved;
     const int64_t merge = count == 1 ? 0 : times.merge + count * times.split + all * partial / processors * times.partial;
-    const int64_t time = std::max(by_warps, by_memory) + std::min(by_warps, by_memory) / 8 + (waves - 1) * kWave + merge;
+    const int64_t time = together(by_warps, by_memory) + (waves - 1) * kWave + merge;
     if (time < least) {
       least = time;
       soonest.steps = steps;
