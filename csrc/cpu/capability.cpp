@@ -1,5 +1,6 @@
 #include "capability.h"
 
+#include <ATen/Context.h>
 #include <ATen/Version.h>
 
 #include <cstdlib>
@@ -42,9 +43,9 @@ const MatmulKernels* no_matmul() {
 }
 
 #if defined(__x86_64__)
-// MKL takes AVX-512 on its maker's processors alone.
-const MatmulKernels* unless_intel() {
-  return __builtin_cpu_is("intel") ? nullptr : &AVX512::matmul_kernels();
+// MKL takes AVX-512 on its maker's processors alone. Other libraries are not known to leave it.
+const MatmulKernels* where_mkl_leaves_it() {
+  return !at::hasMKL() || __builtin_cpu_is("intel") ? nullptr : &AVX512::matmul_kernels();
 }
 
 // Whoever asks for AVX512 by name gets no more than that.
@@ -60,8 +61,8 @@ const Capability& capability() {
       {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels, no_matmul},
 #if defined(__x86_64__)
       {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels, no_matmul},
-      {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels, unless_intel},
-      {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, unless_intel},
+      {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels, where_mkl_leaves_it},
+      {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, where_mkl_leaves_it},
 #endif
   };
   static const Capability& chosen = []() -> const Capability& {
