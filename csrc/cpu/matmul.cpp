@@ -93,15 +93,25 @@ void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
 
 // The rows of tensors of `batch` elements each, those of an element one behind the other; none where one is not to be taken so.
 std::optional<Addresses> rows_by_element(at::TensorList tensors, int64_t batch) {
+  struct Part {
+    const float* data;
+    int64_t element, rows, row;
+  };
+  std::vector<Part> parts;  // a loop's steps times its batch are many to ask each time
+  int64_t count = 0;
+  for (const Tensor& tensor : tensors) {
+    if (!is_of_floats(tensor) || !is_by_rows(tensor) || tensor.size(0) != batch) {
+      return std::nullopt;
+    }
+    parts.push_back({tensor.const_data_ptr<float>(), tensor.stride(0), tensor.size(1), tensor.stride(1)});
+    count += tensor.size(1);
+  }
   Addresses rows;
+  rows.reserve(batch * count);
   for (int64_t b = 0; b < batch; ++b) {
-    for (const Tensor& tensor : tensors) {
-      if (!is_of_floats(tensor) || !is_by_rows(tensor) || tensor.size(0) != batch) {
-        return std::nullopt;
-      }
-      const float* data = tensor.const_data_ptr<float>() + b * tensor.stride(0);
-      for (int64_t i = 0; i < tensor.size(1); ++i) {
-        rows.push_back(data + i * tensor.stride(1));
+    for (const Part& part : parts) {
+      for (int64_t i = 0; i < part.rows; ++i) {
+        rows.push_back(part.data + b * part.element + i * part.row);
       }
     }
   }
