@@ -14,9 +14,14 @@ from attn_ext import luong_attention
 pytestmark = [pytest.mark.fused, pytest.mark.cpu]
 
 MASKINGS = ("none", "lengths", "rows", "pairs", "lengths+rows", "nothing is seen")
-# B, S, Dm, A: whole blocks and panels, and one more or less; more rows than columns and fewer; deep and shallow.
+# B, S, Dm, A: whole blocks and panels, and one more or less; more rows than columns and fewer; deep and shallow; so few
+# rows that their sums are along vectors, up to 32, and one more.
 SIZES = (
     (1, 1, 1, 1),
+    (1, 1, 300, 65),
+    (3, 5, 130, 70),
+    (4, 8, 257, 33),
+    (3, 11, 280, 20),
     (3, 5, 7, 2),
     (2, 33, 20, 65),
     (1, 256, 64, 64),
@@ -134,11 +139,30 @@ def test_any_layout(size: tuple[int, int, int, int]) -> None:
         torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-4)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+def skip_if_elsewhere() -> None:
     if not torch.ops.attn_ext.cpu_multiplies():
         pytest.skip("projections are PyTorch's here")
-    tensors, lengths, mask = make(4, 300, 200, 130, "lengths")
-    grad_keys = torch.randn(4, 300, 130)
+
+
+@pytest.mark.parametrize("gap", [1, 5, 6])
+def test_rows_between_others_get_nothing(gap: int) -> None:
+    """Nor do they pass anything on, though they may be multiplied with the others: what they hold is no number."""
+    skip_if_elsewhere()
+    (memory, weight, v, bias), *_ = make(2, 100, 40, 70)
+    mask = (torch.arange(100) % (gap + 1) == 0).expand(2, -1)
+    grad_keys = torch.randn(2, 100, 70).masked_fill(~mask.unsqueeze(-1), torch.nan)
+    _, (grad_memory, grad_weight, _) = keys_and_gradients([memory, weight, v, bias], None, mask, grad_keys)
+    assert (grad_memory[~mask] == 0).all()
+    assert_near(grad_memory[mask], grad_keys[mask].double() @ weight[:, 3:].double(), 70)
+    assert_near(grad_weight[:, 3:], grad_keys[mask].double().T @ memory[mask].double(), 200)
+
+
+@pytest.mark.parametrize("size", [(4, 300, 200, 130), (2, 8, 512, 300)], ids=str)
+def test_the_number_of_threads_changes_no_bit(size: tuple[int, int, int, int]) -> None:
+    skip_if_elsewhere()
+    tensors, lengths, mask = make(*size, "lengths")
+    B, S, _, A = size
+    grad_keys = torch.randn(B, S, A)
     one_and_more = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
