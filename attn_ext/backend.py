@@ -16,10 +16,11 @@ from attn_ext import autograd, checks
 
 BACKENDS = ("auto", "fused", "reference")
 ENVIRONMENT_VARIABLE = "ATTN_EXT_BACKEND"
-# Once unavailable() is None: attn_ext._calls, the ops without torch.ops' look at their arguments, and the device types
-# that have kernels in this build; "meta" stands for shape propagation.
+# Once unavailable() is None: attn_ext._calls, the ops without torch.ops' look at their arguments; the device types that
+# have kernels in this build, "meta" standing for shape propagation; and whether projections on a CPU are the ops' own.
 calls: ModuleType
 fused_devices: tuple[str, ...] = ("cpu", "meta")
+multiplies = False
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -118,7 +119,7 @@ def _load() -> str | None:
             f"the extension was built for PyTorch {built_for}, but this is PyTorch {running}. "
             f"To rebuild it, run in attn_ext's source folder: {REBUILD}"
         )
-    global calls, fused_devices
+    global calls, fused_devices, multiplies
     try:
         torch.ops.load_library(spec.origin)
         calls = importlib.import_module("attn_ext._calls")
@@ -127,6 +128,7 @@ def _load() -> str | None:
     autograd.library()
     if torch.ops.attn_ext.cuda_build():
         fused_devices = ("cpu", "cuda", "meta")
+    multiplies = torch.ops.attn_ext.cpu_multiplies()
     return None
 
 

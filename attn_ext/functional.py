@@ -400,20 +400,23 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
     return saved > _KEYS * B * S * Dm
 
 
-def of_products(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """A projection's parameters, in the type that products with `features` are to be taken in.
+def is_slow(features: Tensor) -> bool:
+    """Whether PyTorch's products with them are slower than of float32, their type having none on this processor."""
+    return features.dtype in _SLOW_ON_CPU and features.is_cpu
 
-    That is float32 on a processor without products of `features`' type: there PyTorch's own are slower.
-    """
-    if not (features.dtype in _SLOW_ON_CPU and features.is_cpu):
+
+def of_products(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """A projection's parameters, in the type that an op's product with `features` is to be taken in."""
+    if backend.multiplies or not is_slow(features):
         return weight, bias
     return weight.float(), None if bias is None else bias.float()
 
 
 def linear(features: Tensor, weight: Tensor) -> Tensor:
-    """F.linear, in the type that `of_products` says."""
-    weight, _ = of_products(features, weight)
-    return F.linear(features.to(weight.dtype), weight).to(features.dtype)
+    """F.linear, in float32 where that is faster."""
+    if not is_slow(features):
+        return F.linear(features, weight)
+    return F.linear(features.float(), weight.float()).to(features.dtype)
 
 
 def check_query(arguments: checks.Arguments, query: Tensor, size: str = "Dq", name: str = "query") -> None:

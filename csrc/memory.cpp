@@ -272,7 +272,7 @@ struct Node : torch::autograd::Function<Node> {
       }
     }
     if (wanted[kBias]) {
-      grads[kBias] = as(saved[kBias].scalar_type(), at::sum(rows_of(grad_keys), 0));
+      grads[kBias] = at::sum(rows_of(grad_keys), 0, false, saved[kBias].scalar_type());
     }
   }
 
@@ -292,13 +292,13 @@ struct Node : torch::autograd::Function<Node> {
     if (rows.empty()) {
       return Tensor();
     }
-    const auto type = coefficients[0].scalar_type();
-    if (rows[0].scalar_type() != type) {  // two conversions a step would take longer than joining them first
-      coefficients = {joined(coefficients)};
-      rows = {as(type, joined(rows))};
+    Tensor sums = cpu::sums_of_products(coefficients, rows, seen);
+    if (!sums.defined()) {  // a gradient that is one number everywhere, say, takes no memory till it is joined
+      const Tensor of_all = joined(coefficients), all = as(of_all.scalar_type(), joined(rows));
+      sums = cpu::sums_of_products(of_all, all, seen);
+      sums = sums.defined() ? sums : at::bmm(of_all.transpose(1, 2), all);
     }
-    const Tensor sums = cpu::sums_of_products(coefficients, rows, seen);
-    return as(memory.scalar_type(), sums.defined() ? sums : at::bmm(joined(coefficients).transpose(1, 2), joined(rows)));
+    return as(memory.scalar_type(), sums);
   }
 
   static std::tuple<Tensor, Tensor> grad_keys_and_v(

@@ -219,7 +219,7 @@ struct Node : torch::autograd::Function<Node> {
       results[kV] = computed.v;
     }
     if (wanted[kBias]) {
-      results[kBias] = as(saved[kBias].scalar_type(), at::sum(rows_of(computed.keys), 0));
+      results[kBias] = at::sum(rows_of(computed.keys), 0, false, saved[kBias].scalar_type());
     }
   }
 };

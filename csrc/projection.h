@@ -21,6 +21,11 @@ inline Tensor as(at::ScalarType type, const Tensor& tensor) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
 }
 
+// What PyTorch's products of a type are taken in: on a processor with products of ours, float16 has none of its own.
+inline at::ScalarType product_type(at::ScalarType type, const Tensor& tensor) {
+  return type == at::kHalf && tensor.is_cpu() && cpu::multiplies() ? at::kFloat : type;
+}
+
 // [B, T, D] as [B T, D]: a view where the strides allow.
 inline Tensor rows_of(const Tensor& tensor) {
   return tensor.dim() == 2 ? tensor : tensor.flatten(0, 1);
@@ -77,6 +82,7 @@ inline void check_projection(
         ", needed is [",
         weight.sym_size(0),
         "]");
+    TORCH_CHECK_TYPE(bias->scalar_type() == weight_type, "bias is ", bias->scalar_type(), ", needed is ", weight_type);
   }
 }
 
@@ -132,22 +138,21 @@ inline SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_ti
 }
 
 // weight x + bias for each x of the input, [..., in] and [out, in]; 0 for those of other rows, where there is something to gain.
-// Halves are multiplied in float32 where their weight comes in it, as functional.py has it on a processor without products of
-// theirs.
+// Halves are multiplied in float32 where their weight comes in it, as functional.py has it where PyTorch has nothing better.
 inline Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}, const SomeRows& some = {}) {
   if (is_time_major(input)) {  // so is the result then, and nothing is copied
     return project(input.transpose(0, 1), weight, bias, some).transpose(0, 1);
   }
-  const auto type = at::isReducedFloatingType(input.scalar_type()) ? weight.scalar_type() : input.scalar_type();
-  const Tensor rows = as(type, rows_of(input)), factors = weight.t();
-  Tensor product;
+  const Tensor rows = rows_of(input), factors = weight.t();
+  Tensor projected;
   if (cpu::takes(rows, factors) && (!bias || cpu::is_plain(*bias))) {
-    product = at::empty({rows.size(0), factors.size(1)}, rows.options());
-    cpu::matmul(product, rows, factors, bias, false, some);
+    projected = at::empty({rows.size(0), factors.size(1)}, rows.options());
+    cpu::matmul(projected, rows, factors, bias, false, some);
   } else {
-    product = bias ? at::addmm(*bias, rows, factors) : at::mm(rows, factors);
+    const auto type = product_type(weight.scalar_type(), input);
+    const Tensor left = as(type, rows), right = as(type, factors);
+    projected = as(input.scalar_type(), bias ? at::addmm(as(type, *bias), left, right) : at::mm(left, right));
   }
-  const Tensor projected = as(input.scalar_type(), product);
   return input.dim() == 2 ? projected : projected.view_symint({input.sym_size(0), input.sym_size(1), weight.sym_size(0)});
 }
 
@@ -158,40 +163,38 @@ inline Tensor project_memory(const Tensor& memory, const Tensor& weight, const O
 
 // What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`; of rows that are hidden, 0.
 inline Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const SomeRows& some = {}) {
-  const Tensor rows = as(weight.scalar_type(), rows_of(grad));
-  return as(input.scalar_type(), project(rows, weight.t(), {}, some)).view_symint(input.sym_sizes());
+  return as(input.scalar_type(), project(rows_of(grad), weight.t(), {}, some)).view_symint(input.sym_sizes());
 }
 
 // As grad_of_input, but added to what the input has already, contiguous; returns the sum.
 inline Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const SomeRows& some) {
-  if (sum.scalar_type() != weight.scalar_type()) {
-    return at::add(sum, grad_of_input(grad, weight, sum, some));
-  }
   const Tensor to = rows_of(sum), rows = rows_of(grad);
   if (cpu::takes(rows, weight)) {
     cpu::matmul(to, rows, weight, std::nullopt, true, some);
-  } else {
-    to.addmm_(rows, weight);
+    return sum;
   }
+  const auto type = sum.scalar_type();
+  if (weight.scalar_type() != type || product_type(type, sum) != type) {
+    return at::add(sum, grad_of_input(grad, weight, sum, some));
+  }
+  to.addmm_(rows, weight);
   return sum;
 }
 
 // What a projection's weight gets of these rows of its inputs, written to `result` [out, in]. Returns whether the others were left
 // out; if not, they are summed over with all.
 inline bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::TensorList inputs, const SomeRows& some = {}) {
-  const auto rows = [&](at::TensorList tensors) {
-    std::vector<Tensor> of_type;
-    for (const Tensor& tensor : tensors) {
-      of_type.push_back(as(result.scalar_type(), tensor));
-    }
-    return of_type;
-  };
-  const std::vector<Tensor> of_grads = rows(grads), of_inputs = rows(inputs);
-  if (cpu::sum_of_products(result, of_grads, of_inputs, some)) {
+  if (cpu::sum_of_products(result, grads, inputs, some)) {
     return some.has_value();
   }
-  Tensor out = result;
-  at::mm_out(out, rows_of(joined(of_grads)).t(), rows_of(joined(of_inputs)));
+  const auto type = product_type(result.scalar_type(), result);
+  const auto rows = [&](at::TensorList tensors) { return as(type, rows_of(joined(tensors))); };
+  if (type == result.scalar_type()) {
+    Tensor out = result;
+    at::mm_out(out, rows(grads).t(), rows(inputs));
+  } else {
+    result.copy_(at::mm(rows(grads).t(), rows(inputs)));
+  }
   return false;
 }
 

@@ -338,7 +338,11 @@ def test_opcheck_of_projections(projection: str, gradients: bool, masking: str, 
         projection, Case(projection.split()[0], masking=masking, dtype=dtype)
     )
     leaves = [tensor if tensor is None else tensor.requires_grad_(gradients) for tensor in tensors]
-    opcheck(torch.ops.attn_ext.projected_attention.default, (*leaves, lengths, mask, scale, need_weights, by_keys))
+    arguments = (*leaves, lengths, mask, scale, need_weights, by_keys)
+    # A trace has PyTorch's products, whose sums may be rounded to the halves beside ours.
+    eps = torch.finfo(dtype).eps
+    near = {"atol": 4 * eps, "rtol": 4 * eps} if dtype in (torch.bfloat16, torch.float16) else {}
+    opcheck(torch.ops.attn_ext.projected_attention.default, arguments, **near)
 
 
 @each_projection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -102,6 +103,37 @@ def test_keys_and_their_gradients(size: tuple[int, int, int, int], masking: str,
     assert_near(grad_bias, grad_keys.double().sum((0, 1)), B * S)
 
 
+@pytest.mark.parametrize("masking", ["none", "lengths+rows"])
+@pytest.mark.parametrize("weight_type", ["its own", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 300, 65), (4, 8, 257, 33), (3, 50, 24, 40), (2, 300, 520, 257)], ids=str)
+def test_halves_are_rounded_once(
+    size: tuple[int, int, int, int], dtype: torch.dtype, weight_type: str, masking: str
+) -> None:
+    B, S, _, A = size
+    tensors, lengths, mask = make(*size, masking)
+    rows = seen(B, S, lengths, mask).unsqueeze(-1)
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    tensors[0] = tensors[0].masked_fill(~rows, torch.nan)
+    if weight_type == "float32":
+        tensors[1], tensors[3] = tensors[1].float(), tensors[3].float()
+    grad_keys = torch.randn(B, S, A, dtype=dtype).masked_fill(~rows, 0)
+    keys, grads = keys_and_gradients(tensors, lengths, mask, grad_keys)
+    memory, weight, _, bias = (tensor.double() for tensor in tensors)
+    memory = memory.masked_fill(~rows, 0)
+    grad = grad_keys.double()
+    grad_weight = torch.zeros_like(weight)
+    grad_weight[:, 3:] = grad.flatten(0, 1).T @ memory.flatten(0, 1)
+    expected = (memory @ weight[:, 3:].T + bias, grad @ weight[:, 3:], grad_weight, grad.sum((0, 1)))
+    # Halfway to the next number, and what the sum in float32 is off.
+    for actual, wanted in zip((keys.masked_fill(~rows, 0), *grads), expected, strict=True):
+        wanted = wanted.masked_fill(~rows, 0) if wanted.shape == keys.shape else wanted
+        error = (actual.double() - wanted).abs()
+        assert (
+            error <= 0.5 * torch.finfo(actual.dtype).eps * wanted.abs() + 1e-5 * wanted.abs().max().clamp(min=1)
+        ).all()
+
+
 @pytest.mark.parametrize("size", [(3, 50, 24, 40), (4, 129, 257, 66)], ids=str)
 def test_any_layout(size: tuple[int, int, int, int]) -> None:
     """Time-major memories, transposed, sliced and repeated tensors, the same numbers everywhere."""
@@ -173,7 +205,10 @@ def test_the_number_of_threads_changes_no_bit(size: tuple[int, int, int, int]) -
 
 
 def test_which_products_are_made_here() -> None:
-    """Of float32, on a processor of whose vectors PyTorch's library makes half, and exact ones, if nobody looks on."""
+    """On a processor of whose vectors PyTorch's library makes half, and exact ones, if nobody looks on.
+
+    Of float32 and float16; of bfloat16, which has products of its own, the smallest.
+    """
     ours = torch.ops.attn_ext.cpu_multiplies()
     tensors, lengths, mask = make(2, 30, 20, 40, "lengths")
     query = torch.randn(2, 3, 3)
@@ -194,6 +229,13 @@ def test_which_products_are_made_here() -> None:
     assert not is_multiplied_here(lambda: torch.autograd.grad(context, leaves, grads, create_graph=True))
     double = [tensor.double() for tensor in tensors]
     assert not is_multiplied_here(lambda: call(double, query.double()))
+    for rows, is_small in ((1, True), (16, True), (17, False), (256, False)):
+        features, weight = torch.randn(1, rows, 512), torch.randn(512, 512)
+        for dtype in (torch.float16, torch.bfloat16):
+            options = (None, None, 1.0, False, False)
+            arguments = (features.to(dtype), weight.to(dtype), features.to(dtype), None, None, *options)
+            is_here = is_multiplied_here(partial(torch.ops.attn_ext.projected_attention, *arguments))
+            assert is_here == (is_small or dtype == torch.float16)
     torch.set_float32_matmul_precision("medium")
     assert not is_multiplied_here(lambda: call(tensors))
 

@@ -16,13 +16,16 @@
 namespace attn_ext::cpu {
 namespace {
 
-using Addresses = std::vector<const float*>;
+using Addresses = std::vector<const void*>;
 
 // Rows and columns of an item's block of the result: as many as keep it in the second-level cache, and as few as are worth packing.
 constexpr int64_t kBlock = 256, kLeastBlock = 64;
 
 // A product deeper than that has to have blocks for all threads.
 constexpr int64_t kDeep = 4096;
+
+// Multiply-adds that pairs are not worth waiting for.
+constexpr int64_t kFewPairs = int64_t{1} << 22;
 
 // Who allows rounder products gets PyTorch's. Asked for by backend, since the setting of all at once raises as soon as one of them
 // has been set by itself.
@@ -39,8 +42,15 @@ bool is_worth_it(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
   return blocks > 0 && depth > 0 && (depth <= kDeep || blocks >= at::get_num_threads());
 }
 
-bool is_of_floats(const Tensor& tensor) {
-  return is_plain(tensor) && tensor.scalar_type() == at::kFloat;
+bool is_summed_in_float(const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  return is_plain(tensor) && (type == at::kFloat || at::isReducedFloatingType(type));
+}
+
+// Pairs of bfloat16 have products of their own, which are PyTorch's and take long to begin: of a result or a weight in it, only
+// small ones are made here.
+bool has_faster_product(const Tensor& tensor, const Matmul& call) {
+  return tensor.scalar_type() == at::kBFloat16 && call.rows * call.depth * call.columns > kFewPairs;
 }
 
 bool is_by_rows(const Tensor& matrix) {
@@ -61,19 +71,38 @@ int64_t part_of(int64_t size, int64_t multiple) {
   return ceil_div(ceil_div(size, ceil_div(size, kBlock)), multiple) * multiple;
 }
 
-Matmul of_size(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
+Matmul product_of(const Tensor& a, const Tensor& b) {
   Matmul call{};
+  call.a_type = dtype_of(a);
+  call.b_type = dtype_of(b);
+  call.batch = 1;
+  call.rows = a.size(0);
+  call.depth = a.size(1);
+  call.columns = b.size(1);
+  call.a = matrix_view(a);
+  call.b = matrix_view(b);
+  return call;
+}
+
+// Of rows of these tensors, those of each batch element one behind the other.
+Matmul sum_of(const Addresses& a_rows, const Addresses& b_rows, at::TensorList a, at::TensorList b, int64_t batch) {
+  Matmul call{};
+  call.a_type = dtype_of(a.front());
+  call.b_type = dtype_of(b.front());
   call.batch = batch;
-  call.rows = rows;
-  call.depth = depth;
-  call.columns = columns;
+  call.rows = a.front().size(-1);
+  call.depth = static_cast<int64_t>(a_rows.size()) / batch;
+  call.columns = b.front().size(-1);
+  call.a_columns = a_rows.data();
+  call.b_rows = b_rows.data();
   return call;
 }
 
 // `call` lacks out and the division of the work.
 void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
   RECORD_FUNCTION("attn_ext::cpu::matmul[avx512]", c10::ArrayRef<const c10::IValue>{});
-  call.out = out.mutable_data_ptr<float>();
+  call.out = out.mutable_data_ptr();
+  call.out_type = dtype_of(out);
   call.out_batch = out.dim() == 3 ? out.stride(0) : 0;
   call.out_row = out.stride(-2);
   const Run all{0, call.batch * call.rows};
@@ -94,16 +123,19 @@ void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
 // The rows of tensors of `batch` elements each, those of an element one behind the other; none where one is not to be taken so.
 std::optional<Addresses> rows_by_element(at::TensorList tensors, int64_t batch) {
   struct Part {
-    const float* data;
-    int64_t element, rows, row;
+    const char* data;
+    int64_t element, rows, row;  // and how many bytes elements and rows are apart
   };
   std::vector<Part> parts;  // a loop's steps times its batch are many to ask each time
   int64_t count = 0;
   for (const Tensor& tensor : tensors) {
-    if (!is_of_floats(tensor) || !is_by_rows(tensor) || tensor.size(0) != batch) {
+    const bool is_alike = tensor.scalar_type() == tensors.front().scalar_type() && tensor.size(0) == batch;
+    if (!is_alike || !is_summed_in_float(tensor) || !is_by_rows(tensor)) {
       return std::nullopt;
     }
-    parts.push_back({tensor.const_data_ptr<float>(), tensor.stride(0), tensor.size(1), tensor.stride(1)});
+    const int64_t width = tensor.element_size();
+    const auto* data = static_cast<const char*>(tensor.const_data_ptr());
+    parts.push_back({data, tensor.stride(0) * width, tensor.size(1), tensor.stride(1) * width});
     count += tensor.size(1);
   }
   Addresses rows;
@@ -155,23 +187,25 @@ bool is_plain(const Tensor& tensor) {
 }
 
 bool takes(const Tensor& a, const Tensor& b) {
-  return is_of_floats(a) && is_of_floats(b) && may_multiply() && a.size(1) == b.size(0) && is_by_rows(a) &&
-         (is_by_rows(b) || is_by_columns(b)) && is_worth_it(1, a.size(0), a.size(1), b.size(1));
+  if (!is_summed_in_float(a) || !is_summed_in_float(b) || !may_multiply() || a.size(1) != b.size(0) || !is_by_rows(a) ||
+      !(is_by_rows(b) || is_by_columns(b))) {
+    return false;
+  }
+  const Matmul call = product_of(a, b);
+  return is_worth_it(1, call.rows, call.depth, call.columns) && !has_faster_product(b, call);
 }
 
 void matmul(
     const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool adds_to_out, const SomeRows& rows) {
-  Matmul call = of_size(1, a.size(0), a.size(1), b.size(1));
-  call.a = matrix_view(a);
-  call.b = matrix_view(b);
-  const Tensor added = bias ? bias->contiguous() : Tensor();
+  Matmul call = product_of(a, b);
+  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   call.bias = bias ? added.const_data_ptr<float>() : nullptr;
   call.adds_to_out = adds_to_out;
   run(call, out, rows);
 }
 
 bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, const SomeRows& some) {
-  if (!is_of_floats(out) || !may_multiply()) {
+  if (!is_summed_in_float(out) || !may_multiply()) {
     return false;
   }
   if (!is_by_rows(out)) {
@@ -182,18 +216,16 @@ bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, cons
       b.front().size(-1) != out.size(1)) {
     return false;
   }
-  Matmul call = of_size(1, out.size(0), static_cast<int64_t>(a_rows->size()), out.size(1));
-  if (!is_worth_it(1, call.rows, std::max<int64_t>(call.depth, 1), call.columns)) {
+  Matmul call = sum_of(*a_rows, *b_rows, a, b, 1);
+  if (!is_worth_it(1, call.rows, std::max<int64_t>(call.depth, 1), call.columns) || has_faster_product(out, call)) {
     return false;
   }
-  call.a_columns = a_rows->data();
-  call.b_rows = b_rows->data();
   run(call, out, {});
   return true;
 }
 
 Tensor sums_of_products(at::TensorList a, at::TensorList b, const SomeRows& rows) {
-  if (!is_of_floats(a.front()) || !may_multiply()) {
+  if (!is_summed_in_float(a.front()) || !may_multiply()) {
     return Tensor();
   }
   const int64_t batch = a.front().size(0), size = a.front().size(-1), columns = b.front().size(-1);
@@ -204,10 +236,8 @@ Tensor sums_of_products(at::TensorList a, at::TensorList b, const SomeRows& rows
   if (!a_rows || !b_rows || a_rows->size() != b_rows->size()) {
     return Tensor();
   }
-  const Tensor out = at::empty({batch, size, columns}, a.front().options());
-  Matmul call = of_size(batch, size, static_cast<int64_t>(a_rows->size()) / batch, columns);
-  call.a_columns = a_rows->data();
-  call.b_rows = b_rows->data();
+  const Tensor out = at::empty({batch, size, columns}, b.front().options());
+  Matmul call = sum_of(*a_rows, *b_rows, a, b, batch);
   run(call, out, rows);
   return out;
 }

@@ -1,5 +1,5 @@
-// Products of float matrices on the CPU, where the kernels here do better than the library behind at::mm: with rows left out, and
-// on processors whose vectors that library leaves half unused.
+// Products of matrices of floats and halves on the CPU, where the kernels here do better than the library behind at::mm: with rows
+// left out, and on processors whose vectors that library leaves half unused.
 #pragma once
 
 #include "kernels/call.h"

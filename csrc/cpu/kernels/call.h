@@ -111,17 +111,22 @@ struct Runs {
   int64_t count;
 };
 
-// out = a b + bias, or out + a b, of a batch of matrices of floats.
+// Rows of a product that are not worth transposing b for, which sums along vectors take as it stands: so many at most, and fewer
+// where it is shallow, since each of its sums ends across a vector.
+constexpr int64_t kFewRows = 32, kDepthOfRow = 8;
+
+// out = a b + bias, or out + a b, of a batch of matrices of floats or halves, summed in float.
 struct Matmul {
+  Dtype a_type, b_type, out_type;
   int64_t batch;
   int64_t rows;
   int64_t depth;
   int64_t columns;
-  View a;                         // [rows, depth], by rows
-  View b;                         // [depth, columns], by rows or by columns
-  const float* const* a_columns;  // [batch, depth]: instead, and of a batch, where the columns of a
-  const float* const* b_rows;     // and the rows of b begin, each without gaps; or null
-  float* out;                     // [batch, rows, columns], by rows
+  View a;                        // [rows, depth], by rows
+  View b;                        // [depth, columns], by rows or by columns
+  const void* const* a_columns;  // [batch, depth]: instead, and of a batch, where the columns of a
+  const void* const* b_rows;     // and the rows of b begin, each without gaps; or null
+  void* out;                     // [batch, rows, columns], by rows
   int64_t out_batch;
   int64_t out_row;
   const float* bias;  // [columns], or null
@@ -129,6 +134,14 @@ struct Matmul {
   Runs row_runs;      // of the batch's rows: the others of out become 0, or stay as they are where they are added to
   int64_t height;     // of an item's block of out
   int64_t width;
+
+  bool has_rows_of_b() const {
+    return b_rows != nullptr || b.element == 1;
+  }
+
+  bool has_few_rows() const {
+    return !has_rows_of_b() && rows <= (depth / kDepthOfRow < kFewRows ? depth / kDepthOfRow : kFewRows);
+  }
 
   int64_t items() const {
     return batch * ceil_div(rows, height) * ceil_div(columns, width);

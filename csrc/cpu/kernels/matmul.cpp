@@ -1,8 +1,9 @@
 // Matrix products of which rows are left out: the projections around the ops and their gradients.
 //
 // A block of the result is summed over blocks of depth, for each of which b comes by packed panels and a, where it is given by its
-// columns, is copied once: products.h has the register tile and says why. Rows left out between others, fewer
-// than a tile has, are multiplied with them and come to nothing afterwards: more tiles of fewer rows would take longer.
+// columns, is copied once: products.h has the register tile and says why. Halves are converted as they are copied or packed, and
+// rounded once, at the end. Rows left out between others, fewer than a tile has, are multiplied with them and come to nothing
+// afterwards: more tiles of fewer rows would take longer.
 #include "products.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
@@ -12,34 +13,50 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 
 namespace {
 
-// Rows that are not worth transposing b for, which sums along vectors take as it stands: so many at most, and fewer where a product
-// is shallow, since each of its sums ends across a vector.
-constexpr int64_t kFewRows = 32, kDepthOfRow = 8;
+// Columns that a few rows take at a time.
+constexpr int64_t kFewColumns = 8;
 
 class Block {
  public:
   Block(const Matmul& call, Arena& arena)
       : call_(call),
+        by_rows_(call.has_rows_of_b()),
+        is_few_(call.has_few_rows()),
+        depth_stride_(padded<float>(is_few_ ? call.depth : kPanelDepth)),
+        height_stride_(padded<float>(call.height)),
+        width_stride_(padded<float>(call.width)),
         panel_(arena.take<float>(kPanelWidth * kPanelDepth)),
-        stride_(padded<float>(call.height)),
         runs_(arena.take<Run>(call.height / 2 + 1)),
-        copied_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * stride_) : nullptr) {}
+        a_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * height_stride_)
+           : is_float(call.a_type)   ? nullptr
+                                     : arena.take<float>(call.height * depth_stride_)),
+        b_(is_float(call.b_type) ? nullptr
+           : by_rows_            ? arena.take<float>(kPanelDepth * width_stride_)
+                                 : arena.take<float>((is_few_ ? kFewColumns : kPanelWidth) * depth_stride_)),
+        sums_(is_float(call.out_type) ? nullptr : arena.take<float>(call.height * width_stride_)) {}
 
   void run(int64_t item) {
     const int64_t across = ceil_div(call_.columns, call_.width), down = ceil_div(call_.rows, call_.height);
     first_column_ = item % across * call_.width;
-    end_column_ = std::min(first_column_ + call_.width, call_.columns);
+    width_ = std::min(call_.width, call_.columns - first_column_);
     batch_ = item / across / down;
     first_row_ = item / across % down * call_.height;
     height_ = std::min(call_.height, call_.rows - first_row_);
-    out_ = call_.out + batch_ * call_.out_batch + first_row_ * call_.out_row;
+    out_ = sums_ != nullptr ? sums_ : static_cast<float*>(call_.out) + place(0);
+    stride_ = sums_ != nullptr ? width_stride_ : call_.out_row;
     find_runs();
-    if (!is_by_rows() && call_.rows <= std::min(kFewRows, call_.depth / kDepthOfRow)) {
+    if (sums_ != nullptr && call_.adds_to_out) {
+      for_rows([&](int64_t i) { load_row(sums_ + i * stride_, call_.out_type, call_.out, place(i), 1, width_); });
+    }
+    if (is_few_) {
       take_few_rows();
     } else {
       for (int64_t k = 0; runs_ != end_runs_ && (k == 0 || k < call_.depth); k += kPanelDepth) {
         add(k, std::min(kPanelDepth, call_.depth - k));
       }
+    }
+    if (sums_ != nullptr) {
+      for_rows([&](int64_t i) { store_row(call_.out_type, call_.out, place(i), sums_ + i * stride_, width_); });
     }
     if (!call_.adds_to_out) {
       hide_others();
@@ -47,6 +64,15 @@ class Block {
   }
 
  private:
+  static bool is_float(Dtype dtype) {
+    return dtype == Dtype::Float;
+  }
+
+  // Where row i of the block begins in out.
+  int64_t place(int64_t i) const {
+    return batch_ * call_.out_batch + (first_row_ + i) * call_.out_row + first_column_;
+  }
+
   // f(run) of the block's own rows.
   template <class F>
   void for_runs(const F& f) const {
@@ -56,6 +82,16 @@ class Block {
     for (const Run* run = std::lower_bound(begin, behind, first, is_before); run != behind && run->first < end; ++run) {
       f(Run{std::max(run->first, first) - first, std::min(run->end, end) - first});
     }
+  }
+
+  // f(i) of each of their rows.
+  template <class F>
+  void for_rows(const F& f) const {
+    for_runs([&](const Run& run) {
+      for (int64_t i = run.first; i < run.end; ++i) {
+        f(i);
+      }
+    });
   }
 
   // Those that are multiplied: all between them, too, if they are few, but not where a result is added to, which keeps what it is.
@@ -83,51 +119,57 @@ class Block {
 
   void hide(int64_t first, int64_t end) {
     for (int64_t i = first; i < end; ++i) {
-      std::fill(out_ + i * call_.out_row + first_column_, out_ + i * call_.out_row + end_column_, 0.f);
+      zero_row(call_.out_type, call_.out, place(i), width_);
     }
   }
 
-  bool is_by_rows() const {
-    return call_.b_rows != nullptr || call_.b.element == 1;
-  }
-
-  const float* column_of_b(int64_t n) const {
-    return static_cast<const float*>(call_.b.data) + n * call_.b.element;
-  }
-
-  // What is added to the product, from its row i and column n on, and how far its rows are apart.
+  // What is added to the product, from its column n on, and how far its rows are apart.
   std::pair<const float*, int64_t> plus(int64_t k, int64_t n) const {
     if (k == 0 && call_.bias != nullptr) {
-      return {call_.bias + n, 0};
+      return {call_.bias + first_column_ + n, 0};
     }
-    return {k > 0 || call_.adds_to_out ? out_ + n : nullptr, call_.out_row};
+    return {k > 0 || call_.adds_to_out ? out_ + n : nullptr, stride_};
   }
 
-  // Of fewer rows than are worth transposing b for, whose columns then meet them as they stand: sums along vectors.
+  // The block's row i of a, from k on, where a is not given by its columns; converted, it has a place of its own.
+  const float* row_of_a(int64_t i, int64_t k, int64_t depth) {
+    const int64_t first = (first_row_ + i) * call_.a.row + k;
+    if (a_ == nullptr) {
+      return static_cast<const float*>(call_.a.data) + first;
+    }
+    load_row(a_ + i * depth_stride_, call_.a_type, call_.a.data, first, 1, depth);
+    return a_ + i * depth_stride_;
+  }
+
+  // `count` columns of b, from n on and k down, where it is given by columns.
+  void find_columns(const float** columns, int64_t n, int64_t count, int64_t k, int64_t depth) {
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t first = (first_column_ + n + j) * call_.b.element + k;
+      if (b_ == nullptr) {
+        columns[j] = static_cast<const float*>(call_.b.data) + first;
+      } else {
+        load_row(b_ + j * depth_stride_, call_.b_type, call_.b.data, first, 1, depth);
+        columns[j] = b_ + j * depth_stride_;
+      }
+    }
+  }
+
   void take_few_rows() {
     const float* rows[kFewRows];
-    const float** end = rows;
-    for_runs([&](const Run& run) {
-      for (int64_t i = run.first; i < run.end; ++i) {
-        *end++ = static_cast<const float*>(call_.a.data) + (first_row_ + i) * call_.a.row;
-      }
-    });
-    const auto [added, stride] = plus(0, 0);
-    for (int64_t n = first_column_; n < end_column_; n += kPanelWidth) {
-      const int64_t width = std::min(kPanelWidth, end_column_ - n);
-      const float* columns[kPanelWidth];
-      for (int64_t j = 0; j < width; ++j) {
-        columns[j] = column_of_b(n + j);
-      }
-      sum_products<float>(panel_, kPanelWidth, rows, end - rows, columns, width, call_.depth, 1.f);
+    int64_t count = 0;
+    for_rows([&](int64_t i) { rows[count++] = row_of_a(i, 0, call_.depth); });
+    for (int64_t n = 0; n < width_; n += kFewColumns) {
+      const int64_t width = std::min(kFewColumns, width_ - n);
+      const float* columns[kFewColumns];
+      find_columns(columns, n, width, 0, call_.depth);
+      sum_products<float>(panel_, kFewColumns, rows, count, columns, width, call_.depth, 1.f);
       const float* sums = panel_;
-      for_runs([&](const Run& run) {
-        for (int64_t i = run.first; i < run.end; ++i, sums += kPanelWidth) {
-          float* to = out_ + i * call_.out_row + n;
-          for (int64_t j = 0; j < width; ++j) {
-            to[j] = added == nullptr ? sums[j] : sums[j] + added[i * stride + n + j];
-          }
+      const auto [added, stride] = plus(0, n);
+      for_rows([&](int64_t i) {
+        for (int64_t j = 0; j < width; ++j) {
+          out_[i * stride_ + n + j] = added == nullptr ? sums[j] : sums[j] + added[i * stride + j];
         }
+        sums += kFewColumns;
       });
     }
   }
@@ -135,34 +177,31 @@ class Block {
   // The terms k .. k + depth - 1.
   void add(int64_t k, int64_t depth) {
     const Coefficients<float> c = coefficients(k, depth);
-    const float* rows_of_b[kPanelDepth];
-    const auto* b = static_cast<const float*>(call_.b.data);
-    const bool by_rows = is_by_rows();
+    // Of rows that only one tile takes nothing is kept.
     const bool packs = end_runs_ - runs_ > 1 || runs_->end - runs_->first > tallest(kWidest);
-    for (int64_t i = 0; i < depth && by_rows; ++i) {
-      rows_of_b[i] = call_.b_rows != nullptr ? call_.b_rows[batch_ * call_.depth + k + i] : b + (k + i) * call_.b.row;
-    }
     const PanelRows<float> panel(panel_, depth);
-    for (int64_t n = first_column_; n < end_column_; n += kPanelWidth) {
-      const int64_t width = std::min(kPanelWidth, end_column_ - n);
+    const float* rows_of_b[kPanelDepth];
+    for (int64_t i = 0; i < depth && by_rows_; ++i) {
+      rows_of_b[i] = row_of_b(i, k);
+    }
+    for (int64_t n = 0; n < width_; n += kPanelWidth) {
+      const int64_t width = std::min(kPanelWidth, width_ - n);
       const float* from[kPanelDepth];
-      if (by_rows) {
+      if (by_rows_) {
         for (int64_t i = 0; i < depth; ++i) {
           from[i] = rows_of_b[i] + n;
         }
       } else {
         const float* columns[kPanelWidth];
-        for (int64_t j = 0; j < width; ++j) {
-          columns[j] = column_of_b(n + j);
-        }
-        transpose(panel_, kPanelWidth, columns, width, k, depth);
+        find_columns(columns, n, width, k, depth);
+        transpose(panel_, kPanelWidth, columns, width, 0, depth);
       }
       static constexpr float one = 1;
       const auto [added, stride] = plus(k, n);
-      const Result<float> all(out_ + n, call_.out_row, added, stride, &one, 0);
+      const Result<float> all(out_ + n, stride_, added, stride, &one, 0);
       for (const Run* run = runs_; run != end_runs_; ++run) {
         const auto [i, end] = *run;
-        const bool first = by_rows && run == runs_;
+        const bool first = by_rows_ && run == runs_;
         multiply_blocks<float>(
             all.at(i, 0),
             end - i,
@@ -175,24 +214,49 @@ class Block {
     }
   }
 
+  // The block's part of row k + i of b, where it is or, converted, in scratch.
+  const float* row_of_b(int64_t i, int64_t k) {
+    const bool apart = call_.b_rows != nullptr;
+    const void* const data = apart ? call_.b_rows[batch_ * call_.depth + k + i] : call_.b.data;
+    const int64_t first = first_column_ + (apart ? 0 : (k + i) * call_.b.row);
+    if (b_ == nullptr) {
+      return static_cast<const float*>(data) + first;
+    }
+    load_row(b_ + i * width_stride_, call_.b_type, data, first, 1, width_);
+    return b_ + i * width_stride_;
+  }
+
   // The block of a: where it is, or copied, since what lies in a few sets of the cache would not stay there.
   Coefficients<float> coefficients(int64_t k, int64_t depth) {
-    if (call_.a_columns == nullptr) {
-      return {static_cast<const float*>(call_.a.data) + first_row_ * call_.a.row + k, call_.a.row, 1};
+    if (call_.a_columns != nullptr) {
+      for (int64_t i = 0; i < depth; ++i) {
+        load_row(a_ + i * height_stride_, call_.a_type, call_.a_columns[batch_ * call_.depth + k + i], first_row_, 1, height_);
+      }
+      return {a_, 1, height_stride_};
     }
-    for (int64_t i = 0; i < depth; ++i) {
-      std::copy_n(call_.a_columns[batch_ * call_.depth + k + i] + first_row_, height_, copied_ + i * stride_);
+    if (a_ == nullptr) {
+      return {row_of_a(0, k, depth), call_.a.row, 1};
     }
-    return {copied_, 1, stride_};
+    for (const Run* run = runs_; run != end_runs_; ++run) {
+      for (int64_t i = run->first; i < run->end; ++i) {
+        row_of_a(i, k, depth);
+      }
+    }
+    return {a_, depth_stride_, 1};
   }
 
   const Matmul& call_;
+  bool by_rows_;  // of b
+  bool is_few_;
+  int64_t depth_stride_, height_stride_, width_stride_;  // of rows in scratch that are so long
   float* panel_;
-  int64_t stride_;
   Run *runs_, *end_runs_ = nullptr;  // counted from the block's first row
-  float* copied_;
-  int64_t batch_ = 0, first_row_ = 0, height_ = 0, first_column_ = 0, end_column_ = 0;
-  float* out_ = nullptr;
+  float* a_;                         // its columns, or its rows where they are converted, or null
+  float* b_;                         // some of its rows or columns, converted, or null
+  float* sums_;                      // of a block, to be rounded, or null
+  int64_t batch_ = 0, first_row_ = 0, height_ = 0, first_column_ = 0, width_ = 0;
+  float* out_ = nullptr;  // the block's sums: in place, or in scratch
+  int64_t stride_ = 0;
 };
 
 size_t slot_size(const Matmul& call) {
