@@ -407,7 +407,7 @@ def is_slow(features: Tensor) -> bool:
 
 def of_products(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """A projection's parameters, in the type that an op's product with `features` is to be taken in."""
-    if backend.multiplies or not is_slow(features):
+    if not is_slow(features) or (backend.multiplies and features.dtype is torch.float16):
         return weight, bias
     return weight.float(), None if bias is None else bias.float()
 

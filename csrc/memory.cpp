@@ -343,7 +343,11 @@ struct Arguments {
   Tensor project(const Tensor& query) const {
     // The product of a sparse one would be dense, which the op takes.
     TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
-    return query_weight ? attn_ext::project(query, *query_weight) : query;
+    if (!query_weight) {
+      return query;
+    }
+    check_weight_type(*query_weight, query.scalar_type());
+    return attn_ext::project(query, *query_weight);
   }
 
   // Of a projected query: context, weights, log-sum-exp, and the first two unrounded.

@@ -54,6 +54,17 @@ struct Parts {
   Tensor of_query, of_keys;
 };
 
+// A weight is of its input's type; of halves, it may be in float32.
+inline void check_weight_type(const Tensor& weight, at::ScalarType type) {
+  const auto weight_type = weight.scalar_type();
+  TORCH_CHECK_TYPE(
+      weight_type == type || (weight_type == at::kFloat && at::isReducedFloatingType(type)),
+      "weight is ",
+      weight_type,
+      ", needed is ",
+      type);
+}
+
 // What the products would take, or would say in words of their own. What is made of these tensors, the ops check.
 inline void check_projection(
     const Tensor& query_or_memory,
@@ -61,16 +72,11 @@ inline void check_projection(
     const Tensor& memory,
     const OptionalTensor& v,
     const OptionalTensor& bias) {
-  const auto type = query_or_memory.scalar_type(), weight_type = weight.scalar_type();
+  const auto type = query_or_memory.scalar_type();
   TORCH_CHECK_TYPE(weight.layout() == at::kStrided, "weight must be a dense (strided) tensor");
   TORCH_CHECK_TYPE(memory.layout() == at::kStrided, "memory must be a dense (strided) tensor");
   TORCH_CHECK_TYPE(memory.scalar_type() == type, "memory is ", memory.scalar_type(), ", needed is ", type);
-  TORCH_CHECK_TYPE(
-      weight_type == type || (weight_type == at::kFloat && at::isReducedFloatingType(type)),
-      "weight is ",
-      weight_type,
-      ", needed is ",
-      type);
+  check_weight_type(weight, type);
   TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sym_sizes(), ", needed are two dimensions");
   if (bias) {
@@ -82,7 +88,8 @@ inline void check_projection(
         ", needed is [",
         weight.sym_size(0),
         "]");
-    TORCH_CHECK_TYPE(bias->scalar_type() == weight_type, "bias is ", bias->scalar_type(), ", needed is ", weight_type);
+    TORCH_CHECK_TYPE(
+        bias->scalar_type() == weight.scalar_type(), "bias is ", bias->scalar_type(), ", needed is ", weight.scalar_type());
   }
 }
 

@@ -24,7 +24,7 @@ constexpr int64_t kBlock = 256, kLeastBlock = 64;
 // A product deeper than that has to have blocks for all threads.
 constexpr int64_t kDeep = 4096;
 
-// Multiply-adds that pairs are not worth waiting for.
+// Multiply-adds of a few rows that pairs of bfloat16 are not worth waiting for.
 constexpr int64_t kFewPairs = int64_t{1} << 22;
 
 // Who allows rounder products gets PyTorch's. Asked for by backend, since the setting of all at once raises as soon as one of them
@@ -47,10 +47,11 @@ bool is_summed_in_float(const Tensor& tensor) {
   return is_plain(tensor) && (type == at::kFloat || at::isReducedFloatingType(type));
 }
 
-// Pairs of bfloat16 have products of their own, which are PyTorch's and take long to begin: of a result or a weight in it, only
-// small ones are made here.
-bool has_faster_product(const Tensor& tensor, const Matmul& call) {
-  return tensor.scalar_type() == at::kBFloat16 && call.rows * call.depth * call.columns > kFewPairs;
+// Pairs of bfloat16 have products of their own, which are PyTorch's and take long to begin: of a weight in it, those of a few rows
+// are made here.
+bool has_faster_product(const Matmul& call) {
+  const bool is_small = call.rows <= kFewRows && call.rows * call.depth * call.columns <= kFewPairs;
+  return call.b_type == Dtype::BFloat16 && !is_small;
 }
 
 bool is_by_rows(const Tensor& matrix) {
@@ -120,6 +121,10 @@ void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
   run_items(work, kernels.slot(call), false, run_one, [](char*) {});
 }
 
+bool are_alike(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == b.scalar_type() && a.size(-1) == b.size(-1);
+}
+
 // The rows of tensors of `batch` elements each, those of an element one behind the other; none where one is not to be taken so.
 std::optional<Addresses> rows_by_element(at::TensorList tensors, int64_t batch) {
   struct Part {
@@ -129,8 +134,7 @@ std::optional<Addresses> rows_by_element(at::TensorList tensors, int64_t batch) 
   std::vector<Part> parts;  // a loop's steps times its batch are many to ask each time
   int64_t count = 0;
   for (const Tensor& tensor : tensors) {
-    const bool is_alike = tensor.scalar_type() == tensors.front().scalar_type() && tensor.size(0) == batch;
-    if (!is_alike || !is_summed_in_float(tensor) || !is_by_rows(tensor)) {
+    if (!are_alike(tensor, tensors.front()) || tensor.size(0) != batch || !is_summed_in_float(tensor) || !is_by_rows(tensor)) {
       return std::nullopt;
     }
     const int64_t width = tensor.element_size();
@@ -154,6 +158,9 @@ std::optional<Addresses> rows_by_element(at::TensorList tensors, int64_t batch) 
 std::optional<Addresses> rows_of_all(at::TensorList tensors, const SomeRows& some) {
   Addresses all;
   for (const Tensor& tensor : tensors) {
+    if (!are_alike(tensor, tensors.front())) {
+      return std::nullopt;
+    }
     const auto rows = rows_by_element(tensor.dim() == 3 ? tensor : tensor.unsqueeze(0), tensor.dim() == 3 ? tensor.size(0) : 1);
     if (!rows) {
       return std::nullopt;
@@ -192,7 +199,7 @@ bool takes(const Tensor& a, const Tensor& b) {
     return false;
   }
   const Matmul call = product_of(a, b);
-  return is_worth_it(1, call.rows, call.depth, call.columns) && !has_faster_product(b, call);
+  return is_worth_it(1, call.rows, call.depth, call.columns) && !has_faster_product(call);
 }
 
 void matmul(
@@ -205,7 +212,7 @@ void matmul(
 }
 
 bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, const SomeRows& some) {
-  if (!is_summed_in_float(out) || !may_multiply()) {
+  if (!is_summed_in_float(out) || out.scalar_type() == at::kBFloat16 || !may_multiply()) {
     return false;
   }
   if (!is_by_rows(out)) {
@@ -217,7 +224,7 @@ bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, cons
     return false;
   }
   Matmul call = sum_of(*a_rows, *b_rows, a, b, 1);
-  if (!is_worth_it(1, call.rows, std::max<int64_t>(call.depth, 1), call.columns) || has_faster_product(out, call)) {
+  if (!is_worth_it(1, call.rows, std::max<int64_t>(call.depth, 1), call.columns)) {
     return false;
   }
   run(call, out, {});
