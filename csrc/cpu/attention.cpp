@@ -54,7 +54,7 @@ Tensor contiguous(const OptionalTensor& tensor) {
 void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   const Tensor lengths = contiguous(inputs.lengths);
   call.problem = problem_of(inputs, lengths);
-  call.plan = backward_plan(call.problem, at::get_num_threads());
+  call.plan = backward_plan(call.problem, at::get_num_threads(), gradients.keys.defined() || gradients.memory.defined());
   call.grad_scores = data_of(gradients.scores);
   call.grad_query = data_of(gradients.query);
   call.grad_keys = data_of(gradients.keys);

@@ -29,8 +29,10 @@ constexpr double kWaitForMerges = 1.5;
 constexpr int64_t kFarMemory = int64_t{1} << 19;
 constexpr int64_t kLarge = int64_t{1} << 24;
 
-// Bytes of a group of one query's rows.
+// Bytes of a group of one query's rows; and where they come from beyond the caches, and what they take is no more than their being
+// read twice, the second time from the first-level cache.
 constexpr int64_t kGroupBytes = 1 << 17;
+constexpr int64_t kNearBytes = 1 << 15;
 
 // Source steps whose context costs more to write than to sum, and how much of it is kept in cache until it is written.
 constexpr int64_t kFewSteps = 8;
@@ -56,10 +58,10 @@ inline int64_t tile_of(const Problem& problem, int64_t chunk) {
 
 // Rows that stay near while they serve one query. What a group's softmax takes by itself, a chain of sums and exponentials, is
 // small beside them.
-inline int64_t group_of(const Problem& problem) {
+inline int64_t group_of(const Problem& problem, bool is_near) {
   const int64_t keys = problem.method == Method::Dot ? 0 : problem.key_size;
   const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
-  const int64_t most = std::clamp<int64_t>(kGroupBytes / row / 4 * 4, 4, kGroupRows);
+  const int64_t most = std::clamp<int64_t>((is_near ? kNearBytes : kGroupBytes) / row / 4 * 4, 4, kGroupRows);
   // As even as can be: while a short one is worked on, no more rows than it has are fetched.
   if (problem.steps <= most) {
     return most;
@@ -83,16 +85,18 @@ inline int64_t parts_of(int64_t items, int64_t threads, int64_t most, double wai
 
 // Items of `chunk` queries. Where some threads would wait for others, the source is split, and where that has too few tiles the
 // queries are divided further, as far as a part is worth a thread.
-inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, double wait_for_queries) {
+inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, double wait_for_queries, bool writes_rows) {
   Plan plan{};
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
   plan.tile = tile_of(problem, plan.chunk);
-  plan.group = problem.is_one_query() ? group_of(problem) : 0;
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
   const int64_t row = problem.memory_size + (problem.method == Method::Dot ? 0 : problem.key_size);
   const int64_t bytes = problem.batch * problem.steps * row * width_of(problem.dtype);
   plan.fetches = bytes >= kFarMemory;
-  plan.streams = problem.is_one_query() && bytes >= kLarge;
+  if (problem.is_one_query()) {
+    plan.streams = writes_rows && bytes >= kLarge;
+    plan.group = group_of(problem, problem.method == Method::Dot && bytes >= kLarge && !writes_rows);
+  }
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
   const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, plan.tile), 1);
@@ -110,8 +114,9 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   return plan;
 }
 
-inline Plan backward_plan(const Problem& problem, int64_t threads) {
-  return plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges);
+// `writes_rows`: gradients of keys or memory.
+inline Plan backward_plan(const Problem& problem, int64_t threads, bool writes_rows) {
+  return plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges, writes_rows);
 }
 
 inline Plan forward_plan(const Problem& problem, int64_t threads) {
@@ -119,9 +124,9 @@ inline Plan forward_plan(const Problem& problem, int64_t threads) {
   const bool is_copied = problem.method != Method::Additive && !problem.is_one_query() && problem.steps <= kFewSteps;
   // The queries are about as large as the context. Halves are rounded when they are written.
   if (!is_copied || width_of(problem.dtype) < 4 || 2 * problem.batch * problem.queries * row < kLarge) {
-    return plan_of(problem, kChunk, threads, kWait);
+    return plan_of(problem, kChunk, threads, kWait, false);
   }
-  Plan plan = plan_of(problem, std::clamp<int64_t>(kFewBytes / row, 1, kChunk), threads, kWait);
+  Plan plan = plan_of(problem, std::clamp<int64_t>(kFewBytes / row, 1, kChunk), threads, kWait, false);
   plan.streams = true;
   return plan;
 }

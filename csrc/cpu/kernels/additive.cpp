@@ -727,8 +727,6 @@ class OneQueryAdditive {
  public:
   using acc = acc_;
 
-  static constexpr bool kReadsMemory = false;
-
   OneQueryAdditive(const Problem& problem, const Plan& plan, Arena& arena, const Backward* f = nullptr)
       : problem_(problem),
         f_(f),
@@ -772,17 +770,18 @@ class OneQueryAdditive {
     }
   }
 
-  void scores(acc* out, const RowGroup<acc>&) const {
+  // The memory's rows, which are read after the keys, are fetched with them.
+  void scores(acc* out, const RowGroup<acc>& memory) const {
     if (!v_is_moderate_) {
-      is_factored() ? find_scores<1, true>(out) : find_scores<1, false>(out);
+      is_factored() ? find_scores<1, true>(out, memory) : find_scores<1, false>(out, memory);
     } else if (range_ <= range_of<acc>(4)) {
-      find_scores<4, true>(out);
+      find_scores<4, true>(out, memory);
     } else if (range_ <= range_of<acc>(2)) {
-      find_scores<2, true>(out);
+      find_scores<2, true>(out, memory);
     } else if (is_factored()) {
-      find_scores<1, true>(out);
+      find_scores<1, true>(out, memory);
     } else {
-      find_scores<4, false>(out);
+      find_scores<4, false>(out, memory);
     }
   }
 
@@ -843,7 +842,7 @@ class OneQueryAdditive {
   }
 
   template <int shared, bool factored>
-  void find_scores(acc* out) const {
+  void find_scores(acc* out, const RowGroup<acc>& memory) const {
     const RowGroup<acc>& keys = rows();
     const bool fetches = keys.fetches();
     const int64_t end = factored ? shared_size_ : size_;
@@ -854,9 +853,13 @@ class OneQueryAdditive {
         totals[0][r] = sum_of_quotients<shared>(v_, end, [&](int64_t a, int64_t filled) {
           if (fetches) {
             keys.fetch_next(first + r, a);
+            memory.fetch_next(first + r, a);
           }
           return denominator<factored, shared>(key, a, filled);
         });
+        if (fetches) {
+          memory.fetch_rest_of_next(first + r, end);
+        }
       }
       store_sums<1, rows.value>(out + first, 0, totals, static_cast<acc>(-2 * problem_.scale));
     });

@@ -139,8 +139,6 @@ class OneQueryDot {
  public:
   using acc = acc_;
 
-  static constexpr bool kReadsMemory = true;
-
   OneQueryDot(const Problem& problem, const Plan&, Arena& arena, const Backward* f = nullptr)
       : scale_(static_cast<acc>(problem.scale)),
         query_rows_(arena, problem.dtype, problem.query, 1, problem.key_size),

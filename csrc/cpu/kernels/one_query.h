@@ -5,10 +5,10 @@
 //   backward   da_s = g . m_s + gw_s;  delta = g . c + sum_s a_s gw_s;  de_s = scale a_s (da_s - delta);  dm_s = a_s g, and the
 //              score's own share of the gradients from de, which may also be given
 //
-// It is bound by the memory's bandwidth. While a group is worked on, the next one's rows are fetched, line by line: the prefetchers
-// in hardware stop at each page's end and start at each row's anew. A gradient that no cache holds is written past all of them,
-// which spares its lines' being read; and it is written while the next rows are fetched and the score's own gradients are taken,
-// for what is read, written and computed in turns adds up.
+// It is bound by the memory's bandwidth. Rows are read one after the other, as they lie, and whoever reads a row first has later
+// ones fetched, line by line: the prefetchers in hardware stop at each page's end. A gradient that no cache holds is written past
+// all of them, which spares its lines' being read; and it is written while the next group's rows are fetched and the score's own
+// gradients are taken, for what is read, written and computed in turns adds up.
 #pragma once
 
 #include "cache.h"
@@ -21,6 +21,13 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 inline bool is_one_group(const Problem& problem, const Plan& plan) {
   return plan.splits == 1 && problem.steps <= plan.group;
 }
+
+// How far ahead of what is read lines are fetched.
+constexpr int64_t kAheadBytes = 1 << 13;
+
+// Rows up to which four are read at once, which saves their sums' ends; of longer ones, one stream of lines is faster than four,
+// whose places in the caches may be the same.
+constexpr int64_t kShortRow = 1 << 10;
 
 // What is worked on after a group: of the same batch element or, behind its last, of the next one.
 struct Upcoming {
@@ -114,25 +121,30 @@ class RowGroup {
         fetches_(plan.fetches),
         view_(view),
         size_(size),
+        ahead_(
+            plan.streams ? plan.group
+                         : std::clamp<int64_t>(kAheadBytes / std::max<int64_t>(size * width_of(dtype), 1), 1, plan.group)),
         in_place_((view.element == 1 || size <= 1) && !(converted && source_ != kAccumulated<acc>)),
         dtype_(in_place_ ? source_ : kAccumulated<acc>),
         stride_(padded<acc>(size)),
         copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)) {}
 
-  // Those of a tile; the next one's are asked for when these are first read.
+  // Those of a tile; `next` follows.
   void load(int64_t b, const Tile& tile, const Upcoming& next) {
     count_ = tile.count;
     const auto address = [&](int64_t batch, int64_t step) {
       return static_cast<const char*>(view_.data) + (batch * view_.batch + step * view_.row) * width_of(source_);
     };
-    const int64_t with_next = std::min(next.tile.count, count_);
-    for (int64_t r = 0; r < with_next; ++r) {
-      next_[r] = address(next.batch, next.tile.steps[r]);
-    }
     for (int64_t r = 0; r < count_; ++r) {
       rows_[r] = address(b, tile.steps[r]);
     }
-    std::copy(rows_ + with_next, rows_ + count_, next_ + with_next);
+    if (fetches_) {
+      const int64_t here = std::max<int64_t>(count_ - ahead_, 0);
+      std::copy_n(rows_ + count_ - here, here, next_);
+      for (int64_t r = here; r < count_; ++r) {
+        next_[r] = r - here < next.tile.count ? address(next.batch, next.tile.steps[r - here]) : rows_[r];
+      }
+    }
     for (int64_t r = 0; !in_place_ && r < count_; ++r) {
       rows_[r] = copies_ + r * stride_;
       load_row(copies_ + r * stride_, source_, view_, b, tile.steps[r], size_);
@@ -156,7 +168,7 @@ class RowGroup {
     return static_cast<const acc*>(rows_[r]);
   }
 
-  // Whoever reads rows by address has the next ones fetched: the line of feature d of the one in row r's place.
+  // Whoever reads rows by address has later ones fetched: the line of feature d of the one that is due at row r.
   bool fetches() const {
     return fetches_;
   }
@@ -165,38 +177,32 @@ class RowGroup {
     fetch(next(r) + d * width_of(source_));
   }
 
+  // From feature d on.
+  void fetch_rest_of_next(int64_t r, int64_t d) const {
+    for (const int64_t line = 64 / width_of(source_); d < size_; d += line) {
+      fetch_next(r, d);
+    }
+  }
+
+  // Where there is a large gradient to stream, a whole group ahead, elsewhere kAheadBytes.
   const char* next(int64_t r) const {
     return static_cast<const char*>(next_[r]);
   }
 
-  // out[r] = factor x . row_r; `fetches`: the next ones here.
+  // out[r] = factor x . row_r; `fetches`: here, where the rows are read first.
   void dot_products(acc* out, const acc* x, acc factor, bool fetches = true) const {
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
       with_bool(fetches && fetches_, [&](auto fetching) {
+        const bool one_by_one = fetching.value && size_ * static_cast<int64_t>(sizeof(scalar)) > kShortRow;
         for_blocks<4>(count_, [&](auto rows, int64_t first) {
-          const void *row[rows.value], *next[rows.value];
-          std::copy_n(rows_ + first, rows.value, row);
-          std::copy_n(next_ + first, rows.value, next);
-          Vec<acc> sums[rows.value][2];
-#pragma GCC unroll 4
-          for (int r = 0; r < rows.value; ++r) {
-            sums[r][0] = sums[r][1] = Vec<acc>(0);
-          }
-          for_twos<acc>(size_, [&](int64_t d, auto count) {
-            Vec<acc> left[2], right[2];
-            load_two(left, x + d, count);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows.value; ++r) {
-              load<fetching.value, scalar>(right, row[r], next[r], d, count);
-              sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
-              sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
-            }
-          });
           Vec<acc> totals[1][rows.value];
-#pragma GCC unroll 4
-          for (int r = 0; r < rows.value; ++r) {
-            totals[0][r] = sums[r][0] + sums[r][1];
+          if (one_by_one) {
+            for (int r = 0; r < rows.value; ++r) {
+              multiply<1, fetching.value, scalar>(totals[0] + r, x, first + r);
+            }
+          } else {
+            multiply<rows.value, fetching.value, scalar>(totals[0], x, first);
           }
           store_sums<1, rows.value>(out + first, 0, totals, factor);
         });
@@ -206,67 +212,85 @@ class RowGroup {
 
   // to += sum_r factors[r] row_r
   void add_to(acc* to, const acc* factors) const {
-    sum_to(to, factors, 1, true, false);
+    sum_to(to, factors, 1, true);
   }
 
-  // to = factor sum_r factors[r] row_r, or to += where it `adds`; `fetches`: the next ones here. A few vectors of the sums stay in
-  // registers while the rows pass.
-  void sum_to(acc* to, const acc* factors, acc factor, bool adds, bool fetches) const {
+  // to = factor sum_r factors[r] row_r, or to += where it `adds`. A few vectors of the sums stay in registers while the rows pass.
+  void sum_to(acc* to, const acc* factors, acc factor, bool adds) const {
     constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
-      with_bool(fetches && fetches_, [&](auto fetching) {
-        const auto add = [&](int64_t d, auto width, auto count) {
-          Vec<acc> sums[width.value][2], right[2];
+      const auto add = [&](int64_t d, auto width, auto count) {
+        Vec<acc> sums[width.value][2], right[2];
 #pragma GCC unroll 4
-          for (int w = 0; w < width.value; ++w) {
-            sums[w][0] = sums[w][1] = Vec<acc>(0);
-          }
-          for (int64_t r = 0; r < count_; ++r) {
-            const Vec<acc> of_row(factors[r]);
-#pragma GCC unroll 4
-            for (int w = 0; w < width.value; ++w) {
-              load<fetching.value, scalar>(right, rows_[r], next_[r], d + w * both, count);
-              sums[w][0] = at::vec::fmadd(of_row, right[0], sums[w][0]);
-              sums[w][1] = at::vec::fmadd(of_row, right[1], sums[w][1]);
-            }
-          }
-#pragma GCC unroll 4
-          for (int w = 0; w < width.value; ++w) {
-            right[0] = right[1] = Vec<acc>(0);
-            if (adds) {
-              load_two(right, to + d + w * both, count);
-            }
-            sums[w][0] = at::vec::fmadd(sums[w][0], Vec<acc>(factor), right[0]);
-            sums[w][1] = at::vec::fmadd(sums[w][1], Vec<acc>(factor), right[1]);
-            store_two<false>(to + d + w * both, sums[w], count);
-          }
-        };
-        const int64_t whole = size_ / both;
-        for_blocks<4>(whole, [&](auto width, int64_t first) { add(first * both, width, both); });
-        if (whole * both < size_) {
-          add(whole * both, std::integral_constant<int, 1>(), size_ - whole * both);
+        for (int w = 0; w < width.value; ++w) {
+          sums[w][0] = sums[w][1] = Vec<acc>(0);
         }
-      });
+        for (int64_t r = 0; r < count_; ++r) {
+          const Vec<acc> of_row(factors[r]);
+#pragma GCC unroll 4
+          for (int w = 0; w < width.value; ++w) {
+            load_two(right, static_cast<const scalar*>(rows_[r]) + d + w * both, count);
+            sums[w][0] = at::vec::fmadd(of_row, right[0], sums[w][0]);
+            sums[w][1] = at::vec::fmadd(of_row, right[1], sums[w][1]);
+          }
+        }
+#pragma GCC unroll 4
+        for (int w = 0; w < width.value; ++w) {
+          right[0] = right[1] = Vec<acc>(0);
+          if (adds) {
+            load_two(right, to + d + w * both, count);
+          }
+          sums[w][0] = at::vec::fmadd(sums[w][0], Vec<acc>(factor), right[0]);
+          sums[w][1] = at::vec::fmadd(sums[w][1], Vec<acc>(factor), right[1]);
+          store_two<false>(to + d + w * both, sums[w], count);
+        }
+      };
+      const int64_t whole = size_ / both;
+      for_blocks<4>(whole, [&](auto width, int64_t first) { add(first * both, width, both); });
+      if (whole * both < size_) {
+        add(whole * both, std::integral_constant<int, 1>(), size_ - whole * both);
+      }
     });
   }
 
  private:
-  // Two vectors of a row; the same of the next one are fetched.
-  template <bool fetches, class scalar>
-  [[gnu::always_inline]] static void load(Vec<acc> (&to)[2], const void* row, const void* next, int64_t d, int64_t count) {
-    constexpr size_t bytes = 2 * Vec<acc>::size() * sizeof(scalar);
+  // Vectors that add up to x . row_r each, of `rows` rows from `first` on.
+  template <int rows, bool fetches, class scalar>
+  [[gnu::always_inline]] void multiply(Vec<acc>* totals, const acc* x, int64_t first) const {
+    const scalar* row[rows];
+    const char* later[rows];
+    Vec<acc> sums[rows][2];
 #pragma GCC unroll 4
-    for (size_t at = 0; fetches && at < bytes; at += 64) {
-      fetch(static_cast<const char*>(next) + d * sizeof(scalar) + at);
+    for (int r = 0; r < rows; ++r) {
+      row[r] = static_cast<const scalar*>(rows_[first + r]);
+      later[r] = fetches ? next(first + r) : nullptr;
+      sums[r][0] = sums[r][1] = Vec<acc>(0);
     }
-    load_two(to, static_cast<const scalar*>(row) + d, count);
+    for_twos<acc>(size_, [&](int64_t d, auto count) {
+      Vec<acc> left[2], right[2];
+      load_two(left, x + d, count);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
+          fetch(later[r] + d * sizeof(scalar) + at);
+        }
+        load_two(right, row[r] + d, count);
+        sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
+        sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
+      }
+    });
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      totals[r] = sums[r][0] + sums[r][1];
+    }
   }
 
   Dtype source_;
   bool fetches_;
   View view_;
   int64_t size_;
+  int64_t ahead_;  // rows
   bool in_place_;
   Dtype dtype_;  // of the rows as they are read
   int64_t stride_;
@@ -587,7 +611,7 @@ struct OneQueryForward {
       if (f.weights != nullptr) {
         scatter(slot.weights - item.first_step, row, tile);
       }
-      slot.memory.sum_to(slot.context, row, one_group ? 1 / row_sum : acc(1), adds, !Score::kReadsMemory);
+      slot.memory.sum_to(slot.context, row, one_group ? 1 / row_sum : acc(1), adds);
     });
     if (row_sum == 0) {
       std::fill_n(slot.context, problem.memory_size, acc(0));
