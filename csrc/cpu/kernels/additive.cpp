@@ -34,6 +34,9 @@ constexpr acc kRange = std::is_same_v<acc, double> ? 700 : 86;
 // So many features may share a reciprocal at most.
 constexpr int kMostShared = 4;
 
+// Queries of a register tile of scores, by kColumns keys.
+constexpr int kScoreRows = std::min(kRows, 4);
+
 // The largest |2q| + |2k| at which `shared` factors 1 + E <= 2 exp(|2q| + |2k|) have a product in range.
 template <class acc>
 constexpr acc range_of(int shared) {
@@ -365,7 +368,7 @@ class AdditiveScore {
   void factored_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
     constexpr int64_t lanes = Vec<acc>::size();
     const int64_t end = Exponentials<acc>::shared_size(size_);
-    for_blocks<kRows>(count, [&](auto rows, int64_t t0) {
+    for_blocks<kScoreRows>(count, [&](auto rows, int64_t t0) {
       for_blocks<kColumns>(steps, [&](auto columns, int64_t j0) {
         const acc* const* q = query_over_v_.addresses() + first + t0;
         const acc* k[columns.value];

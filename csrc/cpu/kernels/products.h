@@ -36,9 +36,9 @@ constexpr int tallest(int width) {
   return std::min(kAccumulators / width, 8);
 }
 
-// The register tile of sums along vectors: 4 x 4 accumulators and their 8 operands; 4 x 2 with 16 registers.
-constexpr int kRows = kAccumulators < 12 ? 2 : 4;
+// The register tile of sums along vectors: as many accumulators, their vectors of b and one of a.
 constexpr int kColumns = kWidest;
+constexpr int kRows = tallest(kColumns);
 
 // f(std::integral_constant<int, n>, first) over blocks of at most `block` that cover 0 .. count.
 template <int block, class F>
@@ -332,7 +332,7 @@ void sum_products(
     int64_t size,
     acc factor) {
   using F = Factors<element>;
-  for_blocks<kRows>(a_count, [&](auto rows, int64_t i0) {
+  for_even_blocks<kRows>(a_count, [&](auto rows, int64_t i0) {
     for_blocks<kColumns>(b_count, [&](auto columns, int64_t j0) {
       Vec<acc> sums[rows.value][columns.value];
       for (int i = 0; i < rows.value; ++i) {
