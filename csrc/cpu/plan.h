@@ -29,8 +29,8 @@ constexpr double kWaitForMerges = 1.5;
 constexpr int64_t kFarMemory = int64_t{1} << 19;
 constexpr int64_t kLarge = int64_t{1} << 24;
 
-// Bytes of a group of one query's rows; and where they come from beyond the caches, and what they take is no more than their being
-// read twice, the second time from the first-level cache.
+// Bytes of a group of one query's rows; and where they come from afar, and take no more than to be read twice: the second time
+// it is to be from the first-level cache.
 constexpr int64_t kGroupBytes = 1 << 17;
 constexpr int64_t kNearBytes = 1 << 15;
 
@@ -95,7 +95,7 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   plan.fetches = bytes >= kFarMemory;
   if (problem.is_one_query()) {
     plan.streams = writes_rows && bytes >= kLarge;
-    plan.group = group_of(problem, problem.method == Method::Dot && bytes >= kLarge && !writes_rows);
+    plan.group = group_of(problem, problem.method == Method::Dot && plan.fetches && !writes_rows);
   }
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
