@@ -29,10 +29,10 @@ constexpr double kWaitForMerges = 1.5;
 constexpr int64_t kFarMemory = int64_t{1} << 19;
 constexpr int64_t kLarge = int64_t{1} << 24;
 
-// Bytes of a group of one query's rows; and where they come from afar, and take no more than to be read twice: the second time
-// it is to be from the first-level cache.
+// Bytes of a group of one query's rows; and of one that comes from afar and is only read, twice: the second time it is to be from
+// the first-level cache.
 constexpr int64_t kGroupBytes = 1 << 17;
-constexpr int64_t kNearBytes = 1 << 15;
+constexpr int64_t kTwiceReadBytes = 1 << 15;
 
 // Source steps whose context costs more to write than to sum, and how much of it is kept in cache until it is written.
 constexpr int64_t kFewSteps = 8;
@@ -58,10 +58,10 @@ inline int64_t tile_of(const Problem& problem, int64_t chunk) {
 
 // Rows that stay near while they serve one query. What a group's softmax takes by itself, a chain of sums and exponentials, is
 // small beside them.
-inline int64_t group_of(const Problem& problem, bool is_near) {
+inline int64_t group_of(const Problem& problem, int64_t bytes) {
   const int64_t keys = problem.method == Method::Dot ? 0 : problem.key_size;
   const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
-  const int64_t most = std::clamp<int64_t>((is_near ? kNearBytes : kGroupBytes) / row / 4 * 4, 4, kGroupRows);
+  const int64_t most = std::clamp<int64_t>(bytes / row / 4 * 4, 4, kGroupRows);
   // As even as can be: while a short one is worked on, no more rows than it has are fetched.
   if (problem.steps <= most) {
     return most;
@@ -95,7 +95,8 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   plan.fetches = bytes >= kFarMemory;
   if (problem.is_one_query()) {
     plan.streams = writes_rows && bytes >= kLarge;
-    plan.group = group_of(problem, problem.method == Method::Dot && plan.fetches && !writes_rows);
+    const bool is_read_twice = problem.method == Method::Dot && plan.fetches && !writes_rows;
+    plan.group = group_of(problem, is_read_twice ? kTwiceReadBytes : kGroupBytes);
   }
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;

@@ -366,7 +366,8 @@ bool check(uint64_t seed) {
   Array grad_scores(c.exact_type, c.B, c.T, c.S);
   Backward b{};
   b.problem = f.problem;
-  b.plan = random.chance(0.3) ? backward_plan(b.problem, random.upto(1, 40), random.chance(0.5))
+  const bool writes_rows = random.chance(0.5);
+  b.plan = random.chance(0.3) ? backward_plan(b.problem, random.upto(1, 40), writes_rows)
                               : random_plan(b.problem, random, std::max<int64_t>(c.T, 1));
   const bool recompute = f.weights == nullptr;
   b.grad_context = g.view();
