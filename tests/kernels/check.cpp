@@ -2,6 +2,7 @@
 // double. Built by tests/test_kernels.py for each instruction set, with sanitizers, and for other processors under an emulator.
 //
 //   check SEED COUNT    prints what failed and how; exit status 1 if anything did
+#include "../../csrc/cpu/kernels/cache.h"
 #include "../../csrc/cpu/plan.h"
 #include "../../csrc/cpu/work_stealing.h"
 #include "op.h"
@@ -254,6 +255,42 @@ bool check_parts(Random& random) {
   return ok;
 }
 
+// What is asked for ahead are the lines of the rows that were named, all of them and no others.
+bool check_ahead(Random& random) {
+  CPU_CAPABILITY::Ahead ahead;
+  std::vector<char> data(1 << 19), wanted(data.size()), asked(data.size() + 64);
+  ahead.clear();
+  int64_t begin = 0;
+  for (int64_t blocks = random.upto(0, 4); blocks > 0; --blocks) {
+    const Dtype dtype = random.of({Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half});
+    const int64_t rows = random.upto(0, 30), size = random.upto(0, 300), first = random.upto(0, 3);
+    const View view{data.data() + begin, 0, size + random.of({0, 0, 7, 100}), random.of({1, 1, 1, 2})};
+    const int64_t width = width_of(dtype);
+    ahead.add(dtype, view, 0, first, rows, size);
+    for (int64_t r = 0; (view.element == 1 || size == 1) && r < rows; ++r) {
+      std::fill_n(wanted.begin() + begin + (first + r) * view.row * width, size * width, 1);
+    }
+    begin += (first + rows) * view.row * width + 64;
+  }
+  const char* const end = data.data() + data.size();
+  for (CPU_CAPABILITY::Ahead::Lines lines; (lines = ahead.take(random.upto(1, 40))).count > 0;) {
+    for (const char* line = lines.first; line < lines.first + 64 * lines.count; line += 64) {
+      if (line < data.data() || line >= end || !wanted[line - data.data()]) {
+        std::printf("a line of no row that comes next was asked for\n");
+        return false;
+      }
+      std::fill_n(asked.begin() + (line - data.data()), 64, 1);
+    }
+  }
+  for (int64_t i = 0; i < begin; ++i) {
+    if (wanted[i] && !asked[i]) {
+      std::printf("a row that comes next was not asked for\n");
+      return false;
+    }
+  }
+  return true;
+}
+
 // Each item falls to one worker, once, whoever is slow.
 bool check_work_stealing(Random& random) {
   const int64_t items = random.of({random.upto(0, 5), random.upto(6, 3000)}), workers = random.upto(1, 4),
@@ -432,7 +469,7 @@ bool check(uint64_t seed) {
     run_items(s, random, backward.backward_slot, backward.backward, backward.merge_backward, again);
     checker.compare("grad keys of scores", keys_again.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
   }
-  return check_parts(random) && check_work_stealing(random) && checker.ok;
+  return check_parts(random) && check_work_stealing(random) && check_ahead(random) && checker.ok;
 }
 
 }  // namespace

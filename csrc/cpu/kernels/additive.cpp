@@ -297,7 +297,7 @@ class AdditiveScore {
     }
   }
 
-  void scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps, acc*) const {
+  void scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps, Workspace<acc>&) const {
     if (may_share(4)) {
       factored_scores<4>(out, out_stride, first, count, steps);
     } else if (may_share(2)) {
@@ -478,7 +478,13 @@ class AdditiveGradient : public AdditiveScore<acc> {
   }
 
   void add(
-      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, Result<acc> grad_query, acc*) {
+      const acc* grad_scores,
+      int64_t scores_stride,
+      int64_t first,
+      int64_t count,
+      int64_t steps,
+      Result<acc> grad_query,
+      Workspace<acc>&) {
     if (only_queries(f_) && this->may_factor()) {
       add_to_queries(grad_scores, scores_stride, first, count, steps, grad_query);
     } else if (f_.grad_query == nullptr) {

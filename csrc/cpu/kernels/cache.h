@@ -1,6 +1,7 @@
 // What is asked for ahead, and what goes past the caches.
 #pragma once
 
+#include "call.h"
 #include "vec.h"
 
 #include <bit>
@@ -12,6 +13,74 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 [[gnu::always_inline]] inline void fetch(const void* line) {
   __builtin_prefetch(line, 0, 2);
 }
+
+// Rows that come next, in the order of their use. The products of many queries ask for their lines one by one, each beside a dozen
+// cycles of multiply-adds: what other work has left far away is near when its turn comes.
+class Ahead {
+ public:
+  // Lines one behind the other.
+  struct Lines {
+    const char* first;
+    int64_t count;
+  };
+
+  void clear() {
+    next_ = count_ = 0;
+    bytes_ = 0;
+  }
+
+  // `rows` rows of a batch element, from row `first` on, of `size` elements each.
+  void add(Dtype dtype, const View& view, int64_t b, int64_t first, int64_t rows, int64_t size) {
+    const int64_t row = size * width_of(dtype);
+    if (view.data == nullptr || rows <= 0 || row == 0 || (view.element != 1 && size > 1) || bytes_ + rows * row > kMostBytes) {
+      return;
+    }
+    bytes_ += rows * row;
+    const bool dense = view.row == size;
+    blocks_[count_++] = {
+        static_cast<const char*>(view.data) + (b * view.batch + first * view.row) * width_of(dtype),
+        ceil_div(dense ? rows * row : row, kLine),
+        0,
+        dense ? 1 : rows,
+        view.row * width_of(dtype)};
+  }
+
+  // The next ones, `most` at most.
+  Lines take(int64_t most) {
+    if (next_ == count_) {
+      return {nullptr, 0};
+    }
+    Block& block = blocks_[next_];
+    const Lines lines{block.row + block.taken * kLine, std::min(most, block.lines - block.taken)};
+    block.taken += lines.count;
+    if (block.taken == block.lines) {
+      block.row += block.stride;
+      block.taken = 0;
+      next_ += --block.rows == 0;
+    }
+    return lines;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  static constexpr int kMostBlocks = 6;
+
+  // More would drive from the second-level cache what is at work.
+  static constexpr int64_t kMostBytes = 3 << 17;
+
+  struct Block {
+    const char* row;
+    int64_t lines;  // of a row
+    int64_t taken;
+    int64_t rows;
+    int64_t stride;  // bytes
+  };
+
+  Block blocks_[kMostBlocks];
+  int next_ = 0;
+  int count_ = 0;
+  int64_t bytes_ = 0;
+};
 
 // Past every cache; `to` is aligned to a vector.
 template <class V>

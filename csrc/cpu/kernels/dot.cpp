@@ -40,9 +40,9 @@ class DotScore {
   }
 
   // Of `count` loaded queries from `first` on against the loaded tile; out's rows are `stride` apart.
-  void scores(acc* out, int64_t stride, int64_t first, int64_t count, int64_t steps, element* panel) const {
+  void scores(acc* out, int64_t stride, int64_t first, int64_t count, int64_t steps, Workspace<element>& work) const {
     const int64_t size = Factors<element>::elements(size_);
-    dot_products<element>(out, stride, query_.addresses() + first, count, keys_, steps, size, scale_, panel);
+    dot_products<element>(out, stride, query_.addresses() + first, count, keys_, steps, size, scale_, work);
   }
 
  protected:
@@ -93,7 +93,7 @@ class DotGradient : public DotScore<element> {
   }
 
   // Of `count` queries from `first` on; the coefficients, by source step, are the gradients of their scores.
-  void add_to_keys(Coefficients<acc> coefficients, int64_t first, int64_t count, int64_t steps, element* panel) {
+  void add_to_keys(Coefficients<acc> coefficients, int64_t first, int64_t count, int64_t steps, Workspace<element>& work) {
     multiply(
         Result<acc>{grad_keys_->rows(), grad_keys_->stride(), first > 0},
         steps,
@@ -101,12 +101,19 @@ class DotGradient : public DotScore<element> {
         this->query_.addresses() + first,
         count,
         this->size_,
-        panel);
+        &work);
   }
 
-  void add(const acc* grad_scores, int64_t stride, int64_t, int64_t count, int64_t steps, Result<acc> grad_query, element* panel) {
+  void add(
+      const acc* grad_scores,
+      int64_t stride,
+      int64_t,
+      int64_t count,
+      int64_t steps,
+      Result<acc> grad_query,
+      Workspace<element>& work) {
     if (f_.grad_query != nullptr) {
-      multiply(grad_query, count, Coefficients<acc>{grad_scores, stride, 1}, this->keys_, steps, this->size_, panel);
+      multiply(grad_query, count, Coefficients<acc>{grad_scores, stride, 1}, this->keys_, steps, this->size_, &work);
     }
   }
 

@@ -62,6 +62,48 @@ struct StepsRow {
   }
 };
 
+// Of what comes after the source steps before `written`: another tile of the item, or the item that most often comes next.
+class Next {
+ public:
+  Next(const Problem& problem, const Plan& plan, int64_t index, const Item& item, int64_t written)
+      : problem_(problem),
+        is_item_(written >= end_of(item) && index + 1 < plan.items(problem)),
+        item_(is_item_ ? plan.item(problem, index + 1) : item),
+        first_step_(is_item_ ? item_.first_step : written),
+        steps_(std::min(plan.tile, end_of(item_) - first_step_)) {}
+
+  // Whether it is an item, of which queries are wanted, too.
+  bool is_item() const {
+    return is_item_;
+  }
+
+  void queries_to(Ahead& ahead, Dtype dtype, const View& view, int64_t size) const {
+    ahead.add(dtype, view, item_.batch, item_.first_query, item_.queries, size);
+  }
+
+  template <class acc>
+  void steps_to(Ahead& ahead) const {
+    if (problem_.prepared_keys.data != nullptr) {
+      const int64_t size = prepared_size(problem_.key_size);
+      ahead.add(kAccumulated<acc>, problem_.prepared_keys, item_.batch, first_step_, steps_, size);
+    } else {
+      ahead.add(problem_.dtype, problem_.keys, item_.batch, first_step_, steps_, problem_.key_size);
+    }
+    ahead.add(problem_.dtype, problem_.memory, item_.batch, first_step_, steps_, problem_.memory_size);
+  }
+
+ private:
+  int64_t end_of(const Item& item) const {
+    return problem_.lengths == nullptr ? item.end_step : std::min(item.end_step, problem_.lengths[item.batch]);
+  }
+
+  const Problem& problem_;
+  bool is_item_;
+  Item item_;
+  int64_t first_step_;
+  int64_t steps_;
+};
+
 // Score is DotScore or AdditiveScore: what the queries are scored against, tile by tile.
 template <class Score>
 struct AttentionForward {
@@ -84,7 +126,7 @@ struct AttentionForward {
           tile_end(arena.take<int64_t>(tiles)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * stride)),
-          panel(take_panel<element>(arena, f.plan.chunk)),
+          work{take_panel<element>(arena, f.plan.chunk), {}},
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
@@ -101,7 +143,7 @@ struct AttentionForward {
     int64_t* tile_end;  // [tiles] the step behind each tile's last
     int64_t* used;      // so many of the tiles have steps
     acc* tile_scores;   // [chunk][stride]
-    element* panel;
+    Workspace<element> work;
     Rows<element> memory;
     Score score;
   };
@@ -125,9 +167,10 @@ struct AttentionForward {
     for (bool more = walk.next(two[0]); more; ++tiles) {
       const Tile& tile = two[tiles % 2];
       more = walk.next(two[(tiles + 1) % 2]);
+      plan_ahead(f, index, item, tile, slot);
       slot.memory.load(item.batch, tile);
       slot.score.load_keys(item.batch, tile, slot.memory);
-      slot.score.scores(slot.tile_scores, stride, 0, item.queries, tile.count, slot.panel);
+      slot.score.scores(slot.tile_scores, stride, 0, item.queries, tile.count, slot.work);
       mask_scores(slot.tile_scores, stride, problem, item.batch, item.first_query, item.queries, tile);
       // The last product of an item that stands alone goes where it belongs; the weights do so at once if it is the first, too.
       const bool final = !more && f.plan.splits == 1;
@@ -161,7 +204,7 @@ struct AttentionForward {
           slot.memory.addresses(),
           tile.count,
           problem.memory_size,
-          slot.panel);
+          &slot.work);
       if (exact && f.plan.streams) {
         stream_context(f, index, item, slot);
       }
@@ -204,6 +247,20 @@ struct AttentionForward {
   }
 
  private:
+  // Few queries are bound by what they read; what streams fetches by itself.
+  static void plan_ahead(const Forward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
+    Ahead& ahead = slot.work.ahead;
+    ahead.clear();
+    if (slot.work.panel == nullptr || f.plan.streams) {
+      return;
+    }
+    const Next next(f.problem, f.plan, index, item, tile.steps[tile.count - 1] + 1);
+    if (next.is_item()) {
+      next.queries_to(ahead, f.problem.dtype, f.problem.query, f.problem.key_size);
+    }
+    next.template steps_to<acc>(ahead);
+  }
+
   // What was summed, divided by its weights' sums.
   static void scale_context(const Forward& f, const Item& item, const Slot& slot) {
     const int64_t size = f.problem.memory_size;
@@ -453,7 +510,7 @@ struct AttentionBackward {
           coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
           columns_stride(padded<acc>(2 * std::min(kChunk, f.plan.chunk))),
           columns(kTransposesCoefficients && f.plan.chunk >= kMany ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),
-          panel(take_panel<element>(arena, f.plan.chunk)),
+          work{take_panel<element>(arena, f.plan.chunk), {}},
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
           grad_context(arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size),
@@ -472,7 +529,7 @@ struct AttentionBackward {
     acc* coefficients;  // [count][tile_stride], of the chunk at hand, its weights, and right behind them its scores' gradients
     int64_t columns_stride;
     acc* columns;  // [tile][2 kChunk] the same transposed, or null
-    element* panel;
+    Workspace<element> work;
     acc* weights_row;
     acc* grad_weights_row;
     Rows<element> grad_context;
@@ -505,6 +562,7 @@ struct AttentionBackward {
     int64_t written = item.first_step;  // up to here the memory's gradient is written
     SourceWalk walk(problem, item, f.plan.tile);
     for (Tile tile; item.queries > 0 && walk.next(tile);) {
+      plan_ahead(f, index, item, tile, slot);
       slot.memory.load(item.batch, tile);
       slot.gradient.begin_tile(item.batch, tile, written, slot.memory);
       slot.grad_memory.begin(tile, written);
@@ -565,6 +623,23 @@ struct AttentionBackward {
     }
   }
 
+  static void plan_ahead(const Backward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
+    Ahead& ahead = slot.work.ahead;
+    ahead.clear();
+    if (slot.work.panel == nullptr) {
+      return;
+    }
+    const Next next(f.problem, f.plan, index, item, tile.steps[tile.count - 1] + 1);
+    if (next.is_item()) {
+      next.queries_to(ahead, f.problem.dtype, f.grad_context, f.problem.memory_size);
+      next.queries_to(ahead, kAccumulated<acc>, f.weights, f.problem.steps);
+    }
+    next.template steps_to<acc>(ahead);
+    if (next.is_item()) {
+      next.queries_to(ahead, f.problem.dtype, f.problem.query, f.problem.key_size);
+    }
+  }
+
   // A few of an item's queries against a tile: their weights, the gradient of their scores, and what both add to the other
   // gradients.
   static void take_chunk(
@@ -599,15 +674,15 @@ struct AttentionBackward {
           rows,
           end - rows,
           problem.memory_size,
-          slot.panel);
+          &slot.work);
     }
     if constexpr (Gradient::kMultipliesKeys) {
       if (slot.gradient.wants_keys()) {
-        slot.gradient.add_to_keys(columns_of(slot, grad_scores, count, tile.count), first, count, tile.count, slot.panel);
+        slot.gradient.add_to_keys(columns_of(slot, grad_scores, count, tile.count), first, count, tile.count, slot.work);
       }
     }
     const Result<acc> grad_query(slot.grad_query + first * slot.query_stride, slot.query_stride, written > item.first_step);
-    slot.gradient.add(grad_scores, stride, first, count, tile.count, grad_query, slot.panel);
+    slot.gradient.add(grad_scores, stride, first, count, tile.count, grad_query, slot.work);
   }
 
   // The coefficients of the memory's gradient, by source step. A column of many rows is in as many pages, more than the first-level
@@ -655,8 +730,7 @@ struct AttentionBackward {
     }
     if (f.grad_context.data != nullptr) {
       const int64_t size = Factors<element>::elements(problem.memory_size);
-      dot_products<element>(
-          grad_scores, stride, grad_context, count, slot.memory.addresses(), tile.count, size, acc(1), slot.panel);
+      dot_products<element>(grad_scores, stride, grad_context, count, slot.memory.addresses(), tile.count, size, acc(1), slot.work);
     } else {
       std::fill_n(grad_scores, count * stride, acc(0));
     }
@@ -689,7 +763,7 @@ struct AttentionBackward {
       const Backward& f, const Item& item, int64_t first, int64_t count, const Tile& tile, Slot& slot, acc* weights) {
     const int64_t stride = slot.tile_stride;
     const int64_t first_query = item.first_query + first;
-    slot.gradient.scores(weights, stride, first, count, tile.count, slot.panel);
+    slot.gradient.scores(weights, stride, first, count, tile.count, slot.work);
     mask_scores(weights, stride, f.problem, item.batch, first_query, count, tile);
     const acc* logsumexp = static_cast<const acc*>(f.logsumexp) + item.batch * f.problem.queries + first_query;
     acc sums[kChunk];

@@ -209,6 +209,7 @@ class Block {
             first ? from : panel.address,
             depth,
             width,
+            nullptr,
             first && packs ? &panel : nullptr);
       }
     }

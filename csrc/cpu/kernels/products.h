@@ -11,6 +11,7 @@
 // docs/performance.md says what was measured.
 #pragma once
 
+#include "cache.h"
 #include "factors.h"
 #include "rows.h"
 #include "transpose.h"
@@ -119,6 +120,13 @@ element* take_panel(Arena& arena, int64_t queries) {
   return queries >= kPanelRows ? arena.take<element>(panel + coefficients) : nullptr;
 }
 
+// What an item's products share.
+template <class element>
+struct Workspace {
+  element* panel;  // from take_panel()
+  Ahead ahead;     // what the next item or tile begins with
+};
+
 // A panel and the addresses of its rows.
 template <class element>
 struct PanelRows {
@@ -134,7 +142,8 @@ struct PanelRows {
 
 // multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
 // result's lines, each of another page, come while the sums are taken: what was there is added last. One that `packs` leaves a
-// panel of what it takes of b for the tiles that follow, and asks for it ahead: the others' rows of b are near.
+// panel of what it takes of b for the tiles that follow, and asks for it ahead: the others' rows of b are near. Those ask for
+// what is wanted next, if they are tall enough for a line a step not to show.
 template <int rows, int width, bool partial, bool packs, class element, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
     Result<acc> out,
@@ -143,8 +152,10 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
     int64_t n,
     int64_t depth,
     int64_t count,
+    Ahead* ahead,
     element* panel = nullptr) {
   static_assert(!partial || width == 1);
+  constexpr bool tall = 2 * rows > tallest(width);
   using F = Factors<element>;
   constexpr int lanes = Vec<acc>::size();
   Vec<acc> sums[rows][width];
@@ -156,8 +167,11 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
       __builtin_prefetch(out.to + i * out.stride + w * lanes, 1);
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
     const element* from = b[k] + n;
+    if constexpr (tall) {
+      asm("" : "+r"(from));  // one register for all vectors: the compiler would keep the place of each
+    }
     [[maybe_unused]] const element* later = packs ? b[std::min(k + kAhead, depth - 1)] + n : nullptr;
     typename F::Vector right[width];
 #pragma GCC unroll 8
@@ -176,6 +190,17 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
         sums[i][w] = F::multiply_add(coefficient, right[w], sums[i][w]);
       }
     }
+  };
+  int64_t k = 0;
+  if constexpr (tall && !packs) {
+    const Ahead::Lines lines = ahead != nullptr ? ahead->take(depth) : Ahead::Lines{nullptr, 0};
+    for (const char* line = lines.first; k < lines.count; ++k, line += 64) {
+      __builtin_prefetch(line);
+      step(k);
+    }
+  }
+  for (; k < depth; ++k) {
+    step(k);
   }
   const auto load = [&](const acc* from) { return partial ? Vec<acc>::loadu(from, count) : Vec<acc>::loadu(from); };
 #pragma GCC unroll 8
@@ -199,13 +224,15 @@ void multiply_blocks(
     const element* const* b,
     int64_t depth,
     int64_t size,
+    Ahead* ahead = nullptr,
     const PanelRows<element>* panel = nullptr) {
   constexpr int lanes = Vec<acc>::size();
   // A few rows of b stay in the first-level cache whole: then the result is written row by row. Narrow ones are anyhow.
   constexpr int64_t few = 8, block = tallest(kWidest);
   if (depth <= few && height > block && size > kWidest * lanes) {
     for (int64_t i = 0; i < height; i += block) {
-      multiply_blocks<element>(out.at(i, 0), std::min(block, height - i), {c.data + i * c.row, c.row, c.column}, b, depth, size);
+      multiply_blocks<element>(
+          out.at(i, 0), std::min(block, height - i), {c.data + i * c.row, c.row, c.column}, b, depth, size, ahead);
     }
     return;
   }
@@ -216,17 +243,17 @@ void multiply_blocks(
       if constexpr (std::is_same_v<element, acc>) {
         if (panel != nullptr && i == 0) {
           return multiply_tile<rows.value, width.value, partial.value, true>(
-              out.at(i, n), of_rows, b, n, depth, size - n, panel->data);
+              out.at(i, n), of_rows, b, n, depth, size - n, nullptr, panel->data);
         }
       }
       multiply_tile<rows.value, width.value, partial.value, false>(
-          out.at(i, n), of_rows, panel != nullptr ? panel->address : b, n, depth, size - n);
+          out.at(i, n), of_rows, panel != nullptr ? panel->address : b, n, depth, size - n, ahead);
     });
     n += width.value * lanes;
   };
   // One row gets its accumulators from vectors abreast alone.
   for (; height == 1 && n + 8 * lanes <= size; n += 8 * lanes) {
-    multiply_tile<1, 8, false, false>(out.at(0, n), c, b, n, depth, size - n);
+    multiply_tile<1, 8, false, false>(out.at(0, n), c, b, n, depth, size - n, ahead);
   }
   for (int64_t vectors; (vectors = (size - n) / lanes) > 0;) {
     // The last ones as 3 and 2 rather than 4 and 1.
@@ -245,22 +272,29 @@ void multiply_blocks(
   }
 }
 
-// For `height` rows of the result, sum_k c(i, k) b_k of `size` numbers. `panel`, from take_panel(), lets many rows have b packed.
+// For `height` rows of the result, sum_k c(i, k) b_k of `size` numbers. With a workspace many rows have b packed.
 template <class acc>
 void multiply(
-    Result<acc> out, int64_t height, Coefficients<acc> c, const acc* const* b, int64_t depth, int64_t size, acc* panel = nullptr) {
+    Result<acc> out,
+    int64_t height,
+    Coefficients<acc> c,
+    const acc* const* b,
+    int64_t depth,
+    int64_t size,
+    Workspace<acc>* work = nullptr) {
   // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
-  if (panel == nullptr || height < kMany || depth < kPanelRows || size <= kPanelWidth) {
-    return multiply_blocks<acc>(out, height, c, b, depth, size);
+  Ahead* const ahead = work == nullptr ? nullptr : &work->ahead;
+  if (work == nullptr || work->panel == nullptr || height < kMany || depth < kPanelRows || size <= kPanelWidth) {
+    return multiply_blocks<acc>(out, height, c, b, depth, size, ahead);
   }
-  const PanelRows<acc> rows(panel, depth);
+  const PanelRows<acc> rows(work->panel, depth);
   const acc* from[kPanelDepth];
   for (int64_t n = 0; n < size; n += kPanelWidth) {
     const int64_t width = std::min(kPanelWidth, size - n);
     for (int64_t k = 0; k < depth; ++k) {
       from[k] = b[k] + n;
     }
-    multiply_blocks<acc>(out.at(0, n), height, c, from, depth, width, &rows);
+    multiply_blocks<acc>(out.at(0, n), height, c, from, depth, width, ahead, &rows);
   }
 }
 
@@ -268,8 +302,15 @@ void multiply(
 // The coefficients, rounded, and the rows of b as pairs along k.
 template <class acc>
 void multiply(
-    Result<acc> out, int64_t height, Coefficients<acc> c, const Pair* const* b, int64_t depth, int64_t size, Pair* panel) {
+    Result<acc> out,
+    int64_t height,
+    Coefficients<acc> c,
+    const Pair* const* b,
+    int64_t depth,
+    int64_t size,
+    Workspace<Pair>* work) {
   const int64_t pairs = (depth + 1) / 2;
+  Pair* const panel = work->panel;
   Pair* const coefficients = panel + kPanelWidth * kPanelDepth;
   const int64_t stride = padded<Pair>(c.column == 1 ? pairs : height);
   if (c.column == 1) {
@@ -289,7 +330,7 @@ void multiply(
     for (int64_t k = 0; k < depth; k += 2) {
       zip_rows(panel + k / 2 * kPanelWidth, b[k], k + 1 < depth ? b[k + 1] : nullptr, n, width);
     }
-    multiply_blocks<Pair>(out.at(0, n), height, paired, rows.address, pairs, width);
+    multiply_blocks<Pair>(out.at(0, n), height, paired, rows.address, pairs, width, &work->ahead);
   }
 }
 #endif
@@ -368,7 +409,7 @@ void sum_products(
   });
 }
 
-// out[i][j] = factor a_i . b_j of rows of `size` elements; out's rows are `stride` apart. `panel` is from take_panel().
+// out[i][j] = factor a_i . b_j of rows of `size` elements; out's rows are `stride` apart.
 template <class element, class acc>
 void dot_products(
     acc* out,
@@ -379,7 +420,7 @@ void dot_products(
     int64_t b_count,
     int64_t size,
     acc factor,
-    element* panel) {
+    Workspace<element>& work) {
   int64_t j0 = 0;
   if constexpr (kTransposes<element>) {
     if (a_count >= kPanelRows && size > 0) {
@@ -388,16 +429,16 @@ void dot_products(
       const int64_t rest = b_count % lanes;
       const int64_t paneled = rest > lanes / 2 ? b_count : b_count - rest;
       constexpr acc one = 1;
-      const PanelRows<element> columns(panel, std::min(kPanelDepth, size));
+      const PanelRows<element> columns(work.panel, std::min(kPanelDepth, size));
       for (; j0 < paneled; j0 += kPanelWidth) {
         const int64_t width = std::min(kPanelWidth, paneled - j0);
         for (int64_t d = 0; d < size; d += kPanelDepth) {
           const int64_t depth = std::min(kPanelDepth, size - d);
-          transpose(panel, kPanelWidth, b + j0, width, d, depth);
+          transpose(work.panel, kPanelWidth, b + j0, width, d, depth);
           // a's rows are evenly spaced: they are queries or their gradients.
+          const Coefficients<element> rows{a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1};
           const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
-          multiply_blocks<element>(
-              block, a_count, {a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1}, columns.address, depth, whole_vectors<acc>(width));
+          multiply_blocks<element>(block, a_count, rows, columns.address, depth, whole_vectors<acc>(width), &work.ahead);
         }
       }
       j0 = std::min(j0, paneled);
