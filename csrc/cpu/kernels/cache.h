@@ -18,6 +18,8 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 // cycles of multiply-adds: what other work has left far away is near when its turn comes.
 class Ahead {
  public:
+  static constexpr int64_t kLine = 64;
+
   // Lines one behind the other.
   struct Lines {
     const char* first;
@@ -62,7 +64,6 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   static constexpr int kMostBlocks = 6;
 
   // More would drive from the second-level cache what is at work.

@@ -247,11 +247,11 @@ struct AttentionForward {
   }
 
  private:
-  // Few queries are bound by what they read; what streams fetches by itself.
+  // Few queries are bound by what they read, few steps by what they write; what streams fetches by itself.
   static void plan_ahead(const Forward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
     Ahead& ahead = slot.work.ahead;
     ahead.clear();
-    if (slot.work.panel == nullptr || f.plan.streams) {
+    if (slot.work.panel == nullptr || tile.count < kPanelRows || f.plan.streams) {
       return;
     }
     const Next next(f.problem, f.plan, index, item, tile.steps[tile.count - 1] + 1);
@@ -626,7 +626,7 @@ struct AttentionBackward {
   static void plan_ahead(const Backward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
     Ahead& ahead = slot.work.ahead;
     ahead.clear();
-    if (slot.work.panel == nullptr) {
+    if (slot.work.panel == nullptr || tile.count < kPanelRows) {
       return;
     }
     const Next next(f.problem, f.plan, index, item, tile.steps[tile.count - 1] + 1);

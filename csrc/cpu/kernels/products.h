@@ -194,7 +194,7 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
   int64_t k = 0;
   if constexpr (tall && !packs) {
     const Ahead::Lines lines = ahead != nullptr ? ahead->take(depth) : Ahead::Lines{nullptr, 0};
-    for (const char* line = lines.first; k < lines.count; ++k, line += 64) {
+    for (const char* line = lines.first; k < lines.count; ++k, line += Ahead::kLine) {
       __builtin_prefetch(line);
       step(k);
     }
