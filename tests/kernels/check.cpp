@@ -257,8 +257,9 @@ bool check_parts(Random& random) {
 
 // What is asked for ahead are the lines of the rows that were named, all of them and no others.
 bool check_ahead(Random& random) {
-  CPU_CAPABILITY::Ahead ahead;
-  std::vector<char> data(1 << 19), wanted(data.size()), asked(data.size() + 64);
+  using CPU_CAPABILITY::Ahead;
+  Ahead ahead;
+  std::vector<char> data(1 << 19), wanted(data.size()), asked(data.size() + Ahead::kLine);
   ahead.clear();
   int64_t begin = 0;
   for (int64_t blocks = random.upto(0, 4); blocks > 0; --blocks) {
@@ -273,13 +274,13 @@ bool check_ahead(Random& random) {
     begin += (first + rows) * view.row * width + 64;
   }
   const char* const end = data.data() + data.size();
-  for (CPU_CAPABILITY::Ahead::Lines lines; (lines = ahead.take(random.upto(1, 40))).count > 0;) {
-    for (const char* line = lines.first; line < lines.first + 64 * lines.count; line += 64) {
+  for (Ahead::Lines lines; (lines = ahead.take(random.upto(1, 40))).count > 0;) {
+    for (const char* line = lines.first; line < lines.first + Ahead::kLine * lines.count; line += Ahead::kLine) {
       if (line < data.data() || line >= end || !wanted[line - data.data()]) {
         std::printf("a line of no row that comes next was asked for\n");
         return false;
       }
-      std::fill_n(asked.begin() + (line - data.data()), 64, 1);
+      std::fill_n(asked.begin() + (line - data.data()), Ahead::kLine, 1);
     }
   }
   for (int64_t i = 0; i < begin; ++i) {

@@ -64,7 +64,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int kMostBlocks = 6;
+  static constexpr int kMostBlocks = 5;  // a backward's: two of queries, their weights, keys and memory
 
   // More would drive from the second-level cache what is at work.
   static constexpr int64_t kMostBytes = 3 << 17;

@@ -9,7 +9,8 @@
 // there, and is taken off.
 //
 // Each tile of memory is read once and serves the scores and the context (forward), or all of its gradients (backward), while it
-// is in cache. It is bound by the products in products.h. One query, which is bound by the read, goes its own way: one_query.h.
+// is in cache. It is bound by the products in products.h, which meanwhile fetch what comes next. One query, which is bound by the
+// read, goes its own way: one_query.h.
 #pragma once
 
 #include "cache.h"
@@ -247,13 +248,12 @@ struct AttentionForward {
   }
 
  private:
-  // Few queries are bound by what they read, few steps by what they write; what streams fetches by itself.
   static void plan_ahead(const Forward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
-    Ahead& ahead = slot.work.ahead;
-    ahead.clear();
-    if (slot.work.panel == nullptr || tile.count < kPanelRows || f.plan.streams) {
+    // stream_context() fetches by itself.
+    if (!slot.work.may_plan(tile.count) || f.plan.streams) {
       return;
     }
+    Ahead& ahead = slot.work.ahead;
     const Next next(f.problem, f.plan, index, item, tile.steps[tile.count - 1] + 1);
     if (next.is_item()) {
       next.queries_to(ahead, f.problem.dtype, f.problem.query, f.problem.key_size);
@@ -624,11 +624,10 @@ struct AttentionBackward {
   }
 
   static void plan_ahead(const Backward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
-    Ahead& ahead = slot.work.ahead;
-    ahead.clear();
-    if (slot.work.panel == nullptr || tile.count < kPanelRows) {
+    if (!slot.work.may_plan(tile.count)) {
       return;
     }
+    Ahead& ahead = slot.work.ahead;
     const Next next(f.problem, f.plan, index, item, tile.steps[tile.count - 1] + 1);
     if (next.is_item()) {
       next.queries_to(ahead, f.problem.dtype, f.grad_context, f.problem.memory_size);

@@ -125,6 +125,13 @@ template <class element>
 struct Workspace {
   element* panel;  // from take_panel()
   Ahead ahead;     // what the next item or tile begins with
+
+  // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries are bound by what
+  // they read, and a register tile of few steps has no time for a line.
+  bool may_plan(int64_t steps) {
+    ahead.clear();
+    return panel != nullptr && steps >= kPanelRows;
+  }
 };
 
 // A panel and the addresses of its rows.
@@ -282,8 +289,8 @@ void multiply(
     int64_t depth,
     int64_t size,
     Workspace<acc>* work = nullptr) {
-  // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
   Ahead* const ahead = work == nullptr ? nullptr : &work->ahead;
+  // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
   if (work == nullptr || work->panel == nullptr || height < kMany || depth < kPanelRows || size <= kPanelWidth) {
     return multiply_blocks<acc>(out, height, c, b, depth, size, ahead);
   }
