@@ -34,6 +34,7 @@ FLAGS_OF_CAPABILITY = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
 }
 FLAGS_OF_CAPABILITY["avx512_bf16"] = (*FLAGS_OF_CAPABILITY["avx512"], "-DCPU_CAPABILITY_AVX512", "-mavx512bf16")
+FLAGS_OF_CAPABILITY["avx512_amx"] = (*FLAGS_OF_CAPABILITY["avx512_bf16"], "-mamx-tile", "-mamx-bf16")
 
 BUFFER = 1 << 29  # bytes: many last-level caches
 SHARE = 1 << 14  # bytes that a thread reads or copies are a multiple of this many
@@ -93,7 +94,7 @@ def probe_of_size(name: str, size: int) -> Probe:
 
 
 def running_capability() -> str:
-    """ "default", "avx2", "avx512" or "avx512_bf16": the instruction set of the fused kernels that run."""
+    """The instruction set of the fused kernels that run, one of FLAGS_OF_CAPABILITY."""
     if problem := backend.unavailable():
         raise RuntimeError(f"there is nothing to find the limits of: {problem}")
     return torch.ops.attn_ext.cpu_capability()

@@ -25,7 +25,7 @@ ROOT = Path(grid.__file__).parents[1]
 pytestmark = pytest.mark.fused
 
 INSTANT = Schedule(0.0, range(2, 3))
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")  # each with those before it
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "avx512_amx")  # each with those before it
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def test_kernels_obey_the_machine_and_the_environment() -> None:
     """PyTorch's own reading of the CPU and of ATEN_CPU_CAPABILITY decides which kernels run."""
     wanted = KERNELS.get(torch.backends.cpu.get_cpu_capability(), "default")
     if wanted == "avx512" and "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._is_avx512_bf16_supported():
-        wanted = "avx512_bf16"
+        wanted = "avx512_amx" if torch.cpu._is_amx_tile_supported() else "avx512_bf16"
     assert torch.ops.attn_ext.cpu_capability() == wanted
     assert wanted.upper() in backend.build_facts()["cpu_capabilities"].split(", ")
 

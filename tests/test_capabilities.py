@@ -8,7 +8,7 @@ import torch
 from tests.processes import PACKAGE, python
 
 # A machine that has one has those before it.
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
 
 @pytest.mark.fused

@@ -167,7 +167,7 @@ def test_halves_are_rounded_where_they_are_written(
     if on_gpu:
         from_rounded = T > 1 or method == "keyed_dot"
     else:
-        has_pairs = (dtype, torch.ops.attn_ext.cpu_capability()) == (torch.bfloat16, "avx512_bf16")
+        has_pairs = dtype == torch.bfloat16 and torch.ops.attn_ext.cpu_capability() in ("avx512_bf16", "avx512_amx")
         from_rounded = has_pairs and method != "additive" and T >= 16
     tolerance = {"rtol": 1e-5, "atol": 1e-5 if on_gpu else 1e-6}
     of_context = {"rtol": 2**-8, "atol": 2**-8} if from_rounded else tolerance

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
 
 #include <cstdlib>
 #include <string>
@@ -30,6 +31,10 @@ namespace AVX512_BF16 {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
 const Kernels& additive_kernels(Dtype, bool, int64_t);
 }  // namespace AVX512_BF16
+
+namespace AVX512_AMX {
+const Kernels& dot_kernels(Dtype, bool, int64_t);
+}  // namespace AVX512_AMX
 #endif
 
 namespace {
@@ -52,6 +57,11 @@ const MatmulKernels* where_mkl_leaves_it() {
 bool unasked_bfloat16() {
   return std::getenv("ATEN_CPU_CAPABILITY") == nullptr && __builtin_cpu_supports("avx512bf16");
 }
+
+// All processors with matrix tiles have them for bfloat16. The system has to be asked for their state, which PyTorch does.
+bool unasked_tiles() {
+  return unasked_bfloat16() && at::cpu::init_amx();
+}
 #endif
 
 }  // namespace
@@ -61,6 +71,7 @@ const Capability& capability() {
       {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels, no_matmul},
 #if defined(__x86_64__)
       {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels, no_matmul},
+      {"avx512_amx", "AVX512", unasked_tiles, AVX512_AMX::dot_kernels, AVX512_BF16::additive_kernels, where_mkl_leaves_it},
       {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels, where_mkl_leaves_it},
       {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, where_mkl_leaves_it},
 #endif

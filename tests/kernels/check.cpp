@@ -17,6 +17,11 @@
 #include <thread>
 #include <vector>
 
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace attn_ext::cpu {
 namespace {
 
@@ -481,6 +486,13 @@ int main(int count, char** arguments) {
     std::fprintf(stderr, "usage: check SEED COUNT\n");
     return 2;
   }
+#if defined(__AMX_BF16__)
+  // Matrix tiles are the system's to allow: ARCH_REQ_XCOMP_PERM of their data.
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) {
+    std::fprintf(stderr, "check: the system does not allow matrix tiles\n");
+    return 2;
+  }
+#endif
   const long first = std::atol(arguments[1]), problems = std::atol(arguments[2]);
   int failed = 0;
   for (long seed = first; seed < first + problems; ++seed) {

@@ -41,6 +41,13 @@ struct Pair {
   c10::BFloat16 odd;
 };
 
+// Pairs that are multiplied at once; rows are filled up with zeros to a multiple. A matrix tile (tiles.h) takes 16.
+#if defined(__AMX_BF16__)
+constexpr int64_t kPairsAtOnce = 16;
+#else
+constexpr int64_t kPairsAtOnce = 1;
+#endif
+
 #if defined(__AVX512BF16__)
 template <>
 struct Factors<Pair> {
@@ -49,7 +56,7 @@ struct Factors<Pair> {
   using Vector = __m512i;
 
   static int64_t elements(int64_t size) {
-    return (size + 1) / 2;
+    return (size + 2 * kPairsAtOnce - 1) / (2 * kPairsAtOnce) * kPairsAtOnce;
   }
 
   static Vector load(const Pair* from, int64_t count = 16) {
@@ -80,16 +87,17 @@ inline __m512i zip_words(__m512i a, __m512i b, int even, int odd) {
       a, _mm512_add_epi32(_mm512_mullo_epi32(i, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(odd << 16 | even)), b);
 }
 
-// to[i] = (a_i, b_i) for rows of bfloat16 from number i = `first` on, in whole vectors; b may be null: zeros.
-inline void zip_rows(Pair* to, const Pair* a, const Pair* b, int64_t first, int64_t count) {
-  for (int64_t i = 0; i < count; i += 32) {
+// (a_i, b_i) for rows of bfloat16 from number i = `first` on, in whole vectors, each `apart` from the one before; b may be null:
+// zeros.
+inline void zip_rows(Pair* to, const Pair* a, const Pair* b, int64_t first, int64_t count, int64_t apart = 16) {
+  for (int64_t i = 0; i < count; i += 32, to += 2 * apart) {
     const __mmask32 mask = count - i >= 32 ? ~__mmask32(0) : (__mmask32(1) << (count - i)) - 1;
     const auto load = [&](const Pair* row) {
       return _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const c10::BFloat16*>(row) + first + i);
     };
     const __m512i x = load(a), y = b == nullptr ? _mm512_setzero_si512() : load(b);
-    _mm512_storeu_si512(to + i, zip_words(x, y, 0, 32));
-    _mm512_storeu_si512(to + i + 16, zip_words(x, y, 16, 48));
+    _mm512_storeu_si512(to, zip_words(x, y, 0, 32));
+    _mm512_storeu_si512(to + apart, zip_words(x, y, 16, 48));
   }
 }
 

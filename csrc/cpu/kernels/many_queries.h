@@ -157,6 +157,7 @@ struct AttentionForward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
+    [[maybe_unused]] const MatrixTiles<element> tiles_in_use;
     const int64_t stride = slot.stride;
     std::fill_n(slot.row_max, item.queries, kNothing<acc>);
     std::fill_n(slot.row_sum, item.queries, acc(0));
@@ -547,6 +548,7 @@ struct AttentionBackward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
+    [[maybe_unused]] const MatrixTiles<element> tiles_in_use;
     if (slot.query_in_place) {
       slot.grad_query = static_cast<acc*>(f.grad_query) + (item.batch * problem.queries + item.first_query) * slot.query_stride;
     }

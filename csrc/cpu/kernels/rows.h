@@ -106,7 +106,8 @@ void load_row(acc* to, Dtype dtype, const View& view, int64_t b, int64_t row, in
   load_row(to, dtype, view.data, b * view.batch + row * view.row, view.element, size);
 }
 
-// The same as pairs; the last is filled up with 0.
+#if defined(__AVX512BF16__)
+// The same as pairs, filled up with zeros.
 inline void load_row(Pair* to, Dtype, const View& view, int64_t b, int64_t row, int64_t size) {
   const auto* from = static_cast<const c10::BFloat16*>(view.data) + b * view.batch + row * view.row;
   const int64_t whole = size / 2;
@@ -117,10 +118,12 @@ inline void load_row(Pair* to, Dtype, const View& view, int64_t b, int64_t row, 
       to[i] = {from[2 * i * view.element], from[(2 * i + 1) * view.element]};
     }
   }
+  std::fill(to + whole, to + Factors<Pair>::elements(size), Pair{});
   if (size % 2 != 0) {
     to[whole] = {from[(size - 1) * view.element], 0};
   }
 }
+#endif
 
 // Addresses of rows: the tensor's own where they are dense and of the products' elements, of converted copies otherwise.
 template <class element>
@@ -164,7 +167,7 @@ class Rows {
   bool may_be_in_place() const {
     if constexpr (std::is_same_v<element, Pair>) {
       // dot_products() counts from row to row in whole pairs.
-      return view_.element == 1 && size_ % 2 == 0 && view_.row % 2 == 0;
+      return view_.element == 1 && size_ % (2 * kPairsAtOnce) == 0 && view_.row % 2 == 0;
     }
     return view_.data == nullptr || (dtype_ == kAccumulated<element> && (view_.element == 1 || size_ <= 1));
   }
