@@ -52,7 +52,7 @@ class MatrixTiles<Pair> {
 };
 
 // sums (+)= a b for 16 `rows` of a, `depth` pairs each, a multiple of 16, and 16 `columns` of b, the next ones
-// `b_columns` behind: four loads serve four products. A load takes as long as a quarter of a product, and the lines that are wanted
+// `b_columns` behind: four loads serve four products. A load takes half as long as a product, and the lines that are wanted
 // next are asked for beside them.
 template <int rows, int columns>
 inline void tile_products(
