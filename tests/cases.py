@@ -169,7 +169,8 @@ def assert_accurate(problem: Problem) -> None:
         assert (result.shape, result.dtype) == (truth[name].shape, problem.dtype), name
         error = _largest(result.double() - truth[name])
         own_error = _largest(own_results[name].double() - own_truth[name]) * resolution
-        allowed = 2 * own_error + rounding_noise(problem.dtype, _largest(truth[name]))
+        times = 2 if own_dtype == problem.dtype else 3  # in float64 the truth has that error, too
+        allowed = times * own_error + rounding_noise(problem.dtype, _largest(truth[name]))
         assert error <= allowed, (
             f"{name}: error {error:.2e}, allowed {allowed:.2e}, the reference's own {own_error:.2e}"
         )

@@ -7,12 +7,12 @@ import torch
 
 from tests.processes import PACKAGE, python
 
-# A machine that has one has those before it.
+# A machine that has one has those before it. The last two, what it has beyond avx512, cannot be asked for by name.
 CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
 
 @pytest.mark.fused
-@pytest.mark.parametrize("capability", CAPABILITIES[:-1])
+@pytest.mark.parametrize("capability", CAPABILITIES[:-2])
 def test_numerics_under(capability: str) -> None:
     own = torch.ops.attn_ext.cpu_capability()
     if CAPABILITIES.index(own) <= CAPABILITIES.index(capability):
