@@ -110,7 +110,14 @@ def test_keys_and_their_gradients(size: tuple[int, int, int, int], masking: str,
 def test_halves_are_rounded_once(
     size: tuple[int, int, int, int], dtype: torch.dtype, weight_type: str, masking: str
 ) -> None:
-    B, S, _, A = size
+    B, S, depth, A = size
+    if (
+        dtype == torch.bfloat16
+        and depth % 2
+        and masking != "none"
+        and torch.ops.attn_ext.cpu_capability() == "avx512_amx"
+    ):
+        pytest.xfail("PyTorch's product in matrix tiles lets a NaN of the next row into an odd row's end")
     tensors, lengths, mask = make(*size, masking)
     rows = seen(B, S, lengths, mask).unsqueeze(-1)
     tensors = [tensor.to(dtype) for tensor in tensors]
@@ -259,7 +266,7 @@ def test_a_precision_set_for_one_backend(settings: Any, value: str, ours: bool) 
         query, memory, weight = (tensor.detach().requires_grad_() for tensor in tensors)
         luong_attention(query, memory, "general", weight=weight)[0].sum().backward()
 
-    assert is_multiplied_here(call) == ours
+    assert is_multiplied_here(call) == (ours and torch.ops.attn_ext.cpu_multiplies())
 
 
 def test_a_trace_has_the_products_in_it() -> None:
