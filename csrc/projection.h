@@ -105,7 +105,30 @@ struct Hidden {
   bool anything() const {
     return lengths || mask;
   }
+
+  // Whether they are what a memory's ought to be; if not, the ops say so.
+  bool fit(const Tensor& memory) const {
+    const auto batch = memory.sym_size(0), steps = memory.sym_size(1);
+    return (!lengths || (lengths->scalar_type() == at::kLong && lengths->dim() == 1 && lengths->sym_size(0) == batch)) &&
+           (!mask || (mask->scalar_type() == at::kBool && (mask->dim() == 2 || mask->dim() == 3) && mask->sym_size(0) == batch &&
+                      mask->sym_size(-1) == steps));
+  }
 };
+
+// The memory with 0 in the rows that no query may attend.
+inline Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
+  const auto& [lengths, mask] = hidden;
+  Tensor without;
+  if (mask) {
+    without = (mask->dim() == 3 ? mask->any(1) : *mask).logical_not();
+  }
+  if (lengths) {
+    const Tensor steps = at::arange(memory.sym_size(1), lengths->options());
+    const Tensor behind = steps.ge(lengths->unsqueeze(1));
+    without = without.defined() ? without.logical_or_(behind) : behind;
+  }
+  return without.defined() ? memory.masked_fill(without.unsqueeze(2), 0) : memory;
+}
 
 using cpu::SomeRows;
 
@@ -114,17 +137,13 @@ using cpu::SomeRows;
 inline SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_time = false) {
   const auto& [lengths, mask] = hidden;
   const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
-  if (!cpu::multiplies() || !hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask)) {
+  if (!cpu::multiplies() || !hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
+      !hidden.fit(memory)) {
     return std::nullopt;
   }
   const int64_t batch = memory.size(0), steps = memory.size(1);
   const Tensor ends = lengths ? lengths->contiguous() : Tensor();
   const Tensor seen = !mask ? Tensor() : mask->dim() == 3 ? mask->any(1) : mask->contiguous();
-  // What they ought to be, the ops say.
-  if ((lengths && (ends.scalar_type() != at::kLong || ends.sizes() != at::IntArrayRef{batch})) ||
-      (mask && (seen.scalar_type() != at::kBool || seen.sizes() != at::IntArrayRef{batch, steps}))) {
-    return std::nullopt;
-  }
   const int64_t* end = lengths ? ends.const_data_ptr<int64_t>() : nullptr;
   const bool* may_attend = mask ? seen.const_data_ptr<bool>() : nullptr;
   std::vector<cpu::Run> runs;
@@ -163,8 +182,17 @@ inline Tensor project(const Tensor& input, const Tensor& weight, const OptionalT
   return input.dim() == 2 ? projected : projected.view_symint({input.sym_size(0), input.sym_size(1), weight.sym_size(0)});
 }
 
+// Whether PyTorch's product may let a row into the one before it: oneDNN's matrix tiles take pairs of bfloat16 32 at a time, and
+// where a row ends within them they read on, and multiply by 0 what may be NaN.
+inline bool reads_behind_rows(const Tensor& input, const Tensor& weight) {
+  return input.is_cpu() && weight.scalar_type() == at::kBFloat16 && input.sym_size(-1) % 32 != 0;
+}
+
 // Keys, of which those that are hidden may be anything.
 inline Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Hidden& hidden) {
+  if (reads_behind_rows(memory, weight) && hidden.anything() && hidden.fit(memory)) {
+    return project(without_hidden_rows(memory, hidden), weight, bias);
+  }
   return project(memory, weight, bias, seen_rows(memory, hidden, is_time_major(memory)));
 }
 
@@ -203,21 +231,6 @@ inline bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at:
     result.copy_(at::mm(rows(grads).t(), rows(inputs)));
   }
   return false;
-}
-
-// The memory with 0 in the rows that no query may attend.
-inline Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
-  const auto& [lengths, mask] = hidden;
-  Tensor without;
-  if (mask) {
-    without = (mask->dim() == 3 ? mask->any(1) : *mask).logical_not();
-  }
-  if (lengths) {
-    const Tensor steps = at::arange(memory.sym_size(1), lengths->options());
-    const Tensor behind = steps.ge(lengths->unsqueeze(1));
-    without = without.defined() ? without.logical_or_(behind) : behind;
-  }
-  return without.defined() ? memory.masked_fill(without.unsqueeze(2), 0) : memory;
 }
 
 // write_grad_of_weight of keys that the memory was projected to. A row that no query may attend has a gradient of 0 and may hold

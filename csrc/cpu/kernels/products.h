@@ -7,7 +7,8 @@
 // deeper and find their rows of b next to each other: for many rows of the result, blocks of b are copied so. Dot products of many
 // rows go its way too, over b transposed block by block; those of a few rows, whose transposition would not pay, sum along vectors.
 // Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
-// pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two.
+// pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two. The processor's matrix
+// tiles, where it has them (tiles.h), take the panels of pairs in the register tile's stead.
 // docs/performance.md says what was measured.
 #pragma once
 
