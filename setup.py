@@ -30,8 +30,6 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
     CPU_CAPABILITIES["AVX512_BF16"] = [*CPU_CAPABILITIES["AVX512"], "-DCPU_CAPABILITY_AVX512", "-mavx512bf16"]
     CPU_CAPABILITIES["AVX512_AMX"] = [*CPU_CAPABILITIES["AVX512_BF16"], "-mamx-tile", "-mamx-bf16"]
-# Those that only some of the kernels are compiled for.
-KERNELS = {"AVX512_AMX": "dot.cpp"}
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp"]
 # Warnings are for our own code: PyTorch's headers become system headers, and GCC 12 sees uninitialised values in its
@@ -123,7 +121,7 @@ class Build(BuildExtension):
         folder = Path(self.build_temp, capability)
         folder.mkdir(parents=True, exist_ok=True)
         return self.compiler.compile(
-            sources("csrc/cpu/kernels", KERNELS.get(capability, "*.cpp")),
+            sources("csrc/cpu/kernels", "*.cpp"),
             output_dir=str(folder),
             include_dirs=extension.include_dirs,
             extra_postargs={"cxx": [*CXX_FLAGS, *defines, *CPU_CAPABILITIES[capability]]},

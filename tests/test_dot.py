@@ -126,3 +126,13 @@ def test_all_the_weight_on_one_step(dtype: torch.dtype, T: int, sizes: tuple[int
     S, D = sizes
     scale = 3e6 if dtype == torch.float64 else 3e4  # so that a second step's weight is 0 in float64, too
     assert_accurate(Case("dot", T=T, S=S, D=D, dtype=dtype, loss=loss, scale=scale).problem())
+
+
+@pytest.mark.parametrize("T", [1, 5, 128], ids="T={}".format)
+def test_the_largest_number(T: int) -> None:
+    """A share of it is none too large, however products come about."""
+    memory = torch.ones(2, 256, 64)
+    memory[:, 3, 5] = torch.finfo(memory.dtype).max
+    context, _ = attn_ext.dot_attention(torch.zeros(2, T, 64), memory)
+    expected = memory.double().mean(1, keepdim=True).expand(2, T, 64)
+    torch.testing.assert_close(context.double(), expected, rtol=1e-6, atol=0.0)

@@ -34,6 +34,7 @@ const Kernels& additive_kernels(Dtype, bool, int64_t);
 
 namespace AVX512_AMX {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
+const Kernels& additive_kernels(Dtype, bool, int64_t);
 }  // namespace AVX512_AMX
 #endif
 
@@ -71,7 +72,7 @@ const Capability& capability() {
       {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels, no_matmul},
 #if defined(__x86_64__)
       {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels, no_matmul},
-      {"avx512_amx", "AVX512", unasked_tiles, AVX512_AMX::dot_kernels, AVX512_BF16::additive_kernels, where_mkl_leaves_it},
+      {"avx512_amx", "AVX512", unasked_tiles, AVX512_AMX::dot_kernels, AVX512_AMX::additive_kernels, where_mkl_leaves_it},
       {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels, where_mkl_leaves_it},
       {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, where_mkl_leaves_it},
 #endif

@@ -2,7 +2,7 @@
 // double. Built by tests/test_kernels.py for each instruction set, with sanitizers, and for other processors under an emulator.
 //
 //   check SEED COUNT    prints what failed and how; exit status 1 if anything did
-#include "../../csrc/cpu/kernels/cache.h"
+#include "../../csrc/cpu/kernels/products.h"
 #include "../../csrc/cpu/plan.h"
 #include "../../csrc/cpu/work_stealing.h"
 #include "op.h"
@@ -260,6 +260,94 @@ bool check_parts(Random& random) {
   return ok;
 }
 
+// The products of floats, by matrix tiles where there are any, of which the kernels' own choice would leave out what does not fill
+// them. What is in scratch beforehand is not to matter.
+bool check_products(Random& random) {
+  using namespace CPU_CAPABILITY;
+  const Dtype dtype = random.of({Dtype::Float, Dtype::Half});
+  Arena count(nullptr);
+  Workspace<float> counted(count, dtype, kChunk);
+  std::vector<float> scratch(count.used() / sizeof(float) + 16, static_cast<float>(kNaN));
+  char* const base = reinterpret_cast<char*>(scratch.data());
+  Arena arena(base + -reinterpret_cast<uintptr_t>(base) % 64);
+  Workspace<float> work(arena, dtype, kChunk);
+  work.ahead.clear();
+  const MatrixTiles matrix_tiles(kTakesTiles<float>);
+  const auto numbers = [&](int64_t size) {
+    std::vector<float> some(size);
+    std::generate(some.begin(), some.end(), random.normals(1));
+    return some;
+  };
+  const auto rows_of = [](const std::vector<float>& all, int64_t rows, int64_t stride) {
+    std::vector<const float*> addresses(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      addresses[i] = all.data() + i * stride;
+    }
+    return addresses;
+  };
+  // Relative to the sums of magnitudes.
+  const double tolerance = kTakesTiles<float> && dtype == Dtype::Half ? 0x1p-14 : 0x1p-21;
+  bool ok = true;
+  const auto compare = [&](const char* what, float actual, double expected, double magnitude) {
+    if (ok && !(std::abs(actual - expected) <= tolerance * magnitude)) {
+      std::printf("%s: %.9g instead of %.9g, of magnitude %g\n", what, actual, expected, magnitude);
+      ok = false;
+    }
+  };
+  {
+    const int64_t height = random.upto(1, kTile), depth = random.upto(0, 2 * kChunk), width = random.upto(1, 200);
+    const bool by_columns = random.chance(0.5), in_place = random.chance(0.5), adds = random.chance(0.5);
+    const int64_t stride = width + random.of({0, 5, 16}), row = (by_columns ? height : depth) + random.of({0, 3});
+    const auto c = numbers((by_columns ? depth : height) * row), b = numbers(depth * width), plus = numbers(height * stride);
+    const auto factors = numbers(height);
+    auto out = in_place ? plus : numbers(height * stride);
+    const auto rows = rows_of(b, depth, width);
+    const Coefficients<float> coefficients{c.data(), by_columns ? 1 : row, by_columns ? row : 1};
+    const Result<float> result(
+        out.data(), stride, adds ? (in_place ? out.data() : plus.data()) : nullptr, stride, factors.data(), 1);
+#if defined(__AMX_BF16__)
+    multiply_by_tiles(result, height, coefficients, rows.data(), depth, width, work);
+#else
+    multiply(result, height, coefficients, rows.data(), depth, width, &work);
+#endif
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t n = 0; n < width; ++n) {
+        double sum = adds ? plus[i * stride + n] : 0, magnitude = std::abs(sum);
+        for (int64_t k = 0; k < depth; ++k) {
+          const double product = static_cast<double>(c[i * coefficients.row + k * coefficients.column]) * b[k * width + n];
+          sum += product;
+          magnitude += std::abs(product);
+        }
+        compare("multiply", out[i * stride + n], factors[i] * sum, std::abs(factors[i]) * magnitude);
+      }
+    }
+  }
+  {
+    const int64_t a_count = random.upto(1, kChunk), b_count = random.upto(1, kTile), size = random.upto(1, 300);
+    const auto a = numbers(a_count * size), b = numbers(b_count * size);
+    const auto a_rows = rows_of(a, a_count, size), b_rows = rows_of(b, b_count, size);
+    std::vector<float> out(a_count * kTile);
+    const float factor = random.of({1.0, 0.3});
+#if defined(__AMX_BF16__)
+    dot_products_by_tiles(out.data(), kTile, a_rows.data(), a_count, b_rows.data(), b_count, size, factor, work);
+#else
+    dot_products<float>(out.data(), kTile, a_rows.data(), a_count, b_rows.data(), b_count, size, factor, work);
+#endif
+    for (int64_t i = 0; i < a_count; ++i) {
+      for (int64_t j = 0; j < b_count; ++j) {
+        double sum = 0, magnitude = 0;
+        for (int64_t d = 0; d < size; ++d) {
+          const double product = static_cast<double>(a[i * size + d]) * b[j * size + d];
+          sum += product;
+          magnitude += std::abs(product);
+        }
+        compare("dot_products", out[i * kTile + j], factor * sum, std::abs(factor) * magnitude);
+      }
+    }
+  }
+  return ok;
+}
+
 // What is asked for ahead are the lines of the rows that were named, all of them and no others.
 bool check_ahead(Random& random) {
   using CPU_CAPABILITY::Ahead;
@@ -475,7 +563,7 @@ bool check(uint64_t seed) {
     run_items(s, random, backward.backward_slot, backward.backward, backward.merge_backward, again);
     checker.compare("grad keys of scores", keys_again.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
   }
-  return check_parts(random) && check_work_stealing(random) && check_ahead(random) && checker.ok;
+  return check_parts(random) && check_work_stealing(random) && check_ahead(random) && check_products(random) && checker.ok;
 }
 
 }  // namespace

@@ -66,8 +66,12 @@ class Ahead {
  private:
   static constexpr int kMostBlocks = 5;  // a backward's: two of queries, their weights, keys and memory
 
-  // More would drive from the second-level cache what is at work.
+  // More would drive from the second-level cache what is at work. Processors with matrix tiles have 2 MiB of it.
+#if defined(__AMX_BF16__)
+  static constexpr int64_t kMostBytes = 1 << 20;
+#else
   static constexpr int64_t kMostBytes = 3 << 17;
+#endif
 
   struct Block {
     const char* row;

@@ -125,6 +125,56 @@ inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
   }
 }
 
+#if defined(__AMX_BF16__)
+// A number as a sum of bfloat16, of eight bits each. f(p, the p-th parts of x, those of y), p = 0 .. parts - 1, in the upper halves
+// of words of any content below. A part is rounded, the largest numbers down; the last one is cut off, which of three it is not,
+// and of no number it stays so.
+template <int parts, int p = 0, class F>
+inline void for_parts(const Vec<float>& x, const Vec<float>& y, const F& f) {
+  constexpr bool last = p + 1 == parts;
+  const auto next = [](__m512 rest) {
+    if constexpr (last) {
+      return _mm512_castps_si512(rest);
+    } else {
+      constexpr int smaller_magnitude = 2;
+      const __m512 largest = _mm512_set1_ps(0x1.fep127f);
+      const __m512 finite = p == 0 ? _mm512_range_ps(rest, largest, smaller_magnitude) : rest;
+      return _mm512_add_epi32(_mm512_castps_si512(finite), _mm512_set1_epi32(0x8000));
+    }
+  };
+  const __m512i part_x = next(x), part_y = next(y);
+  f(p, part_x, part_y);
+  if constexpr (!last) {
+    const auto without = [](__m512 rest, __m512i part) {
+      return _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_and_si512(part, _mm512_set1_epi32(0xffff0000))));
+    };
+    for_parts<parts, p + 1>(Vec<float>(without(x, part_x)), Vec<float>(without(y, part_y)), f);
+  }
+}
+
+// to[i] = (even_i, odd_i), of 16 numbers, every part of them `apart` from the one before.
+template <int parts>
+inline void split_pairs(Pair* to, int64_t apart, const Vec<float>& even, const Vec<float>& odd) {
+  for_parts<parts>(even, odd, [&](int p, __m512i x, __m512i y) {
+    _mm512_storeu_si512(to + p * apart, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x, 16), y));
+  });
+}
+
+// The same of 32 neighbours, the lower and the upper ones.
+template <int parts>
+inline void split_neighbours(Pair* to, int64_t apart, const Vec<float>& low, const Vec<float>& high) {
+  if constexpr (parts == 1) {
+    _mm512_storeu_si512(to, round_to_bfloat16(low, high));
+  } else {
+    const __m512i upper = _mm512_set_epi16(
+        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    for_parts<parts>(low, high, [&](int p, __m512i x, __m512i y) {
+      _mm512_storeu_si512(to + p * apart, _mm512_permutex2var_epi16(x, upper, y));
+    });
+  }
+}
+#endif
+
 #endif
 
 // a . b of rows of `size` numbers, where a 0 of a passes nothing on, whatever it meets.

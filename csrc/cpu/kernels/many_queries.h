@@ -127,7 +127,7 @@ struct AttentionForward {
           tile_end(arena.take<int64_t>(tiles)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * stride)),
-          work{take_panel<element>(arena, f.plan.chunk), {}},
+          work(arena, f.problem.dtype, f.plan.chunk),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
@@ -157,7 +157,7 @@ struct AttentionForward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
-    [[maybe_unused]] const MatrixTiles<element> tiles_in_use;
+    const MatrixTiles matrix_tiles(kTakesTiles<element> && slot.work.panel != nullptr);
     const int64_t stride = slot.stride;
     std::fill_n(slot.row_max, item.queries, kNothing<acc>);
     std::fill_n(slot.row_sum, item.queries, acc(0));
@@ -511,7 +511,7 @@ struct AttentionBackward {
           coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
           columns_stride(padded<acc>(2 * std::min(kChunk, f.plan.chunk))),
           columns(kTransposesCoefficients && f.plan.chunk >= kMany ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),
-          work{take_panel<element>(arena, f.plan.chunk), {}},
+          work(arena, f.problem.dtype, f.plan.chunk),
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
           grad_context(arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size),
@@ -548,7 +548,7 @@ struct AttentionBackward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
-    [[maybe_unused]] const MatrixTiles<element> tiles_in_use;
+    const MatrixTiles matrix_tiles(kTakesTiles<element> && slot.work.panel != nullptr);
     if (slot.query_in_place) {
       slot.grad_query = static_cast<acc*>(f.grad_query) + (item.batch * problem.queries + item.first_query) * slot.query_stride;
     }
@@ -687,8 +687,8 @@ struct AttentionBackward {
   }
 
   // The coefficients of the memory's gradient, by source step. A column of many rows is in as many pages, more than the first-level
-  // TLB has entries for: they are transposed. Pairs of them are copied anyhow.
-  static constexpr bool kTransposesCoefficients = kTransposes<acc> && std::is_same_v<element, acc>;
+  // TLB has entries for: they are transposed. What goes by matrix tiles, or in pairs, is copied anyhow.
+  static constexpr bool kTransposesCoefficients = kTransposes<acc> && std::is_same_v<element, acc> && !kTakesTiles<element>;
 
   static Coefficients<acc> columns_of(Slot& slot, const acc* coefficients, int64_t rows, int64_t steps) {
     const int64_t stride = slot.tile_stride;

@@ -9,7 +9,7 @@
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // Elsewhere they are PyTorch's (capability.cpp). Where there are products of bfloat16 too, those of floats are the same.
-#if defined(CPU_CAPABILITY_AVX512) && !defined(CPU_CAPABILITY_AVX512_BF16)
+#if defined(CPU_CAPABILITY_AVX512) && !defined(__AVX512BF16__)
 
 namespace {
 

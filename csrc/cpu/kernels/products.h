@@ -8,14 +8,12 @@
 // rows go its way too, over b transposed block by block; those of a few rows, whose transposition would not pay, sum along vectors.
 // Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
 // pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two. The processor's matrix
-// tiles, where it has them (tiles.h), take the panels of pairs in the register tile's stead.
+// tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it (tile_products.h).
 // docs/performance.md says what was measured.
 #pragma once
 
-#include "cache.h"
-#include "factors.h"
-#include "rows.h"
-#include "tiles.h"
+#include "operands.h"
+#include "tile_products.h"
 #include "transpose.h"
 #include "vec.h"
 
@@ -69,85 +67,6 @@ void for_even_blocks(int64_t count, const F& f) {
     first += rows;
   }
 }
-
-// Coefficients as they stand, or transposed: c(i, k) = data[i * row + k * column].
-template <class element>
-struct Coefficients {
-  const element* data;
-  int64_t row;
-  int64_t column;
-};
-
-// Where rows go: to_i = factor_i (plus_i + what is computed), without a plus where it is null, with factor_i = factors[i * step].
-template <class acc>
-struct Result {
-  acc* to;
-  int64_t stride;
-  const acc* plus;
-  int64_t plus_stride;
-  const acc* factors;
-  int64_t step;
-
-  static constexpr acc kOne = 1;
-
-  Result(acc* out, int64_t stride, bool add = false) : Result(out, stride, add ? out : nullptr, stride, &kOne, 0) {}
-
-  Result(acc* out, int64_t stride, const acc* plus, int64_t plus_stride, const acc* factors, int64_t step)
-      : to(out), stride(stride), plus(plus), plus_stride(plus_stride), factors(factors), step(step) {}
-
-  // From row i and column n on.
-  Result at(int64_t i, int64_t n) const {
-    return {
-        to + i * stride + n, stride, plus == nullptr ? nullptr : plus + i * plus_stride + n, plus_stride, factors + i * step, step};
-  }
-};
-
-// A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, 64 KiB
-// of floats.
-constexpr int64_t kPanelWidth = 64;
-constexpr int64_t kPanelDepth = 256;
-static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products of a tile and of a chunk take their depth at once");
-
-// Rows of b that are asked for ahead.
-constexpr int64_t kAhead = 16;
-
-// Rows that are worth transposing a panel for; no shallower product is worth packing one.
-constexpr int64_t kPanelRows = 16;
-
-// Scratch for the products of up to `queries` queries, or null: a panel, and of pairs the coefficients of one product.
-template <class element>
-element* take_panel(Arena& arena, int64_t queries) {
-  constexpr int64_t panel = kPanelWidth * kPanelDepth;
-  const int64_t coefficients = std::is_same_v<element, Pair> ? kTile * padded<element>(kPanelDepth / 2) : 0;
-  return queries >= kPanelRows ? arena.take<element>(panel + coefficients) : nullptr;
-}
-
-// What an item's products share.
-template <class element>
-struct Workspace {
-  element* panel;  // from take_panel()
-  Ahead ahead;     // what the next item or tile begins with
-
-  // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries are bound by what
-  // they read, and a register tile of few steps has no time for a line.
-  bool may_plan(int64_t steps) {
-    ahead.clear();
-    return panel != nullptr && steps >= kPanelRows;
-  }
-};
-
-// A panel and the addresses of its rows.
-template <class element>
-struct PanelRows {
-  element* data;
-  const element* address[kPanelDepth];
-
-  PanelRows(element* panel, int64_t depth) : data(panel) {
-    for (int64_t k = 0; k < depth; ++k) {
-      address[k] = panel + k * kPanelWidth;
-    }
-  }
-};
 
 // multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
 // result's lines, each of another page, come while the sums are taken: what was there is added last. One that `packs` leaves a
@@ -291,6 +210,11 @@ void multiply(
     int64_t depth,
     int64_t size,
     Workspace<acc>* work = nullptr) {
+  if constexpr (kTakesTiles<acc>) {
+    if (work != nullptr && work->panel != nullptr && is_worth_tiles<acc>(height, depth, size, work->parts, kTakeRows)) {
+      return multiply_by_tiles(out, height, c, b, depth, size, *work);
+    }
+  }
   Ahead* const ahead = work == nullptr ? nullptr : &work->ahead;
   // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
   if (work == nullptr || work->panel == nullptr || height < kMany || depth < kPanelRows || size <= kPanelWidth) {
@@ -307,105 +231,6 @@ void multiply(
   }
 }
 
-#if defined(__AMX_BF16__)
-// Coefficients of the rows of a result, rounded, as pairs along k filled up with zeros; up to 15 rows behind them have any content.
-inline void pair_coefficients(Pair* to, int64_t stride, int64_t height, Coefficients<float> c, int64_t depth) {
-  const int64_t pairs = Factors<Pair>::elements(depth);
-  if (c.column == 1) {
-    for (int64_t i = 0; i < height; ++i) {
-      pair_row(to + i * stride, c.data + i * c.row, depth);
-    }
-    return;
-  }
-  constexpr int64_t row = kTile + kTileRows;
-  alignas(64) Pair columns[kTileRows * row];
-  const Pair* from[kTileRows];
-  for (int64_t first = 0; first < pairs; first += kTileRows) {
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      const int64_t k = 2 * (first + i);
-      Pair* const column = columns + i * row;
-      from[i] = column;
-      if (k < depth) {
-        const float* numbers = c.data + k * c.column;
-        pair_rows(column, numbers, k + 1 < depth ? numbers + c.column : nullptr, height);
-      } else {
-        std::fill_n(column, whole_vectors<float>(height), Pair{});
-      }
-    }
-    transpose(to + first, stride, from, kTileRows, 0, whole_vectors<float>(height));
-  }
-}
-
-// Blocks of the result by matrix tiles, with the columns of a panel: [columns / 16][kPanelDepth][16], so that a tile's lines lie
-// one behind the other and share no set of the cache; of a multiple of 16 rows. There are 16 rows of a, or those that are missing
-// may be read.
-template <class acc>
-void multiply_panel(
-    Result<acc> out, int64_t height, const Pair* a, int64_t stride, const Pair* panel, int64_t depth, int64_t size, Ahead& ahead) {
-  constexpr int64_t lanes = Vec<acc>::size();
-  static_assert(lanes == kTileRows);
-  alignas(64) acc sums[2 * kTileRows * 2 * kTileRows];
-  const bool adds = out.plus != nullptr && out.plus == out.to && out.plus_stride == out.stride;
-  bool as_it_is = out.plus == nullptr || adds;
-  for (int64_t i = 0; as_it_is && i < (out.step == 0 ? 1 : height); ++i) {
-    as_it_is = out.factors[i * out.step] == 1;
-  }
-  const auto block = [&](auto rows, auto columns, int64_t i, int64_t n) {
-    // A last tile of fewer rows takes some of those before it once more.
-    const int64_t first = std::max<int64_t>(std::min(i, height - rows * kTileRows), 0);
-    const int64_t end = std::min(height, first + rows * kTileRows);
-    const auto product = [&](acc* to, int64_t to_stride, bool add) {
-      tile_products<rows, columns>(
-          to,
-          to_stride,
-          add,
-          a + first * stride,
-          stride,
-          panel + n * kPanelDepth,
-          kTileRows,
-          kTileRows * kPanelDepth,
-          depth,
-          ahead);
-    };
-    if (as_it_is && first == i && end - first == rows * kTileRows && n + columns * kTileRows <= size) {
-      return product(out.to + i * out.stride + n, out.stride, adds);
-    }
-    constexpr int64_t sums_stride = 2 * kTileRows;
-    product(sums, sums_stride, false);
-    for (int64_t t = i; t < end; ++t) {
-      const Result<acc> row = out.at(t, n);
-      const Vec<acc> factor(*row.factors);
-      for (int64_t j = 0; j < std::min(columns * kTileRows, size - n); j += lanes) {
-        const int64_t count = std::min(lanes, size - n - j);
-        Vec<acc> sum = Vec<acc>::loadu(sums + (t - first) * sums_stride + j);
-        if (row.plus != nullptr) {
-          sum = sum + Vec<acc>::loadu(row.plus + j, count);
-        }
-        (sum * factor).store(row.to + j, static_cast<int>(count));
-      }
-    }
-  };
-  constexpr std::integral_constant<int64_t, 1> one;
-  constexpr std::integral_constant<int64_t, 2> two;
-  for (int64_t n = 0; n < size; n += 2 * kTileRows) {
-    const bool wide = size - n > kTileRows;
-    for (int64_t i = 0, rows; i < height; i += rows) {
-      const bool tall = height >= 2 * kTileRows && height - i > kTileRows;
-      rows = tall ? 2 * kTileRows : kTileRows;
-      if (tall && wide) {
-        block(two, two, i, n);
-      } else if (tall) {
-        block(two, one, i, n);
-      } else if (wide) {
-        block(one, two, i, n);
-      } else {
-        block(one, one, i, n);
-      }
-    }
-  }
-}
-#endif
-
 #if defined(__AVX512BF16__)
 // The coefficients, rounded, and the rows of b as pairs along k.
 template <class acc>
@@ -417,24 +242,12 @@ void multiply(
     int64_t depth,
     int64_t size,
     Workspace<Pair>* work) {
+#if defined(__AMX_BF16__)
+  multiply_by_tiles(out, height, c, b, depth, size, *work);
+#else
   const int64_t pairs = Factors<Pair>::elements(depth);
   Pair* const panel = work->panel;
-  Pair* const coefficients = panel + kPanelWidth * kPanelDepth;
-#if defined(__AMX_BF16__)
-  const int64_t stride = padded<Pair>(pairs);
-  pair_coefficients(coefficients, stride, height, c, depth);
-  for (int64_t n = 0; n < kPanelWidth; n += kTileRows) {
-    Pair* const columns = panel + n * kPanelDepth;
-    std::fill(columns + (depth + 1) / 2 * kTileRows, columns + pairs * kTileRows, Pair{});
-  }
-  for (int64_t n = 0; n < size; n += kPanelWidth) {
-    const int64_t width = std::min(kPanelWidth, size - n);
-    for (int64_t k = 0; k < depth; k += 2) {
-      zip_rows(panel + k / 2 * kTileRows, b[k], k + 1 < depth ? b[k + 1] : nullptr, n, width, kTileRows * kPanelDepth);
-    }
-    multiply_panel(out.at(0, n), height, coefficients, stride, panel, pairs, width, work->ahead);
-  }
-#else
+  Pair* const coefficients = work->left;
   const int64_t stride = padded<Pair>(c.column == 1 ? pairs : height);
   if (c.column == 1) {
     for (int64_t i = 0; i < height; ++i) {
@@ -545,13 +358,18 @@ void dot_products(
     int64_t size,
     acc factor,
     Workspace<element>& work) {
+  if constexpr (kTakesTiles<element>) {
+    if (a_count >= kPanelRows && is_worth_tiles<element>(a_count, size, b_count, work.parts, kTakeColumns)) {
+      return dot_products_by_tiles(out, stride, a, a_count, b, b_count, size, factor, work);
+    }
+  }
   int64_t j0 = 0;
   if constexpr (kTransposes<element>) {
     if (a_count >= kPanelRows && size > 0) {
-      // What is left of whole vectors is cheaper by sums, unless it is most of one, or matrix tiles take it.
+      // What is left of whole vectors is cheaper by sums, unless it is most of one.
       constexpr int64_t lanes = Vec<acc>::size();
       const int64_t rest = b_count % lanes;
-      const int64_t paneled = kTakesTiles<element> || rest > lanes / 2 ? b_count : b_count - rest;
+      const int64_t paneled = rest > lanes / 2 ? b_count : b_count - rest;
       constexpr acc one = 1;
       const PanelRows<element> columns(work.panel, std::min(kPanelDepth, size));
       for (; j0 < paneled; j0 += kPanelWidth) {
@@ -561,16 +379,8 @@ void dot_products(
           // a's rows are evenly spaced: they are queries or their gradients.
           const Coefficients<element> rows{a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1};
           const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
-          if constexpr (kTakesTiles<element>) {
-            for (int64_t j = 0; j < width; j += kTileRows) {
-              Pair* const to = work.panel + j * kPanelDepth;
-              transpose(to, kTileRows, b + j0 + j, std::min(kTileRows, width - j), d, depth);
-            }
-            multiply_panel(block, a_count, rows.data, rows.row, work.panel, depth, whole_vectors<acc>(width), work.ahead);
-          } else {
-            transpose(work.panel, kPanelWidth, b + j0, width, d, depth);
-            multiply_blocks<element>(block, a_count, rows, columns.address, depth, whole_vectors<acc>(width), &work.ahead);
-          }
+          transpose(work.panel, kPanelWidth, b + j0, width, d, depth);
+          multiply_blocks<element>(block, a_count, rows, columns.address, depth, whole_vectors<acc>(width), &work.ahead);
         }
       }
       j0 = std::min(j0, paneled);

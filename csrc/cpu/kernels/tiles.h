@@ -1,5 +1,5 @@
-// Products of pairs of bfloat16 by the processor's matrix tiles (AMX): 16 rows of 16 pairs by 16 pairs of 16 columns an
-// instruction, 16 times the multiply-adds of AVX-512's.
+// The processor's matrix tiles (AMX): 16 rows of 16 pairs of bfloat16 by 16 pairs of 16 columns an instruction, 16 times the
+// multiply-adds of AVX-512's in float32. A float is a sum of bfloat16, and a product of two the sum of those of their parts.
 #pragma once
 
 #include "cache.h"
@@ -10,20 +10,81 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 // Rows of a tile, and the numbers of 32 bits in one.
 constexpr int64_t kTileRows = 16;
 
-template <class element>
-constexpr bool kTakesTiles = false;
+// `count` filled up to whole tiles.
+constexpr int64_t whole_tiles(int64_t count) {
+  return ceil_div(count, kTileRows) * kTileRows;
+}
 
-// While it lives, this thread's tiles are whole ones where products of `element` take them. Left so, they would slow down others.
+// Whether products of `element` go by them.
 template <class element>
-class MatrixTiles {
- public:
-  MatrixTiles() {}
+#if defined(__AMX_BF16__)
+constexpr bool kTakesTiles = std::is_same_v<element, Pair> || std::is_same_v<element, float>;
+#else
+constexpr bool kTakesTiles = false;
+#endif
+
+// How many bfloat16 a float is the sum of in products of a problem's dtype: eight bits each. Three are all that it has, two all of
+// a float16 and more.
+constexpr int parts_of(Dtype dtype) {
+  return dtype == Dtype::Float ? 3 : 2;
+}
+
+// Numbers of the index that is summed over whose parts a panel holds: those of 32 columns stay in the first-level cache while rows
+// pass by.
+constexpr int64_t kPartsDepth = 128;
+
+// Either factor of a product in tiles: groups of 16 rows of the left one, or columns of the right one. A group has its tiles, of 16
+// pairs along the index that is summed over, and a tile its parts; where it is in place it has one part.
+struct Tiles {
+  const Pair* data;
+  int64_t group;  // apart, in pairs
+  int64_t tile;
+  int64_t line;  // of a part's 16, the parts are one behind the other
+
+  // Rows that stand in a tensor.
+  static Tiles in_place(const Pair* rows, int64_t stride) {
+    return {rows, kTileRows * stride, kTileRows, stride};
+  }
+
+  bool is_in_place() const {
+    return tile == kTileRows;
+  }
+
+  // From row i on; of what is not in place, a multiple of 16.
+  Tiles from(int64_t i) const {
+    return {data + i / kTileRows * group + i % kTileRows * line, group, tile, line};
+  }
+};
+
+// Tiles in scratch, one behind the other, so that their lines share no set of the cache: [groups][tiles][parts][16][16].
+template <int parts>
+struct TileBuffer {
+  static constexpr int64_t kPart = kTileRows * kTileRows;
+  static constexpr int64_t kTile = parts * kPart;
+
+  Pair* data;
+  int64_t group;
+
+  // With room for so many numbers along the index that is summed over.
+  TileBuffer(void* scratch, int64_t depth) : data(static_cast<Pair*>(scratch)), group(size(1, depth)) {}
+
+  // So many pairs it takes.
+  static constexpr int64_t size(int64_t groups, int64_t depth) {
+    return groups * ceil_div(depth, 2 * kTileRows) * kTile;
+  }
+
+  // Line r of a group's tile, the first of its parts.
+  Pair* line(int64_t g, int64_t tile, int64_t r) const {
+    return data + g * group + tile * kTile + r * kTileRows;
+  }
+
+  // From tile k on.
+  Tiles from(int64_t k) const {
+    return {data + k * kTile, group, kTile, kTileRows};
+  }
 };
 
 #if defined(__AMX_BF16__)
-template <>
-constexpr bool kTakesTiles<Pair> = true;
-
 // What ldtilecfg reads.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1;
@@ -33,40 +94,43 @@ struct alignas(64) TileConfiguration {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-template <>
-class MatrixTiles<Pair> {
+#endif
+
+// While it lives, this thread's tiles are whole ones, if they are wanted and there are any. Left so, they would slow down others.
+class MatrixTiles {
  public:
-  MatrixTiles() {
-    _tile_loadconfig(&kWhole);
+  explicit MatrixTiles(bool wanted) : in_use_(wanted) {
+#if defined(__AMX_BF16__)
+    static constexpr TileConfiguration kWhole{};
+    if (in_use_) {
+      _tile_loadconfig(&kWhole);
+    }
+#endif
   }
 
   ~MatrixTiles() {
-    _tile_release();
+#if defined(__AMX_BF16__)
+    if (in_use_) {
+      _tile_release();
+    }
+#endif
   }
 
   MatrixTiles(const MatrixTiles&) = delete;
   MatrixTiles& operator=(const MatrixTiles&) = delete;
 
  private:
-  static constexpr TileConfiguration kWhole{};
+  bool in_use_;
 };
 
-// sums (+)= a b for 16 `rows` of a, `depth` pairs each, a multiple of 16, and 16 `columns` of b, the next ones
-// `b_columns` behind: four loads serve four products. A load takes half as long as a product, and the lines that are wanted
-// next are asked for beside them.
-template <int rows, int columns>
-inline void tile_products(
-    float* sums,
-    int64_t stride,
-    bool add,
-    const Pair* a,
-    int64_t a_stride,
-    const Pair* b,
-    int64_t b_stride,
-    int64_t b_columns,
-    int64_t depth,
-    Ahead& ahead) {
-  const int64_t a_bytes = a_stride * sizeof(Pair), b_bytes = b_stride * sizeof(Pair), bytes = stride * sizeof(float);
+#if defined(__AMX_BF16__)
+// sums (+)= a b for `rows` groups of a and `columns` of b, so many tiles of each. Of factors in parts all products of two whose
+// places add up to less than `parts`: the others are beyond the last bit. Four products share their factors' loads, each of which
+// takes half as long as a product. What is wanted next is asked for a line every other product: more would fill the buffers that
+// the loads need.
+template <int parts, int rows, int columns>
+inline void tile_products(float* sums, int64_t stride, bool add, const Tiles& a, const Tiles& b, int64_t tiles, Ahead& ahead) {
+  const int64_t a_line = a.line * sizeof(Pair), b_line = kTileRows * sizeof(Pair), bytes = stride * sizeof(float);
   float* const below = sums + kTileRows * stride;
   asm volatile("" ::: "memory");  // the compiler does not know that these instructions read
   if (add) {
@@ -86,25 +150,43 @@ inline void tile_products(
     _tile_zero(2);
     _tile_zero(3);
   }
-  constexpr int lines_a_step = rows * columns;
-  for (int64_t k = 0; k < depth; k += kTileRows) {
-    const Ahead::Lines lines = ahead.take(lines_a_step);
-    for (int64_t i = 0; i < lines.count; ++i) {
-      fetch(lines.first + i * Ahead::kLine);
-    }
-    _tile_loadd(6, b + k * b_stride, b_bytes);
-    _tile_loadd(4, a + k, a_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (columns == 2) {
-      _tile_loadd(7, b + b_columns + k * b_stride, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (rows == 2) {
-      _tile_loadd(5, a + kTileRows * a_stride + k, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (rows == 2 && columns == 2) {
-      _tile_dpbf16ps(3, 5, 7);
+  constexpr int asked = rows * parts * (parts + 1) / 2;
+  for (int64_t k = 0; k < tiles; ++k) {
+    const Pair* const left = a.data + k * a.tile;
+    const Pair* const right = b.data + k * b.tile;
+    // Those behind the last one do no harm; if there is none, what is here anyhow.
+    const Ahead::Lines lines = ahead.take(asked);
+    const char* next = lines.count > 0 ? lines.first : reinterpret_cast<const char*>(left);
+    const int64_t apart = lines.count > 0 ? Ahead::kLine : 0;
+    const auto ask = [&]() __attribute__((always_inline)) {
+      fetch(next);
+      next += apart;
+    };
+#pragma GCC unroll 3
+    for (int q = 0; q < parts; ++q) {
+      const Pair* const from = right + q * TileBuffer<parts>::kPart;
+      _tile_loadd(6, from, b_line);
+      if constexpr (columns == 2) {
+        _tile_loadd(7, from + b.group, b_line);
+      }
+#pragma GCC unroll 3
+      for (int p = 0; p < parts - q; ++p) {
+        const Pair* const row = left + p * TileBuffer<parts>::kPart;
+        _tile_loadd(4, row, a_line);
+        _tile_dpbf16ps(0, 4, 6);
+        ask();
+        if constexpr (columns == 2) {
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (rows == 2) {
+          _tile_loadd(5, row + a.group, a_line);
+          _tile_dpbf16ps(2, 5, 6);
+          ask();
+        }
+        if constexpr (rows == 2 && columns == 2) {
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
     }
   }
   _tile_stored(0, sums, bytes);

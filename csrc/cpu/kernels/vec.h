@@ -24,7 +24,7 @@ constexpr Dtype kAccumulated = std::is_same_v<acc, double> ? Dtype::Double : Dty
 // Rows of scratch are an odd number of cache lines apart: a column of them would otherwise fall into a few cache sets when the size
 // is a multiple of 1024, as sizes often are.
 template <class acc>
-int64_t padded(int64_t size) {
+constexpr int64_t padded(int64_t size) {
   constexpr int64_t line = 64 / sizeof(acc);
   return ((size + line - 1) / line | 1) * line;
 }

@@ -1,0 +1,118 @@
+// What the products of attention take and where their results go.
+#pragma once
+
+#include "cache.h"
+#include "factors.h"
+#include "rows.h"
+#include "tiles.h"
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+
+// Coefficients as they stand, or transposed: c(i, k) = data[i * row + k * column].
+template <class element>
+struct Coefficients {
+  const element* data;
+  int64_t row;
+  int64_t column;
+};
+
+// Where rows go: to_i = factor_i (plus_i + what is computed), without a plus where it is null, with factor_i = factors[i * step].
+template <class acc>
+struct Result {
+  acc* to;
+  int64_t stride;
+  const acc* plus;
+  int64_t plus_stride;
+  const acc* factors;
+  int64_t step;
+
+  static constexpr acc kOne = 1;
+
+  Result(acc* out, int64_t stride, bool add = false) : Result(out, stride, add ? out : nullptr, stride, &kOne, 0) {}
+
+  Result(acc* out, int64_t stride, const acc* plus, int64_t plus_stride, const acc* factors, int64_t step)
+      : to(out), stride(stride), plus(plus), plus_stride(plus_stride), factors(factors), step(step) {}
+
+  // What is to be added to, of `height` rows, in its place, times its factor.
+  void begin(int64_t height, int64_t width) const {
+    for (int64_t i = 0; plus != nullptr && i < height; ++i) {
+      const acc factor = factors[i * step];
+      if (plus != to || factor != 1) {
+        for (int64_t j = 0; j < width; j += Vec<acc>::size()) {
+          const int64_t count = std::min<int64_t>(Vec<acc>::size(), width - j);
+          const auto row = Vec<acc>::loadu(plus + i * plus_stride + j, count);
+          (row * Vec<acc>(factor)).store(to + i * stride + j, static_cast<int>(count));
+        }
+      }
+    }
+  }
+
+  // From row i and column n on.
+  Result at(int64_t i, int64_t n) const {
+    return {
+        to + i * stride + n, stride, plus == nullptr ? nullptr : plus + i * plus_stride + n, plus_stride, factors + i * step, step};
+  }
+};
+
+// A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, 64 KiB
+// of floats.
+constexpr int64_t kPanelWidth = 64;
+constexpr int64_t kPanelDepth = 256;
+static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products of a tile and of a chunk take their depth at once");
+
+// Rows of b that are asked for ahead.
+constexpr int64_t kAhead = 16;
+
+// Rows that are worth transposing a panel for; no shallower product is worth packing one.
+constexpr int64_t kPanelRows = 16;
+
+// Pairs that the left factor of a product takes, of a tile's or a chunk's rows.
+template <class element>
+constexpr int64_t kLeftSize = 0;
+
+#if defined(__AVX512BF16__)
+template <>
+constexpr int64_t kLeftSize<Pair> = kTile * padded<Pair>(kPanelDepth / 2);
+#endif
+#if defined(__AMX_BF16__)
+template <>
+constexpr int64_t kLeftSize<float> = TileBuffer<3>::size(kTile / kTileRows, kPanelDepth);
+#endif
+
+// What an item's products share, but for what they multiply: its scratch and what comes next. Without a panel, of few queries, they
+// have no scratch.
+template <class element>
+struct Workspace {
+  element* panel;  // kPanelWidth x kPanelDepth
+  Pair* left;      // coefficients as pairs: of tiles, or where they are pairs anyhow
+  int parts;       // bfloat16 that a float is the sum of in matrix tiles
+  Ahead ahead;     // what the next item or tile begins with
+
+  // For products of up to `queries` queries.
+  Workspace(Arena& arena, Dtype dtype, int64_t queries)
+      : panel(queries >= kPanelRows ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
+        left(queries >= kPanelRows ? arena.take<Pair>(kLeftSize<element>) : nullptr),
+        parts(parts_of(dtype)) {}
+
+  // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries are bound by what
+  // they read, and a register tile of few steps has no time for a line.
+  bool may_plan(int64_t steps) {
+    ahead.clear();
+    return panel != nullptr && steps >= kPanelRows;
+  }
+};
+
+// A panel and the addresses of its rows.
+template <class element>
+struct PanelRows {
+  element* data;
+  const element* address[kPanelDepth];
+
+  PanelRows(element* panel, int64_t depth) : data(panel) {
+    for (int64_t k = 0; k < depth; ++k) {
+      address[k] = panel + k * kPanelWidth;
+    }
+  }
+};
+
+}  // namespace attn_ext::cpu::CPU_CAPABILITY
