@@ -35,6 +35,7 @@ const Kernels& additive_kernels(Dtype, bool, int64_t);
 namespace AVX512_AMX {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
 const Kernels& additive_kernels(Dtype, bool, int64_t);
+const MatmulKernels& matmul_kernels();
 }  // namespace AVX512_AMX
 #endif
 
@@ -52,6 +53,11 @@ const MatmulKernels* no_matmul() {
 // MKL takes AVX-512 on its maker's processors alone. Other libraries are not known to leave it.
 const MatmulKernels* where_mkl_leaves_it() {
   return !at::hasMKL() || __builtin_cpu_is("intel") ? nullptr : &AVX512::matmul_kernels();
+}
+
+// Of floats no library takes matrix tiles.
+const MatmulKernels* by_tiles() {
+  return &AVX512_AMX::matmul_kernels();
 }
 
 // Whoever asks for AVX512 by name gets no more than that.
@@ -72,7 +78,7 @@ const Capability& capability() {
       {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels, no_matmul},
 #if defined(__x86_64__)
       {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels, no_matmul},
-      {"avx512_amx", "AVX512", unasked_tiles, AVX512_AMX::dot_kernels, AVX512_AMX::additive_kernels, where_mkl_leaves_it},
+      {"avx512_amx", "AVX512", unasked_tiles, AVX512_AMX::dot_kernels, AVX512_AMX::additive_kernels, by_tiles},
       {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels, where_mkl_leaves_it},
       {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, where_mkl_leaves_it},
 #endif

@@ -12,6 +12,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace attn_ext::cpu {
 namespace {
@@ -108,6 +109,9 @@ void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
   call.out_row = out.stride(-2);
   const Run all{0, call.batch * call.rows};
   call.row_runs = rows ? Runs{rows->data(), static_cast<int64_t>(rows->size())} : Runs{&all, 1};
+  const auto end = call.row_runs.data + call.row_runs.count;
+  const auto sum = [](int64_t rows, const Run& run) { return rows + run.end - run.first; };
+  call.run_rows = std::accumulate(call.row_runs.data, end, int64_t{0}, sum) / std::max<int64_t>(call.row_runs.count, 1);
   call.height = part_of(call.rows, 1);
   call.width = part_of(call.columns, kLeastBlock);
   while (call.items() < 2 * at::get_num_threads() && std::max(call.height, call.width) > kLeastBlock) {

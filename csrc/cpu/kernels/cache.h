@@ -33,14 +33,19 @@ class Ahead {
 
   // `rows` rows of a batch element, from row `first` on, of `size` elements each.
   void add(Dtype dtype, const View& view, int64_t b, int64_t first, int64_t rows, int64_t size) {
+    add(dtype, view, b, first, rows, 0, size);
+  }
+
+  // The same from an element of each row on.
+  void add(Dtype dtype, const View& view, int64_t b, int64_t first, int64_t rows, int64_t element, int64_t size) {
     const int64_t row = size * width_of(dtype);
-    if (view.data == nullptr || rows <= 0 || row == 0 || (view.element != 1 && size > 1) || bytes_ + rows * row > kMostBytes) {
+    if (view.data == nullptr || rows <= 0 || row <= 0 || (view.element != 1 && size > 1) || bytes_ + rows * row > kMostBytes) {
       return;
     }
     bytes_ += rows * row;
     const bool dense = view.row == size;
     blocks_[count_++] = {
-        static_cast<const char*>(view.data) + (b * view.batch + first * view.row) * width_of(dtype),
+        static_cast<const char*>(view.data) + (b * view.batch + first * view.row + element * view.element) * width_of(dtype),
         ceil_div(dense ? rows * row : row, kLine),
         0,
         dense ? 1 : rows,

@@ -8,8 +8,9 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Elsewhere they are PyTorch's (capability.cpp). Where there are products of bfloat16 too, those of floats are the same.
-#if defined(CPU_CAPABILITY_AVX512) && !defined(__AVX512BF16__)
+// Elsewhere they are PyTorch's (capability.cpp). Where there are products of bfloat16 too, those of floats are the same, but for
+// matrix tiles.
+#if defined(CPU_CAPABILITY_AVX512) && (!defined(__AVX512BF16__) || defined(__AMX_BF16__))
 
 namespace {
 
@@ -25,7 +26,10 @@ class Block {
         depth_stride_(padded<float>(is_few_ ? call.depth : kPanelDepth)),
         height_stride_(padded<float>(call.height)),
         width_stride_(padded<float>(call.width)),
-        panel_(arena.take<float>(kPanelWidth * kPanelDepth)),
+        work_(arena, is_float(call.a_type) || is_float(call.b_type) ? Dtype::Float : Dtype::Half, kTile),
+#if defined(__AMX_BF16__)
+        by_tiles_(is_worth_tiles_of(call, work_.parts)),
+#endif
         runs_(arena.take<Run>(call.height / 2 + 1)),
         a_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * height_stride_)
            : is_float(call.a_type)   ? nullptr
@@ -33,7 +37,8 @@ class Block {
         b_(is_float(call.b_type) ? nullptr
            : by_rows_            ? arena.take<float>(kPanelDepth * width_stride_)
                                  : arena.take<float>((is_few_ ? kFewColumns : kPanelWidth) * depth_stride_)),
-        sums_(is_float(call.out_type) ? nullptr : arena.take<float>(call.height * width_stride_)) {}
+        sums_(is_float(call.out_type) ? nullptr : arena.take<float>(call.height * width_stride_)) {
+  }
 
   void run(int64_t item) {
     const int64_t across = ceil_div(call_.columns, call_.width), down = ceil_div(call_.rows, call_.height);
@@ -42,6 +47,7 @@ class Block {
     batch_ = item / across / down;
     first_row_ = item / across % down * call_.height;
     height_ = std::min(call_.height, call_.rows - first_row_);
+    const MatrixTiles matrix_tiles(kTakesTiles<float>);
     out_ = sums_ != nullptr ? sums_ : static_cast<float*>(call_.out) + place(0);
     stride_ = sums_ != nullptr ? width_stride_ : call_.out_row;
     find_runs();
@@ -162,8 +168,8 @@ class Block {
       const int64_t width = std::min(kFewColumns, width_ - n);
       const float* columns[kFewColumns];
       find_columns(columns, n, width, 0, call_.depth);
-      sum_products<float>(panel_, kFewColumns, rows, count, columns, width, call_.depth, 1.f);
-      const float* sums = panel_;
+      sum_products<float>(work_.panel, kFewColumns, rows, count, columns, width, call_.depth, 1.f);
+      const float* sums = work_.panel;
       const auto [added, stride] = plus(0, n);
       for_rows([&](int64_t i) {
         for (int64_t j = 0; j < width; ++j) {
@@ -177,9 +183,15 @@ class Block {
   // The terms k .. k + depth - 1.
   void add(int64_t k, int64_t depth) {
     const Coefficients<float> c = coefficients(k, depth);
+#if defined(__AMX_BF16__)
+    if (by_tiles_) {
+      std::for_each(runs_, end_runs_, [&](const Run& run) { add_by_tiles(k, depth, c, run); });
+      return;
+    }
+#endif
     // Of rows that only one tile takes nothing is kept.
     const bool packs = end_runs_ - runs_ > 1 || runs_->end - runs_->first > tallest(kWidest);
-    const PanelRows<float> panel(panel_, depth);
+    const PanelRows<float> panel(work_.panel, depth);
     const float* rows_of_b[kPanelDepth];
     for (int64_t i = 0; i < depth && by_rows_; ++i) {
       rows_of_b[i] = row_of_b(i, k);
@@ -194,7 +206,7 @@ class Block {
       } else {
         const float* columns[kPanelWidth];
         find_columns(columns, n, width, k, depth);
-        transpose(panel_, kPanelWidth, columns, width, 0, depth);
+        transpose(work_.panel, kPanelWidth, columns, width, 0, depth);
       }
       static constexpr float one = 1;
       const auto [added, stride] = plus(k, n);
@@ -214,6 +226,54 @@ class Block {
       }
     }
   }
+
+#if defined(__AMX_BF16__)
+  // Whatever the division into blocks, so that the number of threads changes no bit.
+  static bool is_worth_tiles_of(const Matmul& call, int parts) {
+    const int64_t rows = std::min({call.run_rows, call.rows, kTile}), depth = std::min(call.depth, kPanelDepth);
+    return is_worth_tiles<float>(
+        rows, depth, std::min(call.columns, kTile), parts, call.has_rows_of_b() ? kTakeRows : kTakeColumns);
+  }
+
+  // What the next terms are taken from, where it stands.
+  void plan_ahead(int64_t k, const Run& run) {
+    work_.ahead.clear();
+    const int64_t depth = std::min(kPanelDepth, call_.depth - k);
+    if (call_.a_columns == nullptr) {
+      work_.ahead.add(call_.a_type, call_.a, 0, first_row_ + run.first, run.end - run.first, k, depth);
+    }
+    if (call_.b_rows == nullptr) {
+      const View& b = call_.b;
+      if (by_rows_) {
+        work_.ahead.add(call_.b_type, b, 0, k, depth, first_column_, width_);
+      } else {
+        work_.ahead.add(call_.b_type, {b.data, 0, b.element, b.row}, 0, first_column_, width_, k, depth);
+      }
+    }
+  }
+
+  void add_by_tiles(int64_t k, int64_t depth, const Coefficients<float>& c, const Run& run) {
+    plan_ahead(k + depth, run);
+    static constexpr float one = 1;
+    const auto [added, stride] = plus(k, 0);
+    const Result<float> out = Result<float>(out_, stride_, added, stride, &one, 0).at(run.first, 0);
+    const Coefficients<float> rows{c.data + run.first * c.row, c.row, c.column};
+    if (by_rows_) {
+      const float* rows_of_b[kPanelDepth];
+      for (int64_t i = 0; i < depth; ++i) {
+        rows_of_b[i] = row_of_b(i, k);
+      }
+      multiply_by_tiles(out, run.end - run.first, rows, rows_of_b, depth, width_, work_);
+    } else {
+      const float* columns[kPanelWidth];
+      const auto find = [&](int64_t n, int64_t width) {
+        find_columns(columns, n, width, k, depth);
+        return columns;
+      };
+      multiply_columns_by_tiles(out, run.end - run.first, rows, find, depth, width_, work_);
+    }
+  }
+#endif
 
   // The block's part of row k + i of b, where it is or, converted, in scratch.
   const float* row_of_b(int64_t i, int64_t k) {
@@ -250,7 +310,10 @@ class Block {
   bool by_rows_;  // of b
   bool is_few_;
   int64_t depth_stride_, height_stride_, width_stride_;  // of rows in scratch that are so long
-  float* panel_;
+  Workspace<float> work_;
+#if defined(__AMX_BF16__)
+  bool by_tiles_;
+#endif
   Run *runs_, *end_runs_ = nullptr;  // counted from the block's first row
   float* a_;                         // its columns, or its rows where they are converted, or null
   float* b_;                         // some of its rows or columns, converted, or null

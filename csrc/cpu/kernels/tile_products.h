@@ -194,15 +194,16 @@ void take_coefficients(
   }
 }
 
-template <int parts, class element>
+// take(panel, n, width, k, depth) brings `depth` of the right factor's numbers, from the k-th on, of the columns n .. n + width.
+template <int parts, class element, class Take>
 void multiply_in_parts(
     Result<float> out,
     int64_t height,
     Coefficients<float> c,
-    const element* const* b,
     int64_t depth,
     int64_t size,
-    Workspace<element>& work) {
+    Workspace<element>& work,
+    const Take& take) {
   const TilePanel<element, parts> panel(work.panel);
   const TileBuffer<parts> left(work.left, depth);
   take_coefficients(left, height, c, depth, out);
@@ -214,7 +215,7 @@ void multiply_in_parts(
     int64_t k = 0;
     do {
       const int64_t count = std::min(panel.kDepth, depth - k), pairs = ceil_div(count, 2);
-      take_rows(panel, b + k, n, width, count);
+      take(panel, n, width, k, count);
       panel.fill_up(pairs, width);
       const Tiles coefficients = left.from(k / (2 * kTileRows)), columns = panel.from(0);
       const bool add = to.plus != nullptr || k > 0;
@@ -291,7 +292,32 @@ void multiply_by_tiles(
     int64_t depth,
     int64_t size,
     Workspace<element>& work) {
-  with_parts<element>(work.parts, [&](auto parts) { multiply_in_parts<parts>(out, height, c, b, depth, size, work); });
+  with_parts<element>(work.parts, [&](auto parts) {
+    const auto take = [&](const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
+      take_rows(panel, b + k, n, width, count);
+    };
+    multiply_in_parts<parts>(out, height, c, depth, size, work, take);
+  });
+}
+
+// The same where b comes by columns: find(n, width) has the addresses of those from n on.
+template <class Find>
+void multiply_columns_by_tiles(
+    Result<float> out,
+    int64_t height,
+    Coefficients<float> c,
+    const Find& find,
+    int64_t depth,
+    int64_t size,
+    Workspace<float>& work) {
+  with_parts<float>(work.parts, [&](auto parts) {
+    const float* const* columns = nullptr;
+    const auto take = [&](const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
+      columns = k == 0 ? find(n, width) : columns;
+      take_columns(panel, columns, width, k, count);
+    };
+    multiply_in_parts<parts>(out, height, c, depth, size, work, take);
+  });
 }
 
 template <class element>
