@@ -223,7 +223,7 @@ def test_the_number_of_threads_changes_no_bit(size: tuple[int, int, int, int]) -
 
 
 def test_which_products_are_made_here() -> None:
-    """On a processor of whose vectors PyTorch's library makes half, and exact ones, if nobody looks on.
+    """On a processor whose vectors or matrix tiles PyTorch's library leaves unused, and exact ones, if nobody looks on.
 
     Of float32 and float16; of bfloat16, which has products of its own, the smallest.
     """

@@ -1,5 +1,5 @@
 // Products of matrices of floats and halves on the CPU, where the kernels here do better than the library behind at::mm: with rows
-// left out, and on processors whose vectors that library leaves half unused.
+// left out, and on processors whose vectors or matrix tiles that library leaves unused.
 #pragma once
 
 #include "kernels/call.h"
