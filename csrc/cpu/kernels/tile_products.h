@@ -157,7 +157,7 @@ void multiply_panel(
   }
 }
 
-// The left factor: `depth` numbers, from the d-th on, of row i of a group, times a factor, filled up with zeros.
+// The left factor: row i of `depth` numbers, times a factor, filled up with zeros.
 template <int parts>
 void take_row(const TileBuffer<parts>& left, int64_t i, const float* row, int64_t depth, float factor) {
   const Vec<float> times(factor);

@@ -93,7 +93,6 @@ struct alignas(64) TileConfiguration {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-
 #endif
 
 // While it lives, this thread's tiles are whole ones, if they are wanted and there are any. Left so, they would slow down others.
