@@ -102,7 +102,8 @@ Matmul sum_of(const Addresses& a_rows, const Addresses& b_rows, at::TensorList a
 
 // `call` lacks out and the division of the work.
 void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
-  RECORD_FUNCTION("attn_ext::cpu::matmul[avx512]", c10::ArrayRef<const c10::IValue>{});
+  const MatmulKernels& kernels = *capability().matmul();
+  RECORD_FUNCTION(c10::str("attn_ext::cpu::matmul[", kernels.name, "]"), c10::ArrayRef<const c10::IValue>{});
   call.out = out.mutable_data_ptr();
   call.out_type = dtype_of(out);
   call.out_batch = out.dim() == 3 ? out.stride(0) : 0;
@@ -119,7 +120,6 @@ void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
     longer = ceil_div(longer / 2, kLeastBlock) * kLeastBlock;
   }
   use_huge_pages(out);
-  const MatmulKernels& kernels = *capability().matmul();
   const Work work{call.items(), call.batch * call.rows * call.depth * call.columns};
   const auto run_one = [&](int64_t item, char* slot) { kernels.run(call, item, slot); };
   run_items(work, kernels.slot(call), false, run_one, [](char*) {});

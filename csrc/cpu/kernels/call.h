@@ -150,6 +150,7 @@ struct Matmul {
 };
 
 struct MatmulKernels {
+  const char* name;  // of their compilation
   size_t (*slot)(const Matmul&);
   void (*run)(const Matmul&, int64_t item, char* slot);
 };

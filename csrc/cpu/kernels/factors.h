@@ -126,9 +126,9 @@ inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
 }
 
 #if defined(__AMX_BF16__)
-// A number as a sum of bfloat16, of eight bits each. f(p, the p-th parts of x, those of y), p = 0 .. parts - 1, in the upper halves
-// of words of any content below. A part is rounded, the largest numbers down; the last one is cut off, which of three it is not,
-// and of no number it stays so.
+// A number as a sum of bfloat16, of eight bits each: f(p, the p-th parts of x, those of y), p = 0 .. parts - 1, in the upper halves
+// of words; what is below is of no account. A part is rounded, but not to infinity; the last one is what is left, cut off, which
+// loses nothing of a third one and keeps NaN what it is.
 template <int parts, int p = 0, class F>
 inline void for_parts(const Vec<float>& x, const Vec<float>& y, const F& f) {
   constexpr bool last = p + 1 == parts;

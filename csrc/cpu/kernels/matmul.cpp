@@ -27,9 +27,7 @@ class Block {
         height_stride_(padded<float>(call.height)),
         width_stride_(padded<float>(call.width)),
         work_(arena, is_float(call.a_type) || is_float(call.b_type) ? Dtype::Float : Dtype::Half, kTile),
-#if defined(__AMX_BF16__)
-        by_tiles_(is_worth_tiles_of(call, work_.parts)),
-#endif
+        by_tiles_(kTakesTiles<float> && is_worth_tiles_of(call, work_.parts)),
         runs_(arena.take<Run>(call.height / 2 + 1)),
         a_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * height_stride_)
            : is_float(call.a_type)   ? nullptr
@@ -37,8 +35,7 @@ class Block {
         b_(is_float(call.b_type) ? nullptr
            : by_rows_            ? arena.take<float>(kPanelDepth * width_stride_)
                                  : arena.take<float>((is_few_ ? kFewColumns : kPanelWidth) * depth_stride_)),
-        sums_(is_float(call.out_type) ? nullptr : arena.take<float>(call.height * width_stride_)) {
-  }
+        sums_(is_float(call.out_type) ? nullptr : arena.take<float>(call.height * width_stride_)) {}
 
   void run(int64_t item) {
     const int64_t across = ceil_div(call_.columns, call_.width), down = ceil_div(call_.rows, call_.height);
@@ -227,7 +224,6 @@ class Block {
     }
   }
 
-#if defined(__AMX_BF16__)
   // Whatever the division into blocks, so that the number of threads changes no bit.
   static bool is_worth_tiles_of(const Matmul& call, int parts) {
     const int64_t rows = std::min({call.run_rows, call.rows, kTile}), depth = std::min(call.depth, kPanelDepth);
@@ -235,6 +231,7 @@ class Block {
         rows, depth, std::min(call.columns, kTile), parts, call.has_rows_of_b() ? kTakeRows : kTakeColumns);
   }
 
+#if defined(__AMX_BF16__)
   // What the next terms are taken from, where it stands.
   void plan_ahead(int64_t k, const Run& run) {
     work_.ahead.clear();
@@ -311,9 +308,7 @@ class Block {
   bool is_few_;
   int64_t depth_stride_, height_stride_, width_stride_;  // of rows in scratch that are so long
   Workspace<float> work_;
-#if defined(__AMX_BF16__)
   bool by_tiles_;
-#endif
   Run *runs_, *end_runs_ = nullptr;  // counted from the block's first row
   float* a_;                         // its columns, or its rows where they are converted, or null
   float* b_;                         // some of its rows or columns, converted, or null
@@ -337,7 +332,7 @@ void run(const Matmul& call, int64_t item, char* slot) {
 }  // namespace
 
 const MatmulKernels& matmul_kernels() {
-  static constexpr MatmulKernels kernels{slot_size, run};
+  static constexpr MatmulKernels kernels{kTakesTiles<float> ? "avx512_amx" : "avx512", slot_size, run};
   return kernels;
 }
 

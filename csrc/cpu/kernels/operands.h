@@ -79,8 +79,7 @@ template <>
 constexpr int64_t kLeftSize<float> = TileBuffer<3>::size(kTile / kTileRows, kPanelDepth);
 #endif
 
-// What an item's products share, but for what they multiply: its scratch and what comes next. Without a panel, of few queries, they
-// have no scratch.
+// What an item's products share: scratch, of which those of few queries have none, and what comes next.
 template <class element>
 struct Workspace {
   element* panel;  // kPanelWidth x kPanelDepth
