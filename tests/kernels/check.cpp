@@ -266,11 +266,11 @@ bool check_products(Random& random) {
   using namespace CPU_CAPABILITY;
   const Dtype dtype = random.of({Dtype::Float, Dtype::Half});
   Arena count(nullptr);
-  Workspace<float> counted(count, dtype, kChunk);
+  Workspace<float> counted(count, dtype, kChunk, kTakesTiles<float>);
   std::vector<float> scratch(count.used() / sizeof(float) + 16, static_cast<float>(kNaN));
   char* const base = reinterpret_cast<char*>(scratch.data());
   Arena arena(base + -reinterpret_cast<uintptr_t>(base) % 64);
-  Workspace<float> work(arena, dtype, kChunk);
+  Workspace<float> work(arena, dtype, kChunk, kTakesTiles<float>);
   work.ahead.clear();
   const MatrixTiles matrix_tiles(kTakesTiles<float>);
   const auto numbers = [&](int64_t size) {

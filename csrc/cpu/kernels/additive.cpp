@@ -244,6 +244,11 @@ class AdditiveScore {
   using acc = acc_;
   using element = acc;
 
+  // Beside the exponentials, which would be slower after tiles, one product is little.
+  static bool is_worth_tiles(const Problem&, const Plan&) {
+    return false;
+  }
+
   AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, Wanted wanted = {})
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
@@ -434,6 +439,10 @@ template <class acc>
 class AdditiveGradient : public AdditiveScore<acc> {
  public:
   static constexpr bool kMultipliesKeys = false;
+
+  static bool is_worth_tiles(const Problem& problem, const Plan& plan) {
+    return are_worth_tiles<acc>(problem, plan, problem.memory_size);
+  }
 
   AdditiveGradient(const Backward& f, Arena& arena)
       : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena, wanted(f)),

@@ -19,6 +19,10 @@ class DotScore {
   // No step of a loop has keys to prepare.
   static constexpr void (*prepare)(const Preparation&, int64_t, int64_t) = nullptr;
 
+  static bool is_worth_tiles(const Problem& problem, const Plan& plan) {
+    return are_worth_tiles<element>(problem, plan, problem.key_size);
+  }
+
   DotScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),

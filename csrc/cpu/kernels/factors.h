@@ -41,6 +41,9 @@ struct Pair {
   c10::BFloat16 odd;
 };
 
+template <class element>
+constexpr bool kIsPaired = std::is_same_v<element, Pair>;
+
 // Pairs that are multiplied at once; rows are filled up with zeros to a multiple. A matrix tile (tiles.h) takes 16.
 #if defined(__AMX_BF16__)
 constexpr int64_t kPairsAtOnce = 16;
@@ -126,51 +129,39 @@ inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
 }
 
 #if defined(__AMX_BF16__)
-// A number as a sum of bfloat16, of eight bits each: f(p, the p-th parts of x, those of y), p = 0 .. parts - 1, in the upper halves
-// of words; what is below is of no account. A part is rounded, but not to infinity; the last one is what is left, cut off, which
-// loses nothing of a third one and keeps NaN what it is.
-template <int parts, int p = 0, class F>
-inline void for_parts(const Vec<float>& x, const Vec<float>& y, const F& f) {
-  constexpr bool last = p + 1 == parts;
-  const auto next = [](__m512 rest) {
-    if constexpr (last) {
-      return _mm512_castps_si512(rest);
+// (x_i, y_i) as sums of bfloat16, of eight bits each: every part of the 16 pairs `apart` from the one before. What products leave
+// out is small and errs to either side where a part is rounded: the first of two, but not to infinity, and the second of three. The
+// others are cut off, which of the last of three is nothing, and keeps NaN what it is.
+template <int parts>
+inline void split_pairs(Pair* to, int64_t apart, const Vec<float>& x, const Vec<float>& y) {
+  static_assert(parts == 2 || parts == 3);
+  const __m512i upper = _mm512_set1_epi32(0xffff0000);
+  const auto cut = [&](__m512i bits) { return _mm512_castsi512_ps(_mm512_and_si512(bits, upper)); };
+  // Bits that are cut off as a rounded number.
+  const auto rounded = [](__m512 number) { return _mm512_add_epi32(_mm512_castps_si512(number), _mm512_set1_epi32(0x8000)); };
+  const auto store = [&](int p, __m512i even, __m512 odd) {
+    _mm512_storeu_si512(to + p * apart, _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_castps_si512(odd)));
+  };
+  const auto first = [&](__m512 number) {
+    if constexpr (parts == 3) {
+      return _mm512_castps_si512(number);
     } else {
       constexpr int smaller_magnitude = 2;
-      const __m512 largest = _mm512_set1_ps(0x1.fep127f);
-      const __m512 finite = p == 0 ? _mm512_range_ps(rest, largest, smaller_magnitude) : rest;
-      return _mm512_add_epi32(_mm512_castps_si512(finite), _mm512_set1_epi32(0x8000));
+      return rounded(_mm512_range_ps(number, _mm512_set1_ps(0x1.fep127f), smaller_magnitude));
     }
   };
-  const __m512i part_x = next(x), part_y = next(y);
-  f(p, part_x, part_y);
-  if constexpr (!last) {
-    const auto without = [](__m512 rest, __m512i part) {
-      return _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_and_si512(part, _mm512_set1_epi32(0xffff0000))));
-    };
-    for_parts<parts, p + 1>(Vec<float>(without(x, part_x)), Vec<float>(without(y, part_y)), f);
-  }
-}
-
-// to[i] = (even_i, odd_i), of 16 numbers, every part of them `apart` from the one before.
-template <int parts>
-inline void split_pairs(Pair* to, int64_t apart, const Vec<float>& even, const Vec<float>& odd) {
-  for_parts<parts>(even, odd, [&](int p, __m512i x, __m512i y) {
-    _mm512_storeu_si512(to + p * apart, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x, 16), y));
-  });
-}
-
-// The same of 32 neighbours, the lower and the upper ones.
-template <int parts>
-inline void split_neighbours(Pair* to, int64_t apart, const Vec<float>& low, const Vec<float>& high) {
-  if constexpr (parts == 1) {
-    _mm512_storeu_si512(to, round_to_bfloat16(low, high));
+  const __m512i x_bits = first(x), y_bits = first(y);
+  const __m512 x_first = cut(x_bits), y_first = cut(y_bits);
+  store(0, x_bits, y_first);
+  const __m512 x_rest = _mm512_sub_ps(x, x_first), y_rest = _mm512_sub_ps(y, y_first);
+  if constexpr (parts == 2) {
+    store(1, _mm512_castps_si512(x_rest), cut(_mm512_castps_si512(y_rest)));
   } else {
-    const __m512i upper = _mm512_set_epi16(
-        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    for_parts<parts>(low, high, [&](int p, __m512i x, __m512i y) {
-      _mm512_storeu_si512(to + p * apart, _mm512_permutex2var_epi16(x, upper, y));
-    });
+    const __m512i x_rest_bits = rounded(x_rest), y_rest_bits = rounded(y_rest);
+    const __m512 x_second = cut(x_rest_bits), y_second = cut(y_rest_bits);
+    store(1, x_rest_bits, y_second);
+    const __m512 x_third = _mm512_sub_ps(x_rest, x_second), y_third = _mm512_sub_ps(y_rest, y_second);
+    store(2, _mm512_castps_si512(x_third), cut(_mm512_castps_si512(y_third)));
   }
 }
 #endif

@@ -127,7 +127,7 @@ struct AttentionForward {
           tile_end(arena.take<int64_t>(tiles)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * stride)),
-          work(arena, f.problem.dtype, f.plan.chunk),
+          work(arena, f.problem.dtype, f.plan.chunk, Score::is_worth_tiles(f.problem, f.plan)),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
@@ -157,7 +157,7 @@ struct AttentionForward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
-    const MatrixTiles matrix_tiles(kTakesTiles<element> && slot.work.panel != nullptr);
+    const MatrixTiles matrix_tiles(slot.work.by_tiles);
     const int64_t stride = slot.stride;
     std::fill_n(slot.row_max, item.queries, kNothing<acc>);
     std::fill_n(slot.row_sum, item.queries, acc(0));
@@ -509,9 +509,10 @@ struct AttentionBackward {
           excess(arena.take<acc>(f.plan.chunk)),
           tile_stride(padded<acc>(f.plan.tile)),
           coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
+          work(arena, f.problem.dtype, f.plan.chunk, Gradient::is_worth_tiles(f.problem, f.plan)),
+          transposes(kTransposesCoefficients && !work.by_tiles && f.plan.chunk >= kMany),
           columns_stride(padded<acc>(2 * std::min(kChunk, f.plan.chunk))),
-          columns(kTransposesCoefficients && f.plan.chunk >= kMany ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),
-          work(arena, f.problem.dtype, f.plan.chunk),
+          columns(transposes ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),
           weights_row(arena.take<acc>(f.problem.steps)),
           grad_weights_row(arena.take<acc>(f.problem.steps)),
           grad_context(arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size),
@@ -528,9 +529,10 @@ struct AttentionBackward {
     acc* excess;  // sum_s de_ts of the item's steps
     int64_t tile_stride;
     acc* coefficients;  // [count][tile_stride], of the chunk at hand, its weights, and right behind them its scores' gradients
-    int64_t columns_stride;
-    acc* columns;  // [tile][2 kChunk] the same transposed, or null
     Workspace<element> work;
+    bool transposes;
+    int64_t columns_stride;
+    acc* columns;  // [tile][2 kChunk] the coefficients transposed, if they are
     acc* weights_row;
     acc* grad_weights_row;
     Rows<element> grad_context;
@@ -548,7 +550,7 @@ struct AttentionBackward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
-    const MatrixTiles matrix_tiles(kTakesTiles<element> && slot.work.panel != nullptr);
+    const MatrixTiles matrix_tiles(slot.work.by_tiles);
     if (slot.query_in_place) {
       slot.grad_query = static_cast<acc*>(f.grad_query) + (item.batch * problem.queries + item.first_query) * slot.query_stride;
     }
@@ -688,12 +690,12 @@ struct AttentionBackward {
 
   // The coefficients of the memory's gradient, by source step. A column of many rows is in as many pages, more than the first-level
   // TLB has entries for: they are transposed. What goes by matrix tiles, or in pairs, is copied anyhow.
-  static constexpr bool kTransposesCoefficients = kTransposes<acc> && std::is_same_v<element, acc> && !kTakesTiles<element>;
+  static constexpr bool kTransposesCoefficients = kTransposes<acc> && !kIsPaired<element>;
 
   static Coefficients<acc> columns_of(Slot& slot, const acc* coefficients, int64_t rows, int64_t steps) {
     const int64_t stride = slot.tile_stride;
     if constexpr (kTransposesCoefficients) {
-      if (slot.columns != nullptr && rows >= kMany && steps >= kMany) {
+      if (slot.transposes && rows >= kMany && steps >= kMany) {
         const acc* from[2 * kChunk];
         for (int64_t k = 0; k < rows; ++k) {
           from[k] = coefficients + k * stride;

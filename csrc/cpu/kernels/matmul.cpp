@@ -26,8 +26,7 @@ class Block {
         depth_stride_(padded<float>(is_few_ ? call.depth : kPanelDepth)),
         height_stride_(padded<float>(call.height)),
         width_stride_(padded<float>(call.width)),
-        work_(arena, is_float(call.a_type) || is_float(call.b_type) ? Dtype::Float : Dtype::Half, kTile),
-        by_tiles_(kTakesTiles<float> && is_worth_tiles_of(call, work_.parts)),
+        work_(arena, type_of(call), kTile, is_worth_tiles_of(call)),
         runs_(arena.take<Run>(call.height / 2 + 1)),
         a_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * height_stride_)
            : is_float(call.a_type)   ? nullptr
@@ -44,7 +43,7 @@ class Block {
     batch_ = item / across / down;
     first_row_ = item / across % down * call_.height;
     height_ = std::min(call_.height, call_.rows - first_row_);
-    const MatrixTiles matrix_tiles(kTakesTiles<float>);
+    const MatrixTiles matrix_tiles(work_.by_tiles);
     out_ = sums_ != nullptr ? sums_ : static_cast<float*>(call_.out) + place(0);
     stride_ = sums_ != nullptr ? width_stride_ : call_.out_row;
     find_runs();
@@ -69,6 +68,11 @@ class Block {
  private:
   static bool is_float(Dtype dtype) {
     return dtype == Dtype::Float;
+  }
+
+  // What both factors have no more bits than.
+  static Dtype type_of(const Matmul& call) {
+    return is_float(call.a_type) || is_float(call.b_type) ? Dtype::Float : Dtype::Half;
   }
 
   // Where row i of the block begins in out.
@@ -181,7 +185,7 @@ class Block {
   void add(int64_t k, int64_t depth) {
     const Coefficients<float> c = coefficients(k, depth);
 #if defined(__AMX_BF16__)
-    if (by_tiles_) {
+    if (work_.by_tiles) {
       std::for_each(runs_, end_runs_, [&](const Run& run) { add_by_tiles(k, depth, c, run); });
       return;
     }
@@ -225,10 +229,10 @@ class Block {
   }
 
   // Whatever the division into blocks, so that the number of threads changes no bit.
-  static bool is_worth_tiles_of(const Matmul& call, int parts) {
-    const int64_t rows = std::min({call.run_rows, call.rows, kTile}), depth = std::min(call.depth, kPanelDepth);
-    return is_worth_tiles<float>(
-        rows, depth, std::min(call.columns, kTile), parts, call.has_rows_of_b() ? kTakeRows : kTakeColumns);
+  static bool is_worth_tiles_of(const Matmul& call) {
+    const int64_t rows = std::min({call.run_rows, call.rows, kTile}), columns = std::min(call.columns, kTile);
+    const int64_t depth = std::min(call.depth, kPanelDepth), take_right = call.has_rows_of_b() ? kTakeRows : kTakeColumns;
+    return is_worth_tiles(rows, depth, columns, parts_of(type_of(call)), take_right);
   }
 
 #if defined(__AMX_BF16__)
@@ -308,7 +312,6 @@ class Block {
   bool is_few_;
   int64_t depth_stride_, height_stride_, width_stride_;  // of rows in scratch that are so long
   Workspace<float> work_;
-  bool by_tiles_;
   Run *runs_, *end_runs_ = nullptr;  // counted from the block's first row
   float* a_;                         // its columns, or its rows where they are converted, or null
   float* b_;                         // some of its rows or columns, converted, or null

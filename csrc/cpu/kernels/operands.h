@@ -85,13 +85,15 @@ struct Workspace {
   element* panel;  // kPanelWidth x kPanelDepth
   Pair* left;      // coefficients as pairs: of tiles, or where they are pairs anyhow
   int parts;       // bfloat16 that a float is the sum of in matrix tiles
+  bool by_tiles;   // go those of more than a few queries
   Ahead ahead;     // what the next item or tile begins with
 
   // For products of up to `queries` queries.
-  Workspace(Arena& arena, Dtype dtype, int64_t queries)
+  Workspace(Arena& arena, Dtype dtype, int64_t queries, bool worth_tiles)
       : panel(queries >= kPanelRows ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
-        left(queries >= kPanelRows ? arena.take<Pair>(kLeftSize<element>) : nullptr),
-        parts(parts_of(dtype)) {}
+        left(kIsPaired<element> || worth_tiles ? arena.take<Pair>(kLeftSize<element>) : nullptr),
+        parts(parts_of(dtype)),
+        by_tiles(queries >= kPanelRows && worth_tiles) {}
 
   // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries are bound by what
   // they read, and a register tile of few steps has no time for a line.

@@ -211,7 +211,7 @@ void multiply(
     int64_t size,
     Workspace<acc>* work = nullptr) {
   if constexpr (kTakesTiles<acc>) {
-    if (work != nullptr && work->panel != nullptr && is_worth_tiles<acc>(height, depth, size, work->parts, kTakeRows)) {
+    if (work != nullptr && work->by_tiles) {
       return multiply_by_tiles(out, height, c, b, depth, size, *work);
     }
   }
@@ -359,7 +359,7 @@ void dot_products(
     acc factor,
     Workspace<element>& work) {
   if constexpr (kTakesTiles<element>) {
-    if (a_count >= kPanelRows && is_worth_tiles<element>(a_count, size, b_count, work.parts, kTakeColumns)) {
+    if (work.by_tiles && a_count >= kPanelRows) {
       return dot_products_by_tiles(out, stride, a, a_count, b, b_count, size, factor, work);
     }
   }

@@ -10,99 +10,269 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// What taking a number of either factor into three parts costs, the right one's from rows or transposed, in multiply-adds of such
-// numbers by tiles; and what a multiply-add of floats does, less what the caches take besides. Measured on a Xeon.
-constexpr int64_t kTakeLeft = 24, kTakeRows = 16, kTakeColumns = 34;
-constexpr double kMultiplyAdd = 1.75;
+// What taking a number of either factor into three parts costs, the right one's from rows or, beyond what registers spend on it, as
+// columns, in multiply-adds of such numbers by tiles; what a multiply-add by registers does, and what tiles take to begin after
+// other work. Measured on a Xeon.
+constexpr int64_t kTakeLeft = 40, kTakeRows = 38, kTakeColumns = 26, kBegin = 1 << 17;
+constexpr double kMultiplyAdd = 2.0;
 
-// Multiply-adds below which registers are faster anyhow.
-constexpr int64_t kWorthTiles = 1 << 19;
+// How much longer a product takes by tiles, which its factors need not fill, than by registers.
+constexpr double excess_of_tiles(int64_t height, int64_t depth, int64_t width, int parts, int64_t take_right) {
+  const double work = static_cast<double>(height) * width * depth;
+  const double filled =
+      static_cast<double>(whole_tiles(height) * whole_tiles(width)) * ceil_div(depth, 2 * kTileRows) * 2 * kTileRows;
+  const double taken = static_cast<double>(kTakeLeft * height + take_right * width) * depth;
+  return filled * parts * (parts + 1) / 12 + taken * (parts + 1) / 4 - kMultiplyAdd * work;
+}
 
-// Whether a product, whose factors need not fill their tiles, is faster by them. Pairs are there to begin with.
+// Whether a product of floats goes by tiles. Then its neighbours do best to, too: after tiles, vectors multiply a fifth slower for
+// some time.
+constexpr bool is_worth_tiles(int64_t height, int64_t depth, int64_t width, int parts, int64_t take_right) {
+  return kTakesTiles<float> && kBegin + excess_of_tiles(height, depth, width, parts, take_right) <= 0;
+}
+
+// The same of an item's products with a tile of memory: of rows of `size` numbers, which come to scores or their gradients, and of
+// those with rows of memory. Pairs are there to begin with.
 template <class element>
-bool is_worth_tiles(int64_t height, int64_t depth, int64_t width, int parts, int64_t take_right) {
-  if constexpr (std::is_same_v<element, Pair>) {
-    return true;
-  } else {
-    const int64_t work = height * width * depth;
-    const int64_t filled = whole_tiles(height) * whole_tiles(width) * ceil_div(depth, 2 * kTileRows) * 2 * kTileRows;
-    const int64_t taken = (kTakeLeft * height + take_right * width) * depth;
-    return work >= kWorthTiles && filled * parts * (parts + 1) / 12 + taken * (parts + 1) / 4 <= kMultiplyAdd * work;
+bool are_worth_tiles(const Problem& problem, const Plan& plan, int64_t size) {
+  if constexpr (kIsPaired<element> || !kTakesTiles<element>) {
+    return kTakesTiles<element>;
   }
+  const int64_t queries = std::min(plan.chunk, kChunk), steps = std::min(plan.tile, problem.steps);
+  const int parts = parts_of(problem.dtype);
+  return kBegin + excess_of_tiles(queries, size, steps, parts, kTakeColumns) +
+             excess_of_tiles(queries, steps, problem.memory_size, parts, kTakeRows) <=
+         0;
 }
 
 #if defined(__AMX_BF16__)
 
-// The right factor: columns of a panel, with room for so many numbers along the index that is summed over.
+// The right factor: 32 columns of it, so many numbers of each along the index that is summed over. A workspace has two panels: one
+// is multiplied, and the next one taken meanwhile.
 template <class element, int parts>
 struct TilePanel : TileBuffer<parts> {
-  static constexpr int64_t kDepth = std::is_same_v<element, Pair> ? 2 * kPanelDepth : kPartsDepth;
-  static_assert(
-      TileBuffer<parts>::size(kPanelWidth / kTileRows, kDepth) * sizeof(Pair) <= kPanelWidth * kPanelDepth * sizeof(element));
+  static constexpr int64_t kWidth = 2 * kTileRows;
+  static constexpr int64_t kDepth = kIsPaired<element> ? 2 * kPanelDepth : kPartsDepth<parts>;
+  static constexpr int64_t kSize = TileBuffer<parts>::size(2, kDepth);
+  static_assert(2 * kSize * sizeof(Pair) <= kPanelWidth * kPanelDepth * sizeof(element));
 
-  explicit TilePanel(element* panel) : TileBuffer<parts>(panel, kDepth) {}
+  TilePanel() = default;
 
-  // Of the group of column n.
-  Pair* pair(int64_t n, int64_t k) const {
-    return this->line(n / kTileRows, k / kTileRows, k % kTileRows);
+  TilePanel(const Workspace<element>& work, int which)
+      : TileBuffer<parts>(reinterpret_cast<Pair*>(work.panel) + which * kSize, kDepth) {}
+};
+
+// Floats are taken in steps. A matrix product leaves the vectors' units idle for most of its 16 cycles: some have a step at their
+// side. Pairs, of whose products there are a sixth as many, are taken at once.
+template <class Taker>
+class Steps {
+ public:
+  int64_t left() const {
+    return left_;
   }
 
-  // Zeros below `pairs` pairs, as far as the last tile goes.
-  void fill_up(int64_t pairs, int64_t width) const {
-    for (int64_t n = 0; n < width; n += kTileRows) {
-      for (int64_t k = pairs; k % kTileRows != 0; ++k) {
-        for (int p = 0; p < parts; ++p) {
-          std::fill_n(pair(n, k) + p * this->kPart, kTileRows, Pair{});
-        }
-      }
+  [[gnu::noinline]] void step() {
+    static_cast<Taker*>(this)->take();
+    --left_;
+  }
+
+  [[gnu::noinline]] void finish() {
+    for (; left_ > 0; --left_) {
+      static_cast<Taker*>(this)->take();
     }
+  }
+
+ protected:
+  int64_t left_ = 0;
+};
+
+struct AtOnce {
+  static constexpr int64_t left() {
+    return 0;
+  }
+
+  void step() {}
+
+  void finish() {}
+};
+
+inline __mmask16 lanes_of(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// Zeros below the last of a panel's pairs, as far as its last tile goes.
+inline void fill_up(const TilePanel<Pair, 1>& panel, int64_t pairs) {
+  for (int64_t k = pairs; k < whole_tiles(pairs); ++k) {
+    std::fill_n(panel.line(0, 0, k), kTileRows, Pair{});
+    std::fill_n(panel.line(1, 0, k), kTileRows, Pair{});
+  }
+}
+
+// A panel from rows of b.
+template <class element, int parts>
+class RowsTaker;
+
+template <>
+class RowsTaker<Pair, 1> : public AtOnce {
+ public:
+  // Numbers n .. n + width of `depth` rows.
+  void begin(const TilePanel<Pair, 1>& panel, const Pair* const* b, int64_t n, int64_t width, int64_t depth) {
+    for (int64_t k = 0; k < depth; k += 2) {
+      zip_rows(panel.line(0, 0, k / 2), b[k], k + 1 < depth ? b[k + 1] : nullptr, n, width, panel.group);
+    }
+    fill_up(panel, ceil_div(depth, 2));
   }
 };
 
-// Numbers n .. n + width of `depth` rows of b.
-inline void take_rows(const TilePanel<Pair, 1>& panel, const Pair* const* b, int64_t n, int64_t width, int64_t depth) {
-  for (int64_t k = 0; k < depth; k += 2) {
-    zip_rows(panel.pair(0, k / 2), b[k], k + 1 < depth ? b[k + 1] : nullptr, n, width, panel.group);
-  }
-}
-
+// The order in which a product sums up is free: pairs are numbers i and i + 8 of 16 along that index, which spares permutations. A
+// step takes two rows.
 template <int parts>
-void take_rows(const TilePanel<float, parts>& panel, const float* const* b, int64_t n, int64_t width, int64_t depth) {
-  for (int64_t k = 0; k < depth; k += 2) {
-    const float* const even = b[k] + n;
-    const float* const odd = k + 1 < depth ? b[k + 1] + n : nullptr;
-    Pair* to = panel.pair(0, k / 2);
-    for (int64_t j = 0; j < width; j += kTileRows, to += panel.group) {
-      const int64_t count = std::min(kTileRows, width - j);
-      const auto second = odd == nullptr ? Vec<float>(0) : Vec<float>::loadu(odd + j, count);
-      split_pairs<parts>(to, panel.kPart, Vec<float>::loadu(even + j, count), second);
+class RowsTaker<float, parts> : public Steps<RowsTaker<float, parts>> {
+  friend class Steps<RowsTaker<float, parts>>;
+  using Steps<RowsTaker<float, parts>>::left_;
+
+ public:
+  void begin(const TilePanel<float, parts>& panel, const float* const* b, int64_t n, int64_t width, int64_t depth) {
+    panel_ = panel;
+    width_ = width;
+    left_ = whole_tiles(ceil_div(depth, 2));
+    line_ = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      rows_[k] = b[k] + n;
+    }
+    std::fill(rows_ + depth, rows_ + 2 * left_, kZeros);
+  }
+
+ private:
+  void take() {
+    const float* const* const row = rows_ + line_ / 8 * 16 + line_ % 8;
+    const float *const x = row[0], *const y = row[8];
+    Pair* const to = panel_.line(0, line_ / kTileRows, line_ % kTileRows);
+    if (width_ == panel_.kWidth) {
+      split_pairs<parts>(to, panel_.kPart, Vec<float>::loadu(x), Vec<float>::loadu(y));
+      split_pairs<parts>(to + panel_.group, panel_.kPart, Vec<float>::loadu(x + kTileRows), Vec<float>::loadu(y + kTileRows));
+    } else {
+      for (int64_t n = 0; n < width_; n += kTileRows) {
+        const auto some = [&](const float* row) { return Vec<float>(_mm512_maskz_loadu_ps(lanes_of(width_ - n), row + n)); };
+        split_pairs<parts>(to + n / kTileRows * panel_.group, panel_.kPart, some(x), some(y));
+      }
+    }
+    ++line_;
+  }
+
+  alignas(64) static constexpr float kZeros[TilePanel<float, parts>::kWidth] = {};
+
+  TilePanel<float, parts> panel_;
+  const float* rows_[TilePanel<float, parts>::kDepth];
+  int64_t width_, line_;
+};
+
+// A panel from rows of b as columns.
+template <class element, int parts>
+class ColumnsTaker;
+
+template <>
+class ColumnsTaker<Pair, 1> : public AtOnce {
+ public:
+  // `depth` elements from d on of `width` rows.
+  void begin(const TilePanel<Pair, 1>& panel, const Pair* const* b, int64_t width, int64_t d, int64_t depth) {
+    for (int64_t j = 0; j < width; j += kTileRows) {
+      transpose(panel.line(j / kTileRows, 0, 0), kTileRows, b + j, std::min(kTileRows, width - j), d, depth);
+    }
+    fill_up(panel, depth);
+  }
+};
+
+// 16 numbers of 16 rows are taken in six steps, two for eight rows each and four for two lines of pairs each, or at once, in
+// registers.
+template <int parts>
+class ColumnsTaker<float, parts> : public Steps<ColumnsTaker<float, parts>> {
+  friend class Steps<ColumnsTaker<float, parts>>;
+  using Steps<ColumnsTaker<float, parts>>::left_;
+
+ public:
+  void begin(const TilePanel<float, parts>& panel, const float* const* b, int64_t width, int64_t d, int64_t depth) {
+    panel_ = panel;
+    depth_ = depth;
+    squares_ = 2 * ceil_div(depth, 2 * kTileRows);
+    left_ = kStepsOfSquare * squares_ * ceil_div(width, kTileRows);
+    group_ = square_ = step_ = 0;
+    for (int64_t j = 0; j < whole_tiles(width); ++j) {
+      rows_[j] = b[std::min(j, width - 1)] + d;
     }
   }
-}
 
-// Rows of b as columns, `depth` of their elements from d on.
-inline void take_columns(const TilePanel<Pair, 1>& panel, const Pair* const* b, int64_t width, int64_t d, int64_t depth) {
-  for (int64_t j = 0; j < width; j += kTileRows) {
-    transpose(panel.pair(j, 0), kTileRows, b + j, std::min(kTileRows, width - j), d, depth);
-  }
-}
-
-template <int parts>
-void take_columns(const TilePanel<float, parts>& panel, const float* const* b, int64_t width, int64_t d, int64_t depth) {
-  alignas(64) float columns[panel.kDepth * kTileRows];
-  for (int64_t j = 0; j < width; j += kTileRows) {
-    transpose(columns, kTileRows, b + j, std::min(kTileRows, width - j), d, depth);
-    for (int64_t k = 0; k < depth; k += 2) {
-      const float* const even = columns + k * kTileRows;
-      const auto odd = k + 1 < depth ? Vec<float>::loadu(even + kTileRows) : Vec<float>(0);
-      split_pairs<parts>(panel.pair(j, k / 2), panel.kPart, Vec<float>::loadu(even), odd);
+  [[gnu::noinline]] void finish() {
+    while (left_ > 0 && step_ > 0) {
+      this->step();
+    }
+    for (; left_ > 0; left_ -= kStepsOfSquare) {
+      __m512 fours[kTileRows];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileRows; i += 4) {
+        take_rows(fours, i);
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        take_columns(fours, c);
+      }
+      next_square();
     }
   }
-}
 
-// Blocks of the result, factor (a b + what is there, if it is to `add`), with the columns of a panel. There are 16 rows of a, or
-// those that are missing may be read.
-template <int parts>
+ private:
+  static constexpr int kStepsOfSquare = 6;
+
+  void take() {
+    if (step_ < 2) {
+      take_rows(fours_, 8 * step_);
+      take_rows(fours_, 8 * step_ + 4);
+    } else {
+      take_columns(fours_, step_ - 2);
+    }
+    if (++step_ == kStepsOfSquare) {
+      step_ = 0;
+      next_square();
+    }
+  }
+
+  void next_square() {
+    if (++square_ == squares_) {
+      square_ = 0;
+      ++group_;
+    }
+  }
+
+  void take_rows(__m512* fours, int64_t i) const {
+    const float* const* const row = rows_ + group_ * kTileRows + i;
+    const int64_t d = square_ * kTileRows;
+    if (d + kTileRows <= depth_) {
+      const auto load = [&](int j) { return _mm512_loadu_ps(row[j] + d); };
+      transpose_fours(fours + i, load(0), load(1), load(2), load(3));
+    } else {
+      const auto load = [&](int j) { return _mm512_maskz_loadu_ps(lanes_of(depth_ - d), row[j] + d); };
+      transpose_fours(fours + i, load(0), load(1), load(2), load(3));
+    }
+  }
+
+  // Lines c and c + 4.
+  void take_columns(const __m512* fours, int64_t c) const {
+    Pair* const to = panel_.line(group_, square_ / 2, square_ % 2 * 8 + c);
+    const TwoColumns even = columns_of_fours<false>(fours, c), odd = columns_of_fours<true>(fours, c);
+    split_pairs<parts>(to, panel_.kPart, Vec<float>(even.first), Vec<float>(even.second));
+    split_pairs<parts>(to + 4 * kTileRows, panel_.kPart, Vec<float>(odd.first), Vec<float>(odd.second));
+  }
+
+  TilePanel<float, parts> panel_;
+  const float* rows_[TilePanel<float, parts>::kWidth];
+  int64_t depth_, squares_, group_, square_;
+  int step_;
+  __m512 fours_[kTileRows];
+};
+
+// The columns of a panel, factor (a b + what is there, if it is to `add`), in one order wherever the result's edges are. There are
+// 16 rows of a, or those that are missing may be read.
+template <int parts, class Taker>
 void multiply_panel(
     float* out,
     int64_t stride,
@@ -113,46 +283,50 @@ void multiply_panel(
     const Tiles& a,
     const Tiles& panel,
     int64_t tiles,
-    Ahead& ahead) {
-  alignas(64) float sums[2 * kTileRows * 2 * kTileRows];
-  const auto block = [&](auto rows, auto columns, int64_t i, int64_t n) {
-    constexpr int64_t tall = rows * kTileRows, wide = columns * kTileRows, apart = 2 * kTileRows;
+    Ahead& ahead,
+    Taker& taker) {
+  constexpr int64_t apart = 2 * kTileRows;
+  const int64_t products = parts * (parts + 1) / 2 * ceil_div(height, kTileRows) * ceil_div(width, kTileRows) * tiles;
+  const int64_t every = std::max<int64_t>(1, products / std::max<int64_t>(taker.left(), 1));
+  alignas(64) float sums[2 * kTileRows * apart];
+  const auto block = [&](auto rows, auto columns, int64_t i) {
+    constexpr int64_t tall = rows * kTileRows, wide = columns * kTileRows;
     // A last tile of fewer rows takes some of those before it once more, or, in scratch, what there is.
     const int64_t first = a.is_in_place() ? std::max<int64_t>(std::min(i, height - tall), 0) : i;
     const int64_t end = std::min(height, first + tall);
-    const Tiles left = a.from(first), right = panel.from(n);
-    if (factor == 1 && first == i && end - i == tall && n + wide <= width) {
-      return tile_products<parts, rows, columns>(out + i * stride + n, stride, add, left, right, tiles, ahead);
+    const Tiles left = a.from(first);
+    if (factor == 1 && first == i && end - i == tall && wide <= width) {
+      return tile_products<parts, rows, columns>(out + i * stride, stride, add, left, panel, tiles, ahead, taker, every);
     }
-    tile_products<parts, rows, columns>(sums, apart, false, left, right, tiles, ahead);
-    for (int64_t t = i; t < end; ++t) {
-      float* const to = out + t * stride + n;
-      for (int64_t j = 0; j < std::min(wide, width - n); j += kTileRows) {
-        const int64_t count = std::min(kTileRows, width - n - j);
-        Vec<float> sum = Vec<float>::loadu(sums + (t - first) * apart + j);
-        if (add) {
-          sum = sum + Vec<float>::loadu(to + j, count);
+    const auto for_vectors = [&](const auto& f) {
+      for (int64_t t = i; t < end; ++t) {
+        for (int64_t j = 0; j < std::min(wide, width); j += kTileRows) {
+          f(sums + (t - first) * apart + j, out + t * stride + j, std::min(kTileRows, width - j));
         }
-        (sum * Vec<float>(factor)).store(to + j, static_cast<int>(count));
       }
+    };
+    if (add) {
+      for_vectors([](float* sum, const float* to, int64_t count) { Vec<float>::loadu(to, count).store(sum); });
     }
+    tile_products<parts, rows, columns>(sums, apart, add, left, panel, tiles, ahead, taker, every);
+    for_vectors([&](const float* sum, float* to, int64_t count) {
+      (Vec<float>::loadu(sum) * Vec<float>(factor)).store(to, static_cast<int>(count));
+    });
   };
   constexpr std::integral_constant<int64_t, 1> one;
   constexpr std::integral_constant<int64_t, 2> two;
-  for (int64_t n = 0; n < width; n += 2 * kTileRows) {
-    const bool wide = width - n > kTileRows;
-    for (int64_t i = 0, rows; i < height; i += rows) {
-      const bool tall = height >= 2 * kTileRows && height - i > kTileRows;
-      rows = tall ? 2 * kTileRows : kTileRows;
-      if (tall && wide) {
-        block(two, two, i, n);
-      } else if (tall) {
-        block(two, one, i, n);
-      } else if (wide) {
-        block(one, two, i, n);
-      } else {
-        block(one, one, i, n);
-      }
+  const bool wide = width > kTileRows;
+  for (int64_t i = 0, rows; i < height; i += rows) {
+    const bool tall = height >= 2 * kTileRows && height - i > kTileRows;
+    rows = tall ? 2 * kTileRows : kTileRows;
+    if (tall && wide) {
+      block(two, two, i);
+    } else if (tall) {
+      block(two, one, i);
+    } else if (wide) {
+      block(one, two, i);
+    } else {
+      block(one, one, i);
     }
   }
 }
@@ -162,10 +336,24 @@ template <int parts>
 void take_row(const TileBuffer<parts>& left, int64_t i, const float* row, int64_t depth, float factor) {
   const Vec<float> times(factor);
   Pair* to = left.line(i / kTileRows, 0, i % kTileRows);
-  for (int64_t k = 0; k < depth; k += 2 * kTileRows, to += left.kTile) {
-    const int64_t low = std::min(kTileRows, depth - k), high = std::min(kTileRows, depth - k - low);
-    const Vec<float> upper = high > 0 ? Vec<float>::loadu(row + k + kTileRows, high) : Vec<float>(0);
-    split_neighbours<parts>(to, left.kPart, Vec<float>::loadu(row + k, low) * times, upper * times);
+  const auto take = [&](const Vec<float>& lower, const Vec<float>& upper) {
+    if constexpr (parts == 1) {
+      _mm512_storeu_si512(to, round_to_bfloat16(lower * times, upper * times));
+    } else {
+      // Numbers i and i + 8 of either.
+      const __m512 x = lower * times, y = upper * times;
+      const __m512 even = _mm512_shuffle_f32x4(x, y, 0x44), odd = _mm512_shuffle_f32x4(x, y, 0xee);
+      split_pairs<parts>(to, left.kPart, Vec<float>(even), Vec<float>(odd));
+    }
+    to += left.kTile;
+  };
+  int64_t k = 0;
+  for (; k + 2 * kTileRows <= depth; k += 2 * kTileRows) {
+    take(Vec<float>::loadu(row + k), Vec<float>::loadu(row + k + kTileRows));
+  }
+  if (k < depth) {
+    const auto some = [&](int64_t i) { return Vec<float>(_mm512_maskz_loadu_ps(lanes_of(depth - i), row + i)); };
+    take(some(k), some(k + kTileRows));
   }
 }
 
@@ -194,8 +382,74 @@ void take_coefficients(
   }
 }
 
-// take(panel, n, width, k, depth) brings `depth` of the right factor's numbers, from the k-th on, of the columns n .. n + width.
-template <int parts, class element, class Take>
+// The left factor from rows of a.
+template <class element, int parts>
+class LeftTaker;
+
+// Where they are.
+template <>
+class LeftTaker<Pair, 1> : public AtOnce {
+ public:
+  using Rows = const Pair* const*;
+
+  LeftTaker(const Workspace<Pair>&, Rows a, int64_t count, float) : a_(a[0]), stride_(count > 1 ? a[1] - a[0] : 0) {}
+
+  void begin(int64_t, int64_t) {}
+
+  // a's rows are evenly spaced: they are queries or their gradients.
+  Tiles tiles(int64_t d) const {
+    return Tiles::in_place(a_ + d, stride_);
+  }
+
+ private:
+  const Pair* a_;
+  int64_t stride_;
+};
+
+// Times a factor; a step takes one. While a block of their numbers is multiplied, the next one is taken.
+template <int parts>
+class LeftTaker<float, parts> : public Steps<LeftTaker<float, parts>> {
+  friend class Steps<LeftTaker<float, parts>>;
+  using Steps<LeftTaker<float, parts>>::left_;
+
+ public:
+  using Rows = const float* const*;
+
+  LeftTaker(const Workspace<float>& work, Rows a, int64_t count, float factor)
+      : scratch_(work.left), rows_(a), count_(count), factor_(factor) {}
+
+  // `depth` numbers from d on.
+  void begin(int64_t d, int64_t depth) {
+    first_ = d;
+    depth_ = depth;
+    left_ = count_;
+  }
+
+  Tiles tiles(int64_t d) const {
+    return block(d).from(0);
+  }
+
+ private:
+  void take() {
+    const int64_t i = count_ - left_;
+    take_row(block(first_), i, rows_[i] + first_, depth_, factor_);
+  }
+
+  TileBuffer<parts> block(int64_t d) const {
+    constexpr int64_t depth = kPartsDepth<parts>;
+    return {scratch_ + d / depth % 2 * TileBuffer<parts>::size(kChunk / kTileRows, depth), depth};
+  }
+
+  Pair* scratch_;
+  Rows rows_;
+  int64_t count_;
+  float factor_;
+  int64_t first_ = 0, depth_ = 0;
+};
+
+// begin(taker, panel, n, width, k, depth) has `depth` of the right factor's numbers taken, from the k-th on, of the columns n .. n
+// + width.
+template <int parts, class element, class Taker, class Begin>
 void multiply_in_parts(
     Result<float> out,
     int64_t height,
@@ -203,28 +457,61 @@ void multiply_in_parts(
     int64_t depth,
     int64_t size,
     Workspace<element>& work,
-    const Take& take) {
-  const TilePanel<element, parts> panel(work.panel);
+    Taker& taker,
+    const Begin& begin) {
+  using Panel = TilePanel<element, parts>;
   const TileBuffer<parts> left(work.left, depth);
   take_coefficients(left, height, c, depth, out);
-  for (int64_t n = 0; n < size; n += kPanelWidth) {
-    const int64_t width = std::min(kPanelWidth, size - n);
+  const auto take = [&](int which, int64_t n, int64_t k) {
+    if (n < size) {
+      begin(taker, Panel(work, which), n, std::min(Panel::kWidth, size - n), k, std::min(Panel::kDepth, depth - k));
+    }
+  };
+  take(0, 0, 0);
+  taker.finish();
+  int which = 0;
+  for (int64_t n = 0; n < size; n += Panel::kWidth) {
+    const int64_t width = std::min(Panel::kWidth, size - n);
     const Result<float> to = out.at(0, n);
     to.begin(height, width);
     // Of no depth it is 0.
     int64_t k = 0;
     do {
-      const int64_t count = std::min(panel.kDepth, depth - k), pairs = ceil_div(count, 2);
-      take(panel, n, width, k, count);
-      panel.fill_up(pairs, width);
-      const Tiles coefficients = left.from(k / (2 * kTileRows)), columns = panel.from(0);
+      const int64_t next = k + Panel::kDepth, tiles = ceil_div(std::min(Panel::kDepth, depth - k), 2 * kTileRows);
+      take(1 - which, next < depth ? n : n + Panel::kWidth, next < depth ? next : 0);
+      const Tiles coefficients = left.from(k / (2 * kTileRows)), columns = Panel(work, which).from(0);
       const bool add = to.plus != nullptr || k > 0;
-      const int64_t tiles = ceil_div(pairs, kTileRows);
-      multiply_panel<parts>(to.to, to.stride, add, 1, height, width, coefficients, columns, tiles, work.ahead);
-      k += panel.kDepth;
+      multiply_panel<parts>(to.to, to.stride, add, 1, height, width, coefficients, columns, tiles, work.ahead, taker);
+      taker.finish();
+      which = 1 - which;
+      k = next;
     } while (k < depth);
   }
 }
+
+// The steps of both factors, the right one's first, which is needed sooner.
+template <class Right, class Left>
+struct BothTakers {
+  Right& right;
+  Left& of_left;
+
+  int64_t left() const {
+    return right.left() + of_left.left();
+  }
+
+  void step() {
+    if (right.left() > 0) {
+      right.step();
+    } else {
+      of_left.step();
+    }
+  }
+
+  void finish() {
+    right.finish();
+    of_left.finish();
+  }
+};
 
 template <int parts, class element>
 void dot_products_in_parts(
@@ -237,44 +524,54 @@ void dot_products_in_parts(
     int64_t size,
     float factor,
     Workspace<element>& work) {
-  constexpr bool in_place = std::is_same_v<element, Pair>;
-  const TilePanel<element, parts> panel(work.panel);
-  const TileBuffer<parts> left(work.left, panel.kDepth);
-  constexpr int64_t kStep = in_place ? panel.kDepth / 2 : panel.kDepth;
-  for (int64_t d = 0; d < size; d += kStep) {
-    const int64_t depth = std::min(kStep, size - d), pairs = in_place ? depth : ceil_div(depth, 2);
-    Tiles rows = left.from(0);
-    if constexpr (in_place) {
-      // a's rows are evenly spaced: they are queries or their gradients.
-      rows = Tiles::in_place(a[0] + d, a_count > 1 ? a[1] - a[0] : 0);
-    } else {
-      for (int64_t i = 0; i < a_count; ++i) {
-        take_row(left, i, a[i] + d, depth, factor);
-      }
+  using Panel = TilePanel<element, parts>;
+  constexpr int64_t kStep = kIsPaired<element> ? Panel::kDepth / 2 : Panel::kDepth;  // elements
+  LeftTaker<element, parts> rows(work, a, a_count, factor);
+  ColumnsTaker<element, parts> columns;
+  BothTakers<ColumnsTaker<element, parts>, LeftTaker<element, parts>> both{columns, rows};
+  const auto take_rows = [&](int64_t d) {
+    if (d < size) {
+      rows.begin(d, std::min(kStep, size - d));
     }
-    for (int64_t j = 0; j < b_count; j += kPanelWidth) {
-      const int64_t width = std::min(kPanelWidth, b_count - j);
-      take_columns(panel, b + j, width, d, depth);
-      panel.fill_up(pairs, width);
+  };
+  const auto take_columns = [&](int which, int64_t d, int64_t j) {
+    if (d < size) {
+      columns.begin(Panel(work, which), b + j, std::min(Panel::kWidth, b_count - j), d, std::min(kStep, size - d));
+    }
+  };
+  take_rows(0);
+  take_columns(0, 0, 0);
+  both.finish();
+  int which = 0;
+  for (int64_t d = 0; d < size; d += kStep) {
+    const int64_t depth = std::min(kStep, size - d);
+    take_rows(d + kStep);
+    for (int64_t j = 0; j < b_count; j += Panel::kWidth) {
+      const bool last = j + Panel::kWidth >= b_count;
+      take_columns(1 - which, last ? d + kStep : d, last ? 0 : j + Panel::kWidth);
       multiply_panel<parts>(
           out + j,
           stride,
           d > 0,
-          in_place && d + depth == size ? factor : 1,
+          kIsPaired<element> && d + depth == size ? factor : 1,
           a_count,
-          whole_tiles(width),
-          rows,
-          panel.from(0),
-          ceil_div(pairs, kTileRows),
-          work.ahead);
+          whole_tiles(std::min(Panel::kWidth, b_count - j)),
+          rows.tiles(d),
+          Panel(work, which).from(0),
+          ceil_div(depth, kIsPaired<element> ? kTileRows : 2 * kTileRows),
+          work.ahead,
+          both);
+      columns.finish();
+      which = 1 - which;
     }
+    rows.finish();
   }
 }
 
 // f(parts) of the products of `element`.
 template <class element, class F>
 void with_parts(int parts, const F& f) {
-  if constexpr (std::is_same_v<element, Pair>) {
+  if constexpr (kIsPaired<element>) {
     f(std::integral_constant<int, 1>());
   } else if (parts == 2) {
     f(std::integral_constant<int, 2>());
@@ -293,10 +590,11 @@ void multiply_by_tiles(
     int64_t size,
     Workspace<element>& work) {
   with_parts<element>(work.parts, [&](auto parts) {
-    const auto take = [&](const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
-      take_rows(panel, b + k, n, width, count);
+    RowsTaker<element, parts> rows;
+    const auto begin = [&](auto& taker, const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
+      taker.begin(panel, b + k, n, width, count);
     };
-    multiply_in_parts<parts>(out, height, c, depth, size, work, take);
+    multiply_in_parts<parts>(out, height, c, depth, size, work, rows, begin);
   });
 }
 
@@ -311,12 +609,13 @@ void multiply_columns_by_tiles(
     int64_t size,
     Workspace<float>& work) {
   with_parts<float>(work.parts, [&](auto parts) {
-    const float* const* columns = nullptr;
-    const auto take = [&](const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
-      columns = k == 0 ? find(n, width) : columns;
-      take_columns(panel, columns, width, k, count);
+    ColumnsTaker<float, parts> columns;
+    const float* const* found = nullptr;
+    const auto begin = [&](auto& taker, const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
+      found = k == 0 ? find(n, width) : found;
+      taker.begin(panel, found, width, k, count);
     };
-    multiply_in_parts<parts>(out, height, c, depth, size, work, take);
+    multiply_in_parts<parts>(out, height, c, depth, size, work, columns, begin);
   });
 }
 

@@ -18,7 +18,7 @@ constexpr int64_t whole_tiles(int64_t count) {
 // Whether products of `element` go by them.
 template <class element>
 #if defined(__AMX_BF16__)
-constexpr bool kTakesTiles = std::is_same_v<element, Pair> || std::is_same_v<element, float>;
+constexpr bool kTakesTiles = kIsPaired<element> || std::is_same_v<element, float>;
 #else
 constexpr bool kTakesTiles = false;
 #endif
@@ -31,7 +31,8 @@ constexpr int parts_of(Dtype dtype) {
 
 // Numbers of the index that is summed over whose parts a panel holds: those of 32 columns stay in the first-level cache while rows
 // pass by.
-constexpr int64_t kPartsDepth = 128;
+template <int parts>
+constexpr int64_t kPartsDepth = parts == 2 ? 256 : 128;
 
 // Either factor of a product in tiles: groups of 16 rows of the left one, or columns of the right one. A group has its tiles, of 16
 // pairs along the index that is summed over, and a tile its parts; where it is in place it has one part.
@@ -62,8 +63,10 @@ struct TileBuffer {
   static constexpr int64_t kPart = kTileRows * kTileRows;
   static constexpr int64_t kTile = parts * kPart;
 
-  Pair* data;
-  int64_t group;
+  Pair* data = nullptr;
+  int64_t group = 0;
+
+  TileBuffer() = default;
 
   // With room for so many numbers along the index that is summed over.
   TileBuffer(void* scratch, int64_t depth) : data(static_cast<Pair*>(scratch)), group(size(1, depth)) {}
@@ -127,8 +130,17 @@ class MatrixTiles {
 // places add up to less than `parts`: the others are beyond the last bit. Four products share their factors' loads, each of which
 // takes half as long as a product. What is wanted next is asked for a line every other product: more would fill the buffers that
 // the loads need.
-template <int parts, int rows, int columns>
-inline void tile_products(float* sums, int64_t stride, bool add, const Tiles& a, const Tiles& b, int64_t tiles, Ahead& ahead) {
+template <int parts, int rows, int columns, class Taker>
+inline void tile_products(
+    float* sums,
+    int64_t stride,
+    bool add,
+    const Tiles& a,
+    const Tiles& b,
+    int64_t tiles,
+    Ahead& ahead,
+    Taker& taker,
+    int64_t every) {
   const int64_t a_line = a.line * sizeof(Pair), b_line = kTileRows * sizeof(Pair), bytes = stride * sizeof(float);
   float* const below = sums + kTileRows * stride;
   asm volatile("" ::: "memory");  // the compiler does not know that these instructions read
@@ -149,6 +161,7 @@ inline void tile_products(float* sums, int64_t stride, bool add, const Tiles& a,
     _tile_zero(2);
     _tile_zero(3);
   }
+  int64_t wait = every;
   constexpr int asked = rows * parts * (parts + 1) / 2;
   for (int64_t k = 0; k < tiles; ++k) {
     const Pair* const left = a.data + k * a.tile;
@@ -157,6 +170,14 @@ inline void tile_products(float* sums, int64_t stride, bool add, const Tiles& a,
     const Ahead::Lines lines = ahead.take(asked);
     const char* next = lines.count > 0 ? lines.first : reinterpret_cast<const char*>(left);
     const int64_t apart = lines.count > 0 ? Ahead::kLine : 0;
+    const auto step = [&]() __attribute__((always_inline)) {
+      if (--wait == 0) {
+        wait = every;
+        if (taker.left() > 0) {
+          taker.step();
+        }
+      }
+    };
     const auto ask = [&]() __attribute__((always_inline)) {
       fetch(next);
       next += apart;
@@ -174,16 +195,20 @@ inline void tile_products(float* sums, int64_t stride, bool add, const Tiles& a,
         _tile_loadd(4, row, a_line);
         _tile_dpbf16ps(0, 4, 6);
         ask();
+        step();
         if constexpr (columns == 2) {
           _tile_dpbf16ps(1, 4, 7);
+          step();
         }
         if constexpr (rows == 2) {
           _tile_loadd(5, row + a.group, a_line);
           _tile_dpbf16ps(2, 5, 6);
           ask();
+          step();
         }
         if constexpr (rows == 2 && columns == 2) {
           _tile_dpbf16ps(3, 5, 7);
+          step();
         }
       }
     }

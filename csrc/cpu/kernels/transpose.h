@@ -11,38 +11,53 @@ template <class element>
 constexpr bool kTransposes = std::is_same_v<element, float> || std::is_same_v<element, Pair>;
 
 #if defined(CPU_CAPABILITY_AVX512)
+// Of four rows of 16 numbers: fours[c] has c, c + 4, c + 8 and c + 12 of each.
+inline void transpose_fours(__m512* fours, __m512 row_0, __m512 row_1, __m512 row_2, __m512 row_3) {
+  const __m512d low_01 = _mm512_castps_pd(_mm512_unpacklo_ps(row_0, row_1));
+  const __m512d low_23 = _mm512_castps_pd(_mm512_unpacklo_ps(row_2, row_3));
+  const __m512d high_01 = _mm512_castps_pd(_mm512_unpackhi_ps(row_0, row_1));
+  const __m512d high_23 = _mm512_castps_pd(_mm512_unpackhi_ps(row_2, row_3));
+  fours[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low_01, low_23));
+  fours[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low_01, low_23));
+  fours[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high_01, high_23));
+  fours[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high_01, high_23));
+}
+
+struct TwoColumns {
+  __m512 first, second;
+};
+
+// Of 16 rows whose fours are one behind the other: columns c and c + 8 or, of the odd quarters, c + 4 and c + 12.
+template <bool odd>
+inline TwoColumns columns_of_fours(const __m512* fours, int64_t c) {
+  constexpr int quarters = odd ? 0xdd : 0x88;
+  const __m512 low = _mm512_shuffle_f32x4(fours[c], fours[c + 4], quarters);
+  const __m512 high = _mm512_shuffle_f32x4(fours[c + 8], fours[c + 12], quarters);
+  return {_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)};
+}
+
 // to[d][j] = from[j][first + d] for 16 rows and 16 features. Each row is loaded once and whole: rows that are a multiple of 1 KiB
 // apart share a few sets of the cache, which would not keep them for a second load.
 template <class element>
 inline void transpose_square(element* to, int64_t stride, const element* const* from, int64_t first) {
   static_assert(sizeof(element) == 4);
-  __m512 x[16], y[16];
+  __m512 x[16], fours[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     x[i] = _mm512_loadu_ps(from[i] + first);
   }
-  // Pairs of rows, then four: y[4i + d] has feature d (and d + 4, 8, 12) of the rows 4i .. 4i + 3.
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
-    const __m512d low_01 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1]));
-    const __m512d low_23 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3]));
-    const __m512d high_01 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
-    const __m512d high_23 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
-    y[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low_01, low_23));
-    y[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low_01, low_23));
-    y[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high_01, high_23));
-    y[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high_01, high_23));
+    transpose_fours(fours + i, x[i], x[i + 1], x[i + 2], x[i + 3]);
   }
-  // Quarters change places: even ones (features d and d + 8) and odd ones (d + 4 and d + 12), then once more.
 #pragma GCC unroll 4
   for (int d = 0; d < 4; ++d) {
-    const __m512 even_low = _mm512_shuffle_f32x4(y[d], y[d + 4], 0x88), odd_low = _mm512_shuffle_f32x4(y[d], y[d + 4], 0xdd);
-    const __m512 even_high = _mm512_shuffle_f32x4(y[d + 8], y[d + 12], 0x88);
-    const __m512 odd_high = _mm512_shuffle_f32x4(y[d + 8], y[d + 12], 0xdd);
-    _mm512_storeu_ps(to + d * stride, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
-    _mm512_storeu_ps(to + (d + 4) * stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
-    _mm512_storeu_ps(to + (d + 8) * stride, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
-    _mm512_storeu_ps(to + (d + 12) * stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
+    const auto [even_low, even_high] = columns_of_fours<false>(fours, d);
+    const auto [odd_low, odd_high] = columns_of_fours<true>(fours, d);
+    _mm512_storeu_ps(to + d * stride, even_low);
+    _mm512_storeu_ps(to + (d + 4) * stride, odd_low);
+    _mm512_storeu_ps(to + (d + 8) * stride, even_high);
+    _mm512_storeu_ps(to + (d + 12) * stride, odd_high);
   }
 }
 
