@@ -244,9 +244,9 @@ class AdditiveScore {
   using acc = acc_;
   using element = acc;
 
-  // Beside the exponentials, which would be slower after tiles, one product is little.
-  static bool is_worth_tiles(const Problem&, const Plan&) {
-    return false;
+  static bool takes_tiles(const Problem& problem, const Plan& plan) {
+    const TileExcess excess(problem, plan);
+    return is_worth_tiles<acc>(excess.of_rows() + excess.of_exponentials());
   }
 
   AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, Wanted wanted = {})
@@ -440,8 +440,9 @@ class AdditiveGradient : public AdditiveScore<acc> {
  public:
   static constexpr bool kMultipliesKeys = false;
 
-  static bool is_worth_tiles(const Problem& problem, const Plan& plan) {
-    return are_worth_tiles<acc>(problem, plan, problem.memory_size);
+  static bool takes_tiles(const Problem& problem, const Plan& plan) {
+    const TileExcess excess(problem, plan);
+    return is_worth_tiles<acc>(excess.of_scores(problem.memory_size) + excess.of_rows() + excess.of_exponentials());
   }
 
   AdditiveGradient(const Backward& f, Arena& arena)

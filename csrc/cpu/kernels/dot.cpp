@@ -19,8 +19,12 @@ class DotScore {
   // No step of a loop has keys to prepare.
   static constexpr void (*prepare)(const Preparation&, int64_t, int64_t) = nullptr;
 
-  static bool is_worth_tiles(const Problem& problem, const Plan& plan) {
-    return are_worth_tiles<element>(problem, plan, problem.key_size);
+  static bool takes_tiles(const Problem& problem, const Plan& plan) {
+    if constexpr (kIsPaired<element>) {
+      return kTakesTiles<element>;  // they are pairs to begin with
+    }
+    const TileExcess excess(problem, plan);
+    return is_worth_tiles<element>(excess.of_scores(problem.key_size) + excess.of_rows());
   }
 
   DotScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena)

@@ -232,7 +232,7 @@ class Block {
   static bool is_worth_tiles_of(const Matmul& call) {
     const int64_t rows = std::min({call.run_rows, call.rows, kTile}), columns = std::min(call.columns, kTile);
     const int64_t depth = std::min(call.depth, kPanelDepth), take_right = call.has_rows_of_b() ? kTakeRows : kTakeColumns;
-    return is_worth_tiles(rows, depth, columns, parts_of(type_of(call)), take_right);
+    return is_worth_tiles<float>(excess_of_tiles(rows, depth, columns, parts_of(type_of(call)), take_right));
   }
 
 #if defined(__AMX_BF16__)

@@ -12,9 +12,10 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // What taking a number of either factor into three parts costs, the right one's from rows or, beyond what registers spend on it, as
 // columns, in multiply-adds of such numbers by tiles; what a multiply-add by registers does, and what tiles take to begin after
-// other work. Measured on a Xeon.
+// other work. After tiles, vectors are slower for some time, by a fifth in multiply-adds, which is why neighbouring products go the
+// same way, and in exponentials by so much for each. Measured on a Xeon.
 constexpr int64_t kTakeLeft = 40, kTakeRows = 38, kTakeColumns = 26, kBegin = 1 << 17;
-constexpr double kMultiplyAdd = 2.0;
+constexpr double kMultiplyAdd = 2.0, kSlowerExponential = 0.7;
 
 // How much longer a product takes by tiles, which its factors need not fill, than by registers.
 constexpr double excess_of_tiles(int64_t height, int64_t depth, int64_t width, int parts, int64_t take_right) {
@@ -25,25 +26,39 @@ constexpr double excess_of_tiles(int64_t height, int64_t depth, int64_t width, i
   return filled * parts * (parts + 1) / 12 + taken * (parts + 1) / 4 - kMultiplyAdd * work;
 }
 
-// Whether a product of floats goes by tiles. Then its neighbours do best to, too: after tiles, vectors multiply a fifth slower for
-// some time.
-constexpr bool is_worth_tiles(int64_t height, int64_t depth, int64_t width, int parts, int64_t take_right) {
-  return kTakesTiles<float> && kBegin + excess_of_tiles(height, depth, width, parts, take_right) <= 0;
+// Whether products of floats go by tiles, of all of which that is the excess.
+template <class element>
+constexpr bool is_worth_tiles(double excess) {
+  return kTakesTiles<element> && kBegin + excess <= 0;
 }
 
-// The same of an item's products with a tile of memory: of rows of `size` numbers, which come to scores or their gradients, and of
-// those with rows of memory. Pairs are there to begin with.
-template <class element>
-bool are_worth_tiles(const Problem& problem, const Plan& plan, int64_t size) {
-  if constexpr (kIsPaired<element> || !kTakesTiles<element>) {
-    return kTakesTiles<element>;
+// The excess of an item's queries with a tile of memory.
+struct TileExcess {
+  const Problem& problem;
+  int64_t queries;
+  int64_t steps;
+  int parts;
+
+  TileExcess(const Problem& problem, const Plan& plan)
+      : problem(problem),
+        queries(std::min(plan.chunk, kChunk)),
+        steps(std::min(plan.tile, problem.steps)),
+        parts(parts_of(problem.dtype)) {}
+
+  // Scores, or their gradients: dot products of rows of `size` numbers.
+  double of_scores(int64_t size) const {
+    return excess_of_tiles(queries, size, steps, parts, kTakeColumns);
   }
-  const int64_t queries = std::min(plan.chunk, kChunk), steps = std::min(plan.tile, problem.steps);
-  const int parts = parts_of(problem.dtype);
-  return kBegin + excess_of_tiles(queries, size, steps, parts, kTakeColumns) +
-             excess_of_tiles(queries, steps, problem.memory_size, parts, kTakeRows) <=
-         0;
-}
+
+  // What is summed of the memory's rows, or into their gradient.
+  double of_rows() const {
+    return excess_of_tiles(queries, steps, problem.memory_size, parts, kTakeRows);
+  }
+
+  double of_exponentials() const {
+    return kSlowerExponential * queries * steps * problem.key_size;
+  }
+};
 
 #if defined(__AMX_BF16__)
 
