@@ -130,14 +130,14 @@ inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
 
 #if defined(__AMX_BF16__)
 // (x_i, y_i) as sums of bfloat16, of eight bits each: every part of the 16 pairs `apart` from the one before. What products leave
-// out is small and errs to either side where a part is rounded: the first of two, but not to infinity, and the second of three. The
-// others are cut off, which of the last of three is nothing, and keeps NaN what it is.
+// out is small, and errs to either side where a part is rounded: the first of two, but not to infinity, and the second of three.
+// The others are cut off, the last of three without a loss. One part at least of a NaN stays one.
 template <int parts>
 inline void split_pairs(Pair* to, int64_t apart, const Vec<float>& x, const Vec<float>& y) {
   static_assert(parts == 2 || parts == 3);
   const __m512i upper = _mm512_set1_epi32(0xffff0000);
   const auto cut = [&](__m512i bits) { return _mm512_castsi512_ps(_mm512_and_si512(bits, upper)); };
-  // Bits that are cut off as a rounded number.
+  // To be cut off.
   const auto rounded = [](__m512 number) { return _mm512_add_epi32(_mm512_castps_si512(number), _mm512_set1_epi32(0x8000)); };
   const auto store = [&](int p, __m512i even, __m512 odd) {
     _mm512_storeu_si512(to + p * apart, _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_castps_si512(odd)));

@@ -26,7 +26,7 @@ constexpr double excess_of_tiles(int64_t height, int64_t depth, int64_t width, i
   return filled * parts * (parts + 1) / 12 + taken * (parts + 1) / 4 - kMultiplyAdd * work;
 }
 
-// Whether products of floats go by tiles, of all of which that is the excess.
+// Whether products of floats go by tiles: all that follow each other, whose excess that is, or none.
 template <class element>
 constexpr bool is_worth_tiles(double excess) {
   return kTakesTiles<element> && kBegin + excess <= 0;

@@ -129,7 +129,7 @@ class MatrixTiles {
 // sums (+)= a b for `rows` groups of a and `columns` of b, so many tiles of each. Of factors in parts all products of two whose
 // places add up to less than `parts`: the others are beyond the last bit. Four products share their factors' loads, each of which
 // takes half as long as a product. What is wanted next is asked for a line every other product: more would fill the buffers that
-// the loads need.
+// the loads need. `every` so many products, evenly, what is multiplied next is taken by a step.
 template <int parts, int rows, int columns, class Taker>
 inline void tile_products(
     float* sums,
