@@ -85,7 +85,7 @@ struct Workspace {
   element* panel;  // kPanelWidth x kPanelDepth
   Pair* left;      // coefficients as pairs: of tiles, or where they are pairs anyhow
   int parts;       // bfloat16 that a float is the sum of in matrix tiles
-  bool by_tiles;   // go those of more than a few queries
+  bool by_tiles;   // all of more than a few queries, matrix tiles
   Ahead ahead;     // what the next item or tile begins with
 
   // For products of up to `queries` queries.

@@ -82,7 +82,7 @@ struct TilePanel : TileBuffer<parts> {
 template <class Taker>
 class Steps {
  public:
-  int64_t left() const {
+  int64_t steps_left() const {
     return left_;
   }
 
@@ -102,7 +102,7 @@ class Steps {
 };
 
 struct AtOnce {
-  static constexpr int64_t left() {
+  static constexpr int64_t steps_left() {
     return 0;
   }
 
@@ -302,7 +302,7 @@ void multiply_panel(
     Taker& taker) {
   constexpr int64_t apart = 2 * kTileRows;
   const int64_t products = parts * (parts + 1) / 2 * ceil_div(height, kTileRows) * ceil_div(width, kTileRows) * tiles;
-  const int64_t every = std::max<int64_t>(1, products / std::max<int64_t>(taker.left(), 1));
+  const int64_t every = std::max<int64_t>(1, products / std::max<int64_t>(taker.steps_left(), 1));
   alignas(64) float sums[2 * kTileRows * apart];
   const auto block = [&](auto rows, auto columns, int64_t i) {
     constexpr int64_t tall = rows * kTileRows, wide = columns * kTileRows;
@@ -508,23 +508,23 @@ void multiply_in_parts(
 template <class Right, class Left>
 struct BothTakers {
   Right& right;
-  Left& of_left;
+  Left& left;
 
-  int64_t left() const {
-    return right.left() + of_left.left();
+  int64_t steps_left() const {
+    return right.steps_left() + left.steps_left();
   }
 
   void step() {
-    if (right.left() > 0) {
+    if (right.steps_left() > 0) {
       right.step();
     } else {
-      of_left.step();
+      left.step();
     }
   }
 
   void finish() {
     right.finish();
-    of_left.finish();
+    left.finish();
   }
 };
 

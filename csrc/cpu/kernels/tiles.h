@@ -173,7 +173,7 @@ inline void tile_products(
     const auto step = [&]() __attribute__((always_inline)) {
       if (--wait == 0) {
         wait = every;
-        if (taker.left() > 0) {
+        if (taker.steps_left() > 0) {
           taker.step();
         }
       }
