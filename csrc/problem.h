@@ -38,6 +38,7 @@ constexpr Size prepared_size(const Size& key_size) {
 
 struct Problem {
   Dtype dtype;
+  Dtype factors;  // what a matrix product's may be rounded to: dtype or, of float32, what PyTorch's settings allow
   Method method;
   int64_t batch;        // B
   int64_t queries;      // T

@@ -44,7 +44,7 @@ inline void* data_of(const Tensor& output) {
 
 inline Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
   Problem problem{};
-  problem.dtype = dtype_of(inputs.query);
+  problem.dtype = problem.factors = dtype_of(inputs.query);
   problem.method = inputs.method();
   problem.batch = inputs.query.size(0);
   problem.queries = inputs.query.dim() == 3 ? inputs.query.size(1) : 1;

@@ -1,4 +1,4 @@
-"""Accuracy at large magnitudes, where a shortcut for tanh or exp would fail first."""
+"""Accuracy at large magnitudes, where shortcuts for tanh or exp would fail first, and at PyTorch's lower precisions."""
 
 from __future__ import annotations
 
@@ -128,6 +128,48 @@ def test_dot_rows_with_much_in_common(T: int, S: int, need_weights: bool) -> Non
     # Weights that are recomputed are as far off as their log-sum-exp, the size of the scores, is rounded.
     rounding = 0 if need_weights else torch.finfo(torch.float32).eps * (query * memory[:, :1]).sum(-1).max()
     assert error <= 2 * own_error + rounding
+
+
+# Bits that a product's factors keep, at least, at PyTorch's precisions of float32 below the highest.
+BITS = {"high": 11, "medium": 8}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
+@pytest.mark.parametrize("size", [(5, 33), (40, 64), (130, 250)], ids=str)
+@pytest.mark.parametrize("method", ["dot", "keyed_dot", "general", "additive", "concat"])
+@pytest.mark.parametrize("precision", BITS)
+def test_products_are_as_exact_as_pytorch_asks(
+    precision: str, method: str, size: tuple[int, int], masking: str, each_backend: str
+) -> None:
+    torch.set_float32_matmul_precision(precision)
+    T, D = size
+    problem = Case(method, T=T, S=D + 20, D=D, Dm=D, masking=masking).problem()
+    truth = problem.to(torch.float64).reference_results()
+    for name, result in problem.results().items():
+        error, largest = (result.double() - truth[name]).abs().max(), truth[name].abs().max()
+        assert error <= 8 * 2.0 ** -BITS[precision] * max(largest, 1), name
+
+
+@pytest.mark.fused
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("method", "T", "precision", "rounders"),
+    [
+        ("dot", 1, "medium", ()),  # bound by what it reads
+        ("dot", 256, "medium", ("avx512_bf16", "avx512_amx")),
+        ("dot", 256, "high", ("avx512_amx",)),
+        ("additive", 256, "medium", ("avx512_amx",)),
+    ],
+)
+def test_products_are_no_more_exact_where_that_takes_longer(
+    method: str, T: int, precision: str, rounders: tuple[str, ...]
+) -> None:
+    problem = Case(method, B=1, T=T, S=256, D=256, Dm=256).problem()
+    exact = problem.results()
+    torch.set_float32_matmul_precision(precision)
+    rounds = any(not torch.equal(result, exact[name]) for name, result in problem.results().items())
+    assert rounds == (torch.ops.attn_ext.cpu_capability() in rounders)
 
 
 @pytest.mark.parametrize("T", [1, 50], ids="T={}".format)

@@ -5,6 +5,7 @@
 #include "capability.h"
 #include "outputs.h"
 #include "plan.h"
+#include "precision.h"
 #include "run_items.h"
 
 #include <ATen/Parallel.h>
@@ -38,7 +39,14 @@ void run_all(
 
 const Kernels& kernels_for(const Problem& problem, const Plan& plan) {
   const auto kernels = problem.method == Method::Additive ? capability().additive : capability().dot;
-  return kernels(problem.dtype, problem.is_one_query(), plan.chunk);
+  return kernels(problem.factors, problem.is_one_query(), plan.chunk);
+}
+
+Problem rounded_as_allowed(Problem problem) {
+  if (problem.dtype == Dtype::Float && !problem.is_one_query()) {
+    problem.factors = factors_of_float();
+  }
+  return problem;
 }
 
 // What a profiler shows: which op ran, and the compilation of its kernel.
@@ -53,7 +61,7 @@ Tensor contiguous(const OptionalTensor& tensor) {
 // `call` lacks the problem, the plan and the outputs.
 void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   const Tensor lengths = contiguous(inputs.lengths);
-  call.problem = problem_of(inputs, lengths);
+  call.problem = rounded_as_allowed(problem_of(inputs, lengths));
   call.plan = backward_plan(call.problem, at::get_num_threads(), gradients.keys.defined() || gradients.memory.defined());
   call.grad_scores = data_of(gradients.scores);
   call.grad_query = data_of(gradients.query);
@@ -83,7 +91,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   RECORD_FUNCTION(name_of(inputs, "forward"), c10::ArrayRef<const c10::IValue>{});
   const Tensor lengths = contiguous(inputs.lengths);
   Forward call{};
-  call.problem = problem_of(inputs, lengths);
+  call.problem = rounded_as_allowed(problem_of(inputs, lengths));
   call.plan = forward_plan(call.problem, at::get_num_threads());
   call.context = outputs.context.mutable_data_ptr();
   call.weights = data_of(outputs.weights);

@@ -2,11 +2,11 @@
 
 #include "capability.h"
 #include "outputs.h"
+#include "precision.h"
 #include "run_items.h"
 
 #include "../tensors.h"
 
-#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -28,14 +28,13 @@ constexpr int64_t kDeep = 4096;
 // Multiply-adds of a few rows that pairs of bfloat16 are not worth waiting for.
 constexpr int64_t kFewPairs = int64_t{1} << 22;
 
-// Who allows rounder products gets PyTorch's. Asked for by backend, since the setting of all at once raises as soon as one of them
-// has been set by itself.
+// Who allows factors of bfloat16 gets PyTorch's.
 bool may_multiply() {
-  if (!multiplies()) {
-    return false;
-  }
-  const auto precision = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
-  return precision != at::Float32Precision::TF32 && precision != at::Float32Precision::BF16;
+  return multiplies() && factors_of_float() != Dtype::BFloat16;
+}
+
+Dtype factors_of(Dtype a, Dtype b) {
+  return a == Dtype::Float || b == Dtype::Float ? factors_of_float() : Dtype::Half;
 }
 
 bool is_worth_it(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
@@ -77,6 +76,7 @@ Matmul product_of(const Tensor& a, const Tensor& b) {
   Matmul call{};
   call.a_type = dtype_of(a);
   call.b_type = dtype_of(b);
+  call.factors = factors_of(call.a_type, call.b_type);
   call.batch = 1;
   call.rows = a.size(0);
   call.depth = a.size(1);
@@ -91,6 +91,7 @@ Matmul sum_of(const Addresses& a_rows, const Addresses& b_rows, at::TensorList a
   Matmul call{};
   call.a_type = dtype_of(a.front());
   call.b_type = dtype_of(b.front());
+  call.factors = factors_of(call.a_type, call.b_type);
   call.batch = batch;
   call.rows = a.front().size(-1);
   call.depth = static_cast<int64_t>(a_rows.size()) / batch;

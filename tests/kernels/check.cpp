@@ -58,6 +58,7 @@ class Random {
 Op random_op(Random& random) {
   const Method method = random.of({Method::Additive, Method::Additive, Method::Dot, Method::KeyedDot});
   const Dtype dtype = random.of({Dtype::Float, Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half});
+  const Dtype factors = dtype == Dtype::Float ? random.of({dtype, dtype, Dtype::Half, Dtype::BFloat16}) : dtype;
   const int64_t B = random.upto(1, 3);
   const int64_t T = random.chance(0.5) ? 1 : random.chance(0.7) ? random.upto(2, 40) : random.upto(41, 300);
   const int64_t S = random.chance(0.2) ? random.upto(0, 3) : random.chance(0.7) ? random.upto(4, 90) : random.upto(91, 600);
@@ -69,6 +70,7 @@ Op random_op(Random& random) {
   Op op{
       .method = method,
       .dtype = dtype,
+      .factors = factors,
       .exact_type = dtype == Dtype::Double ? Dtype::Double : Dtype::Float,
       .B = B,
       .T = T,
@@ -428,7 +430,10 @@ class Checker {
     for (const double x : expected) {
       largest = std::isfinite(x) ? std::max(largest, std::abs(x)) : largest;
     }
-    const double unit = dtype == Dtype::Double ? 1e-11 : dtype == Dtype::Float ? 2e-5 : dtype == Dtype::Half ? 1e-3 : 8e-3;
+    double unit = unit_of(dtype);
+    if (case_.rounds_inputs()) {
+      unit = std::max(unit, 2 * unit_of(case_.is_additive() ? Dtype::Half : case_.factors));  // additive has no pairs
+    }
     for (size_t i = 0; i < expected.size(); ++i) {
       const bool same = actual[i] == expected[i];  // infinities
       if (!same && !(std::abs(actual[i] - expected[i]) <= slack * unit * largest)) {
@@ -443,6 +448,10 @@ class Checker {
   bool ok = true;
 
  private:
+  static double unit_of(Dtype dtype) {
+    return dtype == Dtype::Double ? 1e-11 : dtype == Dtype::Float ? 2e-5 : dtype == Dtype::Half ? 1e-3 : 8e-3;
+  }
+
   const Op& case_;
 };
 

@@ -138,7 +138,7 @@ struct Scratch {
 // Sizes, masks and inputs of one op. Of dot products the memory is its own keys, or not.
 struct Op {
   Method method;
-  Dtype dtype, exact_type;
+  Dtype dtype, factors, exact_type;
   int64_t B, T, S, D, Dm;
   double scale;
   std::vector<int64_t> lengths{};
@@ -162,6 +162,7 @@ struct Op {
   Problem problem() const {
     Problem p{};
     p.dtype = dtype;
+    p.factors = factors;
     p.method = method;
     p.batch = B, p.queries = T, p.steps = S, p.key_size = D, p.memory_size = Dm;
     p.scale = scale;
@@ -183,12 +184,17 @@ struct Op {
 
   const Kernels& kernels(const Plan& plan) const {
     return (is_additive() ? CPU_CAPABILITY::additive_kernels : CPU_CAPABILITY::dot_kernels)(
-        dtype, problem().is_one_query(), plan.chunk);
+        factors, problem().is_one_query(), plan.chunk);
   }
 
   // As exact as the products with the weights are: pairs of bfloat16 are multiplied with rounded ones.
   Dtype products_type() const {
-    return dtype == Dtype::BFloat16 && !is_additive() ? dtype : exact_type;
+    return factors == Dtype::BFloat16 && !is_additive() ? factors : exact_type;
+  }
+
+  // Whether the inputs of products are rounded, too.
+  bool rounds_inputs() const {
+    return factors != dtype;
   }
 
   std::string text() const {
@@ -197,7 +203,7 @@ struct Op {
     std::snprintf(
         line,
         sizeof(line),
-        "%s (B=%d, T=%d, S=%d, D=%d, Dm=%d) %s%s%s",
+        "%s (B=%d, T=%d, S=%d, D=%d, Dm=%d) %s%s%s%s%s",
         is_additive() ? "additive"
         : has_keys()  ? "keyed dot"
                       : "dot",
@@ -207,6 +213,8 @@ struct Op {
         static_cast<int>(D),
         static_cast<int>(Dm),
         names[static_cast<int>(dtype)],
+        rounds_inputs() ? ", factors of " : "",
+        rounds_inputs() ? names[static_cast<int>(factors)] : "",
         lengths.empty() ? "" : ", lengths",
         mask.empty()     ? ""
         : mask_per_query ? ", mask by query"

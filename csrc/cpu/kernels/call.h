@@ -118,6 +118,7 @@ constexpr int64_t kFewRows = 32, kDepthOfRow = 8;
 // out = a b + bias, or out + a b, of a batch of matrices of floats or halves, summed in float.
 struct Matmul {
   Dtype a_type, b_type, out_type;
+  Dtype factors;  // what both may be rounded to
   int64_t batch;
   int64_t rows;
   int64_t depth;

@@ -198,14 +198,14 @@ class OneQueryDot {
 
 }  // namespace
 
-const Kernels& dot_kernels(Dtype dtype, bool one_query, [[maybe_unused]] int64_t chunk) {
+const Kernels& dot_kernels(Dtype factors, bool one_query, [[maybe_unused]] int64_t chunk) {
 #if defined(__AVX512BF16__)
   // Fewer are bound by memory.
-  if (dtype == Dtype::BFloat16 && chunk >= kPanelRows) {
+  if (factors == Dtype::BFloat16 && chunk >= kPanelRows) {
     return kKernels<AttentionForward<DotScore<Pair>>, AttentionBackward<DotGradient<Pair>>, DotScore<Pair>::prepare>;
   }
 #endif
-  return kernels_of<DotScore, DotGradient, OneQueryDot>(dtype, one_query);
+  return kernels_of<DotScore, DotGradient, OneQueryDot>(factors, one_query);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

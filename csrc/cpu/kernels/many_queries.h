@@ -127,7 +127,7 @@ struct AttentionForward {
           tile_end(arena.take<int64_t>(tiles)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * stride)),
-          work(arena, f.problem.dtype, f.plan.chunk, Score::takes_tiles(f.problem, f.plan)),
+          work(arena, f.problem.factors, f.plan.chunk, Score::takes_tiles(f.problem, f.plan)),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
@@ -509,7 +509,7 @@ struct AttentionBackward {
           excess(arena.take<acc>(f.plan.chunk)),
           tile_stride(padded<acc>(f.plan.tile)),
           coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
-          work(arena, f.problem.dtype, f.plan.chunk, Gradient::takes_tiles(f.problem, f.plan)),
+          work(arena, f.problem.factors, f.plan.chunk, Gradient::takes_tiles(f.problem, f.plan)),
           transposes(kTransposesCoefficients && !work.by_tiles && f.plan.chunk >= kMany),
           columns_stride(padded<acc>(2 * std::min(kChunk, f.plan.chunk))),
           columns(transposes ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),

@@ -26,7 +26,7 @@ class Block {
         depth_stride_(padded<float>(is_few_ ? call.depth : kPanelDepth)),
         height_stride_(padded<float>(call.height)),
         width_stride_(padded<float>(call.width)),
-        work_(arena, type_of(call), kTile, is_worth_tiles_of(call)),
+        work_(arena, call.factors, kTile, is_worth_tiles_of(call)),
         runs_(arena.take<Run>(call.height / 2 + 1)),
         a_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * height_stride_)
            : is_float(call.a_type)   ? nullptr
@@ -68,11 +68,6 @@ class Block {
  private:
   static bool is_float(Dtype dtype) {
     return dtype == Dtype::Float;
-  }
-
-  // What both factors have no more bits than.
-  static Dtype type_of(const Matmul& call) {
-    return is_float(call.a_type) || is_float(call.b_type) ? Dtype::Float : Dtype::Half;
   }
 
   // Where row i of the block begins in out.
@@ -232,7 +227,7 @@ class Block {
   static bool is_worth_tiles_of(const Matmul& call) {
     const int64_t rows = std::min({call.run_rows, call.rows, kTile}), columns = std::min(call.columns, kTile);
     const int64_t depth = std::min(call.depth, kPanelDepth), take_right = call.has_rows_of_b() ? kTakeRows : kTakeColumns;
-    return is_worth_tiles<float>(excess_of_tiles(rows, depth, columns, parts_of(type_of(call)), take_right));
+    return is_worth_tiles<float>(excess_of_tiles(rows, depth, columns, parts_of(call.factors), take_right));
   }
 
 #if defined(__AMX_BF16__)

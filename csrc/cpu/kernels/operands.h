@@ -89,10 +89,10 @@ struct Workspace {
   Ahead ahead;     // what the next item or tile begins with
 
   // For products of up to `queries` queries.
-  Workspace(Arena& arena, Dtype dtype, int64_t queries, bool worth_tiles)
+  Workspace(Arena& arena, Dtype factors, int64_t queries, bool worth_tiles)
       : panel(queries >= kPanelRows ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
         left(kIsPaired<element> || worth_tiles ? arena.take<Pair>(kLeftSize<element>) : nullptr),
-        parts(parts_of(dtype)),
+        parts(parts_of(factors)),
         by_tiles(queries >= kPanelRows && worth_tiles) {}
 
   // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries are bound by what

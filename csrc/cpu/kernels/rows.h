@@ -107,20 +107,29 @@ void load_row(acc* to, Dtype dtype, const View& view, int64_t b, int64_t row, in
 }
 
 #if defined(__AVX512BF16__)
-// The same as pairs, filled up with zeros.
-inline void load_row(Pair* to, Dtype, const View& view, int64_t b, int64_t row, int64_t size) {
-  const auto* from = static_cast<const c10::BFloat16*>(view.data) + b * view.batch + row * view.row;
-  const int64_t whole = size / 2;
-  if (view.element == 1) {
-    std::memcpy(to, from, whole * sizeof(Pair));
-  } else {
-    for (int64_t i = 0; i < whole; ++i) {
-      to[i] = {from[2 * i * view.element], from[(2 * i + 1) * view.element]};
+// The same as pairs, rounded and filled up with zeros.
+inline void load_row(Pair* to, Dtype dtype, const View& view, int64_t b, int64_t row, int64_t size) {
+  const auto load = [&](const auto* from) {
+    from += b * view.batch + row * view.row;
+    if constexpr (std::is_same_v<decltype(from), const float*>) {
+      if (view.element == 1) {
+        return pair_row(to, from, size);
+      }
     }
-  }
-  std::fill(to + whole, to + Factors<Pair>::elements(size), Pair{});
-  if (size % 2 != 0) {
-    to[whole] = {from[(size - 1) * view.element], 0};
+    auto* const numbers = reinterpret_cast<c10::BFloat16*>(to);
+    if (view.element == 1) {
+      std::copy_n(from, size, numbers);
+    } else {
+      for (int64_t i = 0; i < size; ++i) {
+        numbers[i] = from[i * view.element];
+      }
+    }
+    std::fill(numbers + size, numbers + 2 * Factors<Pair>::elements(size), c10::BFloat16());
+  };
+  if (dtype == Dtype::Float) {
+    load(static_cast<const float*>(view.data));
+  } else {
+    load(static_cast<const c10::BFloat16*>(view.data));
   }
 }
 #endif
@@ -167,7 +176,7 @@ class Rows {
   bool may_be_in_place() const {
     if constexpr (std::is_same_v<element, Pair>) {
       // dot_products() counts from row to row in whole pairs.
-      return view_.element == 1 && size_ % (2 * kPairsAtOnce) == 0 && view_.row % 2 == 0;
+      return dtype_ == Dtype::BFloat16 && view_.element == 1 && size_ % (2 * kPairsAtOnce) == 0 && view_.row % 2 == 0;
     }
     return view_.data == nullptr || (dtype_ == kAccumulated<element> && (view_.element == 1 || size_ <= 1));
   }

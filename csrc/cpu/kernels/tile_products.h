@@ -42,8 +42,8 @@ struct TileExcess {
   TileExcess(const Problem& problem, const Plan& plan)
       : problem(problem),
         queries(std::min(plan.chunk, kChunk)),
-        steps(std::min(plan.tile, problem.steps)),
-        parts(parts_of(problem.dtype)) {}
+        steps(std::min({plan.tile, plan.split_size, problem.steps})),
+        parts(parts_of(problem.factors)) {}
 
   // Scores, or their gradients: dot products of rows of `size` numbers.
   double of_scores(int64_t size) const {

@@ -23,10 +23,10 @@ constexpr bool kTakesTiles = kIsPaired<element> || std::is_same_v<element, float
 constexpr bool kTakesTiles = false;
 #endif
 
-// How many bfloat16 a float is the sum of in products of a problem's dtype: eight bits each. Three are all that it has, two all of
-// a float16 and more.
-constexpr int parts_of(Dtype dtype) {
-  return dtype == Dtype::Float ? 3 : 2;
+// How many bfloat16 a float is the sum of in products of such factors: eight bits each. Three are all that it has, two all of a
+// float16 and more.
+constexpr int parts_of(Dtype factors) {
+  return factors == Dtype::Float ? 3 : 2;
 }
 
 // Numbers of the index that is summed over whose parts a panel holds: those of 32 columns stay in the first-level cache while rows
