@@ -17,21 +17,22 @@
 namespace attn_ext::cpu {
 namespace {
 
-// Runs every item; if the items' results are merged, each keeps its slot until it is, in `merges` calls that do not depend on each
-// other.
+// Runs every item; if the items' results are merged, each keeps its slot until all are, an even part of the rows by each.
 template <class Call>
 void run_all(
     const Call& call,
     size_t slot_size,
     void (*run)(const Call&, int64_t, char*),
     void (*merge)(const Call&, int64_t, char*, size_t),
-    int64_t merges) {
+    bool merges) {
   const Work work{call.plan.items(call.problem), call.problem.batch * call.problem.steps * work_of_step(call.problem)};
   const auto run_one = [&](int64_t item, char* slot) { run(call, item, slot); };
-  run_items(work, slot_size, merges > 0, run_one, [&](char* slots) {
-    at::parallel_for(0, merges, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) {
-        merge(call, index, slots, slot_size);
+  run_items(work, slot_size, merges, run_one, [&](char* slots) {
+    const int64_t of_merge = call.plan.chunk * call.problem.memory_size;  // multiply-adds, about
+    const int64_t grain = ceil_div(kGrain, std::max<int64_t>(of_merge, 1));
+    at::parallel_for(0, merges ? work.items : 0, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        merge(call, item, slots, slot_size);
       }
     });
   });
@@ -79,7 +80,7 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   call.grad_v = data_of(grad_v);
   if (items > 0) {
     const Kernels& kernels = kernels_for(call.problem, call.plan);
-    const int64_t merges = call.plan.splits * call.plan.chunks > 1 ? items : 0;
+    const bool merges = call.plan.splits * call.plan.chunks > 1;
     run_all(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
   }
   if (!grad_v.is_same(gradients.v)) {
@@ -111,8 +112,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
     use_huge_pages(*output);
   }
   const Kernels& kernels = kernels_for(call.problem, call.plan);
-  const int64_t merges = call.plan.splits > 1 ? call.plan.groups(call.problem) : 0;
-  run_all(call, kernels.forward_slot(call), kernels.forward, kernels.merge, merges);
+  run_all(call, kernels.forward_slot(call), kernels.forward, kernels.merge, call.plan.splits > 1);
 }
 
 void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {

@@ -19,6 +19,9 @@ constexpr int64_t kPartsOfGrain = 8;
 constexpr int64_t kLeastQueries = 8;
 constexpr int64_t kQueriesGrain = 8 * kGrain;
 
+// What a split of the source has at least where the queries are too few to be divided instead, and is a multiple of.
+constexpr int64_t kLeastSteps = 64, kSplitMultiple = 8;
+
 // How much longer a call may take than if no thread waited for another, before items are divided further; and before they are into
 // parts whose results have to be merged, each of which has a slot of scratch.
 constexpr double kWait = 1.15;
@@ -100,9 +103,12 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   }
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
-  const int64_t tiles = std::max<int64_t>(ceil_div(problem.steps, plan.tile), 1);
-  plan.split_tiles = ceil_div(tiles, parts_of(groups, threads, std::min(work / kGrain, tiles), kWaitForMerges));
-  plan.split_size = plan.split_tiles * plan.tile;
+  const bool are_some = plan.chunk < 2 * kMany && !problem.is_one_query();
+  const int64_t shortest = are_some ? std::min(plan.tile, kLeastSteps) : plan.tile;
+  const int64_t most_splits = std::max<int64_t>(std::min(work / kGrain, ceil_div(problem.steps, shortest)), 1);
+  const int64_t split = ceil_div(problem.steps, parts_of(groups, threads, most_splits, kWaitForMerges));
+  plan.split_size = std::max<int64_t>(ceil_div(split, kSplitMultiple) * kSplitMultiple, kSplitMultiple);
+  plan.split_tiles = ceil_div(plan.split_size, plan.tile);
   plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
   const int64_t items = groups * plan.splits;
   const int64_t queries = items < threads ? kLeastQueries : 2 * kLeastQueries;

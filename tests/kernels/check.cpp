@@ -211,7 +211,7 @@ Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   plan.chunks = std::max<int64_t>(ceil_div(p.queries, plan.chunk), 1);
   const int64_t tiles = std::max<int64_t>(ceil_div(p.steps, plan.tile), 1);
   plan.split_tiles = random.of({tiles, random.upto(1, tiles)});
-  plan.split_size = plan.split_tiles * plan.tile;
+  plan.split_size = plan.split_tiles * plan.tile - random.of({int64_t{0}, random.upto(0, plan.tile - 1)});
   plan.splits = std::max<int64_t>(ceil_div(p.steps, plan.split_size), 1);
   plan.fetches = random.chance(0.5);
   plan.streams = random.chance(0.5);
@@ -483,7 +483,7 @@ bool check(uint64_t seed) {
     c.kernels(f.plan).prepare(preparation, 0, c.B * c.S);
     f.problem.prepared_keys = prepared_keys.view();
   }
-  const int64_t merges = f.plan.splits > 1 ? f.plan.groups(f.problem) : 0;
+  const int64_t merges = f.plan.splits > 1 ? f.plan.items(f.problem) : 0;
   const Kernels& forward = c.kernels(f.plan);
   run_items(f, random, forward.forward_slot, forward.forward, forward.merge, merges);
   const double score_slack = c.is_additive() ? 4 : 1;

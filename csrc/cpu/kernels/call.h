@@ -45,9 +45,9 @@ struct Plan {
   int64_t group;        // source steps that one query takes at a time, a multiple of 4
   int64_t chunk;        // queries per item, of a forward's at most kChunk
   int64_t chunks;       // items along T
-  int64_t split_size;   // source steps per item, a multiple of tile
+  int64_t split_size;   // source steps per item
   int64_t splits;       // items along S
-  int64_t split_tiles;  // tiles per item
+  int64_t split_tiles;  // tiles per item, at most
   bool fetches;         // what one query reads may be far: what comes next is asked for ahead
   bool streams;         // results too large to stay near, one query's gradients or many queries' context, go past the caches
 
@@ -160,7 +160,7 @@ struct MatmulKernels {
 struct Kernels {
   size_t (*forward_slot)(const Forward&);
   void (*forward)(const Forward&, int64_t item, char* slot);
-  void (*merge)(const Forward&, int64_t group, char* slots, size_t slot_size);
+  void (*merge)(const Forward&, int64_t item, char* slots, size_t slot_size);
   size_t (*backward_slot)(const Backward&);
   void (*backward)(const Backward&, int64_t item, char* slot);
   void (*merge_backward)(const Backward&, int64_t item, char* slots, size_t slot_size);

@@ -221,31 +221,34 @@ struct AttentionForward {
       }
     }
     if (f.plan.splits == 1) {
+      const Run all{0, item.queries};
       if (tiles == 0) {
-        scale_context(f, item, slot);
+        scale_context(f, item, all, slot);
       }
       if (f.weights != nullptr && tiles > 1) {
-        normalize(f, item, slot, slot.row_max, slot.row_sum);
+        normalize(f, item, all, slot, slot.row_max, slot.row_sum);
       }
-      finish(f, item, slot);
+      finish(f, item, all, slot);
     }
   }
 
-  // The splits' partial results, in their order, into the outputs.
-  static void merge(const Forward& f, int64_t group, char* slots, size_t slot_size) {
+  // The splits' partial results, in their order, into the outputs. Of the rows that an item has in common with others it takes an
+  // even part.
+  static void merge(const Forward& f, int64_t index, char* slots, size_t slot_size) {
     const Problem& problem = f.problem;
-    slots += group * f.plan.splits * slot_size;
-    const Item item = f.plan.item(problem, group * f.plan.splits);
+    const int64_t split = index % f.plan.splits, first = index - split;
+    slots += first * slot_size;
+    const Item item = f.plan.item(problem, first);
+    const Run rows{item.queries * split / f.plan.splits, item.queries * (split + 1) / f.plan.splits};
     Slot slot(f, slots);
     for (int64_t z = 1; z < f.plan.splits; ++z) {
-      absorb(slot, Slot(f, slots + z * slot_size), item.queries, problem.memory_size);
+      absorb(slot, Slot(f, slots + z * slot_size), rows, problem.memory_size);
     }
-    scale_context(f, item, slot);
+    scale_context(f, item, rows, slot);
     for (int64_t z = 0; f.weights != nullptr && z < f.plan.splits; ++z) {
-      const Item part = f.plan.item(problem, group * f.plan.splits + z);
-      normalize(f, part, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
+      normalize(f, f.plan.item(problem, first + z), rows, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
     }
-    finish(f, item, slot);
+    finish(f, item, rows, slot);
   }
 
  private:
@@ -263,9 +266,9 @@ struct AttentionForward {
   }
 
   // What was summed, divided by its weights' sums.
-  static void scale_context(const Forward& f, const Item& item, const Slot& slot) {
+  static void scale_context(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
     const int64_t size = f.problem.memory_size;
-    for (int64_t t = 0; t < item.queries; ++t) {
+    for (int64_t t = rows.first; t < rows.end; ++t) {
       acc* row = slot.context + t * slot.context_stride;
       acc* to = f.exact_context == nullptr ? row : context_of(f, item) + t * size;
       scale_row(to, row, size, slot.row_sum[t] == 0 ? acc(0) : 1 / slot.row_sum[t]);
@@ -289,11 +292,11 @@ struct AttentionForward {
     finish_streaming();
   }
 
-  static void finish(const Forward& f, const Item& item, const Slot& slot) {
+  static void finish(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
     const int64_t first_row = item.batch * f.problem.queries + item.first_query;
-    store_logsumexp(static_cast<acc*>(f.logsumexp) + first_row, slot, item.queries);
+    store_logsumexp(static_cast<acc*>(f.logsumexp) + first_row, slot, rows);
     if (slot.rounds) {
-      round_results(f, item, slot);
+      round_results(f, item, rows, slot);
     }
   }
 
@@ -316,12 +319,12 @@ struct AttentionForward {
     return {exact ? kAccumulated<acc> : f.problem.dtype, exact ? f.exact_weights : f.weights, row_of_weights(f, item, t)};
   }
 
-  static void round_results(const Forward& f, const Item& item, const Slot& slot) {
+  static void round_results(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
     const Problem& problem = f.problem;
     const acc* context = f.exact_context == nullptr ? slot.context : context_of(f, item);
     const int64_t stride = f.exact_context == nullptr ? slot.context_stride : problem.memory_size;
     const int64_t first_row = item.batch * problem.queries + item.first_query;
-    for (int64_t t = 0; t < item.queries; ++t) {
+    for (int64_t t = rows.first; t < rows.end; ++t) {
       store_row(problem.dtype, f.context, (first_row + t) * problem.memory_size, context + t * stride, problem.memory_size);
       if (f.weights != nullptr && f.exact_weights != nullptr) {
         store_row(problem.dtype, f.weights, row_of_weights(f, item, t), weights_of(f, item, t), problem.steps);
@@ -329,10 +332,10 @@ struct AttentionForward {
     }
   }
 
-  static void store_logsumexp(acc* out, const Slot& slot, int64_t queries) {
+  static void store_logsumexp(acc* out, const Slot& slot, const Run& rows) {
     constexpr int64_t lanes = Vec<acc>::size();
-    for (int64_t t = 0; t < queries; t += lanes) {
-      const int64_t count = std::min(lanes, queries - t);
+    for (int64_t t = rows.first; t < rows.end; t += lanes) {
+      const int64_t count = std::min(lanes, rows.end - t);
       (Vec<acc>::loadu(slot.row_max + t, count) + Vec<acc>::loadu(slot.row_sum + t, count).log())
           .store(out + t, static_cast<int>(count));
     }
@@ -372,8 +375,8 @@ struct AttentionForward {
     }
   }
 
-  static void absorb(Slot& slot, const Slot& other, int64_t queries, int64_t size) {
-    for (int64_t t = 0; t < queries; ++t) {
+  static void absorb(Slot& slot, const Slot& other, const Run& rows, int64_t size) {
+    for (int64_t t = rows.first; t < rows.end; ++t) {
       const acc row_max = std::max(slot.row_max[t], other.row_max[t]);
       if (row_max == kNothing<acc>) {
         continue;
@@ -390,8 +393,9 @@ struct AttentionForward {
   }
 
   // What scatter() wrote is relative to the maximum of its time.
-  static void normalize(const Forward& f, const Item& part, const Slot& slot, const acc* row_max, const acc* row_sum) {
-    for (int64_t t = 0; t < part.queries; ++t) {
+  static void normalize(
+      const Forward& f, const Item& part, const Run& rows, const Slot& slot, const acc* row_max, const acc* row_sum) {
+    for (int64_t t = rows.first; t < rows.end; ++t) {
       if (row_sum[t] == 0) {
         continue;
       }
@@ -780,7 +784,7 @@ struct AttentionBackward {
 
   // Then delta, sum_s a_ts da_ts, need not be known before the walk, nor the context be read.
   static bool one_tile(const Backward& f) {
-    return f.problem.steps <= f.plan.tile;
+    return f.plan.splits == 1 && f.problem.steps <= f.plan.tile;
   }
 
   static void find_delta(const Backward& f, const Item& item, Slot& slot) {

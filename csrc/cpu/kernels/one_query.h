@@ -624,10 +624,12 @@ struct OneQueryForward {
     }
   }
 
-  // The splits' partial results, in their order, into the outputs.
-  static void merge(const Forward& f, int64_t group, char* slots, size_t slot_size) {
-    slots += group * f.plan.splits * slot_size;
-    const int64_t first = group * f.plan.splits;
+  // The splits' partial results, in their order, into the outputs, by the first of them.
+  static void merge(const Forward& f, int64_t first, char* slots, size_t slot_size) {
+    if (first % f.plan.splits != 0) {
+      return;
+    }
+    slots += first * slot_size;
     Slot slot(f, slots);
     const acc first_max = *slot.row_max;
     for (int64_t z = 1; z < f.plan.splits; ++z) {
