@@ -101,14 +101,9 @@ void forward(const Inputs& inputs, Outputs& outputs) {
     return;
   }
   const bool rounds = outputs.context.scalar_type() != outputs.logsumexp.scalar_type();
-  Tensor unrounded;  // weights that grow tile by tile, and are scaled at last
-  const bool grow = !call.problem.is_one_query() && call.problem.steps > call.plan.tile;
-  if (rounds && call.weights != nullptr && !outputs.exact_weights.defined() && grow) {
-    unrounded = at::empty(outputs.weights.sizes(), outputs.logsumexp.options());
-  }
   call.exact_context = rounds ? data_of(outputs.exact_context) : call.context;
-  call.exact_weights = !rounds ? call.weights : data_of(unrounded.defined() ? unrounded : outputs.exact_weights);
-  for (const Tensor* output : {&outputs.context, &outputs.weights, &outputs.exact_context, &outputs.exact_weights, &unrounded}) {
+  call.exact_weights = rounds ? data_of(outputs.exact_weights) : call.weights;
+  for (const Tensor* output : {&outputs.context, &outputs.weights, &outputs.exact_context, &outputs.exact_weights}) {
     use_huge_pages(*output);
   }
   const Kernels& kernels = kernels_for(call.problem, call.plan);

@@ -116,15 +116,15 @@ struct AttentionForward {
     Slot(const Forward& f, char* base)
         : arena(base),
           context_stride(padded<acc>(f.problem.memory_size)),
-          stride(f.plan.tile),
-          tiles(f.weights == nullptr ? 0 : f.plan.split_tiles),
+          kept(f.weights == nullptr ? 0 : f.plan.split_tiles),
+          stride(padded<acc>(std::max<int64_t>(kept, 1) * f.plan.tile)),
           rounds(f.problem.dtype != kAccumulated<acc>),
           row_max(arena.take<acc>(f.plan.chunk)),
           row_sum(arena.take<acc>(f.plan.chunk)),
           factors(arena.take<acc>(f.plan.chunk)),
           context(arena.take<acc>(f.plan.chunk * context_stride)),
-          tile_max(arena.take<acc>(f.plan.chunk * tiles)),
-          tile_end(arena.take<int64_t>(tiles)),
+          tiles(arena.take<Tile>(std::max<int64_t>(kept, 1) + 1)),
+          tile_max(arena.take<acc>(f.plan.chunk * kept)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * stride)),
           work(arena, f.problem.factors, f.plan.chunk, Score::takes_tiles(f.problem, f.plan)),
@@ -133,17 +133,17 @@ struct AttentionForward {
 
     Arena arena;
     int64_t context_stride;
+    int64_t kept;    // tiles whose exponentials are, until they can be divided by their sums; none without weights
     int64_t stride;  // of tile_scores
-    int64_t tiles;   // of a split, at most; 0 without weights
     bool rounds;     // the results are of another type than acc
     acc* row_max;
     acc* row_sum;
-    acc* factors;       // of a product's rows
-    acc* context;       // not yet divided by row_sum
-    acc* tile_max;      // [chunk][tiles] row_max when the tile's weights were written
-    int64_t* tile_end;  // [tiles] the step behind each tile's last
-    int64_t* used;      // so many of the tiles have steps
-    acc* tile_scores;   // [chunk][stride]
+    acc* factors;      // of a product's rows
+    acc* context;      // not yet divided by row_sum
+    Tile* tiles;       // all that are kept, or one, and the next
+    acc* tile_max;     // [chunk][kept] row_max when the tile's exponentials were taken
+    int64_t* used;     // so many of those kept have steps
+    acc* tile_scores;  // [chunk][stride] of the tiles that are kept, one behind the other, or of one
     Workspace<element> work;
     Rows<element> memory;
     Score score;
@@ -163,32 +163,33 @@ struct AttentionForward {
     std::fill_n(slot.row_sum, item.queries, acc(0));
     slot.score.load_queries(item.batch, item.first_query, item.queries);
     SourceWalk walk(problem, item, f.plan.tile);
+    const Run all{0, item.queries};
+    const int64_t room = std::max<int64_t>(slot.kept, 1) + 1;
     int64_t tiles = 0;
-    int64_t written = item.first_step;  // up to here the weights are written
-    Tile two[2];
-    for (bool more = walk.next(two[0]); more; ++tiles) {
-      const Tile& tile = two[tiles % 2];
-      more = walk.next(two[(tiles + 1) % 2]);
+    *slot.used = 0;
+    for (bool more = walk.next(slot.tiles[0]); more; ++tiles) {
+      const Tile& tile = slot.tiles[tiles % room];
+      more = walk.next(slot.tiles[(tiles + 1) % room]);
+      acc* const scores = slot.tile_scores + (slot.kept > 0 ? tiles * f.plan.tile : 0);
       plan_ahead(f, index, item, tile, slot);
       slot.memory.load(item.batch, tile);
       slot.score.load_keys(item.batch, tile, slot.memory);
-      slot.score.scores(slot.tile_scores, stride, 0, item.queries, tile.count, slot.work);
-      mask_scores(slot.tile_scores, stride, problem, item.batch, item.first_query, item.queries, tile);
-      // The last product of an item that stands alone goes where it belongs; the weights do so at once if it is the first, too.
+      slot.score.scores(scores, stride, 0, item.queries, tile.count, slot.work);
+      mask_scores(scores, stride, problem, item.batch, item.first_query, item.queries, tile);
+      // The last product of an item that stands alone goes where it belongs.
       const bool final = !more && f.plan.splits == 1;
-      enter(slot, item.queries, tile.count, tiles == 0, problem.memory_size);
+      enter(slot, scores, item.queries, tile.count, tiles == 0, problem.memory_size);
       for (int64_t t = 0; t < item.queries; ++t) {
         slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
       }
-      // A loop of its own: a row's last elements would be waited for, had they just been stored as parts of a vector.
-      for (int64_t t = 0; f.weights != nullptr && t < item.queries; ++t) {
-        const acc factor = tiles == 0 ? slot.factors[t] : acc(1);
-        weights_row(f, item, t).scatter(slot.tile_scores + t * stride, tile, written, factor);
-        slot.tile_max[t * slot.tiles + tiles] = slot.row_max[t];
+      if (slot.kept > 0) {
+        for (int64_t t = 0; t < item.queries; ++t) {
+          slot.tile_max[t * slot.kept + tiles] = slot.row_max[t];
+        }
+        *slot.used = tiles + 1;
       }
-      written = tile.steps[tile.count - 1] + 1;
-      if (f.weights != nullptr) {
-        slot.tile_end[tiles] = written;
+      if (final && f.weights != nullptr) {
+        store_weights(f, item, all, slot, slot.row_max, slot.row_sum);
       }
       const acc* before = tiles > 0 ? slot.context : nullptr;
       const bool exact = final && f.exact_context != nullptr;
@@ -202,7 +203,7 @@ struct AttentionForward {
               slot.factors,
               1},
           item.queries,
-          Coefficients<acc>{slot.tile_scores, stride, 1},
+          Coefficients<acc>{scores, stride, 1},
           slot.memory.addresses(),
           tile.count,
           problem.memory_size,
@@ -211,22 +212,15 @@ struct AttentionForward {
         stream_context(f, index, item, slot);
       }
     }
-    *slot.used = tiles;
-    for (int64_t t = 0; t < item.queries; ++t) {
-      if (tiles == 0) {
-        std::fill_n(slot.context + t * slot.context_stride, problem.memory_size, acc(0));
-      }
-      if (f.weights != nullptr) {
-        weights_row(f, item, t).zero(written, item.end_step);
-      }
+    for (int64_t t = 0; tiles == 0 && t < item.queries; ++t) {
+      std::fill_n(slot.context + t * slot.context_stride, problem.memory_size, acc(0));
     }
     if (f.plan.splits == 1) {
-      const Run all{0, item.queries};
       if (tiles == 0) {
         scale_context(f, item, all, slot);
-      }
-      if (f.weights != nullptr && tiles > 1) {
-        normalize(f, item, all, slot, slot.row_max, slot.row_sum);
+        if (f.weights != nullptr) {
+          store_weights(f, item, all, slot, slot.row_max, slot.row_sum);
+        }
       }
       finish(f, item, all, slot);
     }
@@ -246,7 +240,7 @@ struct AttentionForward {
     }
     scale_context(f, item, rows, slot);
     for (int64_t z = 0; f.weights != nullptr && z < f.plan.splits; ++z) {
-      normalize(f, f.plan.item(problem, first + z), rows, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
+      store_weights(f, f.plan.item(problem, first + z), rows, Slot(f, slots + z * slot_size), slot.row_max, slot.row_sum);
     }
     finish(f, item, rows, slot);
   }
@@ -305,20 +299,6 @@ struct AttentionForward {
     return static_cast<acc*>(f.exact_context) + (item.batch * f.problem.queries + item.first_query) * f.problem.memory_size;
   }
 
-  static acc* weights_of(const Forward& f, const Item& item, int64_t t) {
-    return static_cast<acc*>(f.exact_weights) + row_of_weights(f, item, t);
-  }
-
-  static int64_t row_of_weights(const Forward& f, const Item& item, int64_t t) {
-    return (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps;
-  }
-
-  // Where a tile's weights go.
-  static StepsRow weights_row(const Forward& f, const Item& item, int64_t t) {
-    const bool exact = f.exact_weights != nullptr;
-    return {exact ? kAccumulated<acc> : f.problem.dtype, exact ? f.exact_weights : f.weights, row_of_weights(f, item, t)};
-  }
-
   static void round_results(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
     const Problem& problem = f.problem;
     const acc* context = f.exact_context == nullptr ? slot.context : context_of(f, item);
@@ -326,9 +306,6 @@ struct AttentionForward {
     const int64_t first_row = item.batch * problem.queries + item.first_query;
     for (int64_t t = rows.first; t < rows.end; ++t) {
       store_row(problem.dtype, f.context, (first_row + t) * problem.memory_size, context + t * stride, problem.memory_size);
-      if (f.weights != nullptr && f.exact_weights != nullptr) {
-        store_row(problem.dtype, f.weights, row_of_weights(f, item, t), weights_of(f, item, t), problem.steps);
-      }
     }
   }
 
@@ -343,12 +320,12 @@ struct AttentionForward {
 
   // Rows of tile scores enter the running softmax: they become exp(e - row_max), and what was summed before is rescaled. Every pass
   // has a loop of its own, since a row's result waits for its maximum, and that for a chain of them: the next rows' need not.
-  static void enter(Slot& slot, int64_t queries, int64_t steps, bool first, int64_t size) {
+  static void enter(Slot& slot, acc* scores, int64_t queries, int64_t steps, bool first, int64_t size) {
     const int64_t stride = slot.stride;
     if (steps == 1 && first) {
       // exp(0), which is no number where the score is none or infinite.
       for (int64_t t = 0; t < queries; ++t) {
-        acc& score = slot.tile_scores[t * stride];
+        acc& score = scores[t * stride];
         slot.row_max[t] = score;
         slot.row_sum[t] = score = score == kNothing<acc> ? acc(0) : score - score + 1;
       }
@@ -357,7 +334,7 @@ struct AttentionForward {
     const int64_t count = whole_vectors<acc>(steps);
     for (int64_t t = 0; t < queries; ++t) {
       const acc before = slot.row_max[t];
-      const acc row_max = slot.row_max[t] = maximum(slot.tile_scores + t * stride, count, before);
+      const acc row_max = slot.row_max[t] = maximum(scores + t * stride, count, before);
       if (row_max != before && slot.row_sum[t] != 0) {
         const acc correction = std::exp(before - row_max);
         slot.row_sum[t] *= correction;
@@ -366,7 +343,7 @@ struct AttentionForward {
       }
     }
     for (int64_t t = 0; t < queries; ++t) {
-      acc* row = slot.tile_scores + t * stride;
+      acc* row = scores + t * stride;
       if (slot.row_max[t] == kNothing<acc>) {
         std::fill_n(row, count, acc(0));
       } else {
@@ -392,19 +369,27 @@ struct AttentionForward {
     }
   }
 
-  // What scatter() wrote is relative to the maximum of its time.
-  static void normalize(
+  // Of an item's steps: what is kept of a tile is relative to the maximum of its time.
+  static void store_weights(
       const Forward& f, const Item& part, const Run& rows, const Slot& slot, const acc* row_max, const acc* row_sum) {
-    for (int64_t t = rows.first; t < rows.end; ++t) {
-      if (row_sum[t] == 0) {
-        continue;
+    const auto store = [&](Dtype dtype, void* to) {
+      for (int64_t t = rows.first; t < rows.end; ++t) {
+        const StepsRow row{dtype, to, (part.batch * f.problem.queries + part.first_query + t) * f.problem.steps};
+        int64_t written = part.first_step;
+        for (int64_t i = 0; i < *slot.used; ++i) {
+          const acc tile_max = slot.tile_max[t * slot.kept + i];
+          const acc factor = row_sum[t] == 0          ? acc(0)
+                             : tile_max == row_max[t] ? 1 / row_sum[t]
+                                                      : std::exp(tile_max - row_max[t]) / row_sum[t];
+          row.scatter(slot.tile_scores + t * slot.stride + i * f.plan.tile, slot.tiles[i], written, factor);
+          written = slot.tiles[i].steps[slot.tiles[i].count - 1] + 1;
+        }
+        row.zero(written, part.end_step);
       }
-      acc* weights = weights_of(f, part, t);
-      for (int64_t tile = 0, first = part.first_step; tile < *slot.used; first = slot.tile_end[tile++]) {
-        const acc tile_max = slot.tile_max[t * slot.tiles + tile];
-        const acc factor = (tile_max == row_max[t] ? acc(1) : std::exp(tile_max - row_max[t])) / row_sum[t];
-        scale_row(weights + first, weights + first, slot.tile_end[tile] - first, factor);
-      }
+    };
+    store(f.problem.dtype, f.weights);
+    if (f.exact_weights != nullptr && f.exact_weights != f.weights) {
+      store(kAccumulated<acc>, f.exact_weights);
     }
   }
 };
