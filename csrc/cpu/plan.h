@@ -103,8 +103,8 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   }
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
-  const bool are_some = plan.chunk < 2 * kMany && !problem.is_one_query();
-  const int64_t shortest = are_some ? std::min(plan.tile, kLeastSteps) : plan.tile;
+  const bool may_be_short = plan.chunk < 2 * kMany && !problem.is_one_query();
+  const int64_t shortest = may_be_short ? std::min(plan.tile, kLeastSteps) : plan.tile;
   const int64_t most_splits = std::max<int64_t>(std::min(work / kGrain, ceil_div(problem.steps, shortest)), 1);
   const int64_t split = ceil_div(problem.steps, parts_of(groups, threads, most_splits, kWaitForMerges));
   plan.split_size = std::max<int64_t>(ceil_div(split, kSplitMultiple) * kSplitMultiple, kSplitMultiple);

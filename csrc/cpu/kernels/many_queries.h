@@ -116,14 +116,14 @@ struct AttentionForward {
     Slot(const Forward& f, char* base)
         : arena(base),
           context_stride(padded<acc>(f.problem.memory_size)),
-          kept(f.weights == nullptr ? 0 : f.plan.split_tiles),
-          stride(padded<acc>(std::max<int64_t>(kept, 1) * f.plan.tile)),
+          kept(f.weights == nullptr ? 1 : f.plan.split_tiles),
+          stride(padded<acc>(kept * f.plan.tile)),
           rounds(f.problem.dtype != kAccumulated<acc>),
           row_max(arena.take<acc>(f.plan.chunk)),
           row_sum(arena.take<acc>(f.plan.chunk)),
           factors(arena.take<acc>(f.plan.chunk)),
           context(arena.take<acc>(f.plan.chunk * context_stride)),
-          tiles(arena.take<Tile>(std::max<int64_t>(kept, 1) + 1)),
+          tiles(arena.take<Tile>(kept + 1)),
           tile_max(arena.take<acc>(f.plan.chunk * kept)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * stride)),
@@ -133,17 +133,17 @@ struct AttentionForward {
 
     Arena arena;
     int64_t context_stride;
-    int64_t kept;    // tiles whose exponentials are, until they can be divided by their sums; none without weights
+    int64_t kept;    // tiles whose exponentials are: all, until they can be divided by their sums; without weights one
     int64_t stride;  // of tile_scores
     bool rounds;     // the results are of another type than acc
     acc* row_max;
     acc* row_sum;
     acc* factors;      // of a product's rows
     acc* context;      // not yet divided by row_sum
-    Tile* tiles;       // all that are kept, or one, and the next
+    Tile* tiles;       // those that are kept, and the next one
     acc* tile_max;     // [chunk][kept] row_max when the tile's exponentials were taken
-    int64_t* used;     // so many of those kept have steps
-    acc* tile_scores;  // [chunk][stride] of the tiles that are kept, one behind the other, or of one
+    int64_t* used;     // so many tiles have steps
+    acc* tile_scores;  // [chunk][stride], those of the tiles that are kept one behind the other
     Workspace<element> work;
     Rows<element> memory;
     Score score;
@@ -164,13 +164,12 @@ struct AttentionForward {
     slot.score.load_queries(item.batch, item.first_query, item.queries);
     SourceWalk walk(problem, item, f.plan.tile);
     const Run all{0, item.queries};
-    const int64_t room = std::max<int64_t>(slot.kept, 1) + 1;
-    int64_t tiles = 0;
-    *slot.used = 0;
+    int64_t tiles = *slot.used = 0;
     for (bool more = walk.next(slot.tiles[0]); more; ++tiles) {
-      const Tile& tile = slot.tiles[tiles % room];
-      more = walk.next(slot.tiles[(tiles + 1) % room]);
-      acc* const scores = slot.tile_scores + (slot.kept > 0 ? tiles * f.plan.tile : 0);
+      const Tile& tile = slot.tiles[tiles % (slot.kept + 1)];
+      more = walk.next(slot.tiles[(tiles + 1) % (slot.kept + 1)]);
+      const int64_t place = tiles % slot.kept;
+      acc* const scores = slot.tile_scores + place * f.plan.tile;
       plan_ahead(f, index, item, tile, slot);
       slot.memory.load(item.batch, tile);
       slot.score.load_keys(item.batch, tile, slot.memory);
@@ -182,12 +181,10 @@ struct AttentionForward {
       for (int64_t t = 0; t < item.queries; ++t) {
         slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
       }
-      if (slot.kept > 0) {
-        for (int64_t t = 0; t < item.queries; ++t) {
-          slot.tile_max[t * slot.kept + tiles] = slot.row_max[t];
-        }
-        *slot.used = tiles + 1;
+      for (int64_t t = 0; t < item.queries; ++t) {
+        slot.tile_max[t * slot.kept + place] = slot.row_max[t];
       }
+      *slot.used = tiles + 1;
       if (final && f.weights != nullptr) {
         store_weights(f, item, all, slot, slot.row_max, slot.row_sum);
       }
