@@ -80,7 +80,7 @@ struct Forward {
   void* weights;        // [B, T, S], or null
   void* logsumexp;      // [B, T] acc
   void* exact_context;  // of halves, the same as they were accumulated; acc, or null: not wanted
-  void* exact_weights;
+  void* exact_weights;  // likewise
 };
 
 struct Backward {
