@@ -177,6 +177,7 @@ def settings() -> dict[str, str]:
     return {
         "machine": f"{processor()}, {torch.get_num_threads()} threads, {torch.ops.attn_ext.cpu_capability()} kernels",
         "waiting": f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', '')}",
+        "precision": f"{torch.get_float32_matmul_precision()}, of float32 products",
         "software": f"PyTorch {torch.__version__}, Python {platform.python_version()}, attn_ext {attn_ext.__version__}",
         "commit": commit(),
         "build": ", ".join(f"{name}: {value}" for name, value in facts.items()),

@@ -481,8 +481,11 @@ def main() -> None:
         "--minutes", type=float, default=math.inf, metavar="M", help="for the grid; smallest shapes first"
     )
     parser.add_argument("--seconds-per-row", type=float, default=SECONDS_PER_ROW, metavar="S")
+    precisions = ("highest", "high", "medium")
+    parser.add_argument("--precision", choices=precisions, default="highest", help="PyTorch's, of float32 products")
     arguments = parser.parse_args()
 
+    torch.set_float32_matmul_precision(arguments.precision)
     if problem := backend.unavailable():
         sys.exit(f"there is nothing to measure: {problem}")
     schedule = QUICK if arguments.quick else Schedule(arguments.seconds_per_row, ROUNDS, TOO_SLOW)

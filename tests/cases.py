@@ -37,6 +37,8 @@ MASKINGS = ("none", "lengths", "rows", "pairs", "lengths+rows", "lengths+pairs")
 LOSSES = {"both": ("context", "weights"), "context": ("context",), "weights": ("weights",), "no_weights": ("context",)}
 KERNELS = "cpu"  # the type of the device that tensors lie on, and whose kernels run; tests/cuda says otherwise
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# As exact as the factors of float32's products are to be, by PyTorch's precision.
+FACTORS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.cases import Case
 from tests.processes import PACKAGE, python
 
 # A machine that has one has those before it. The last two, what it has beyond avx512, cannot be asked for by name.
@@ -25,3 +26,25 @@ def test_numerics_under(capability: str) -> None:
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-1000:]
     assert "passed" in process.stdout
     assert "skipped" not in process.stdout
+
+
+@pytest.mark.numerics
+@pytest.mark.fused
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("method", "T", "precision", "rounders"),
+    [
+        ("dot", 1, "medium", ()),  # bound by what it reads
+        ("dot", 256, "medium", ("avx512_bf16", "avx512_amx")),
+        ("dot", 256, "high", ("avx512_amx",)),
+        ("additive", 256, "medium", ("avx512_amx",)),
+    ],
+)
+def test_products_are_no_more_exact_where_that_takes_longer(
+    method: str, T: int, precision: str, rounders: tuple[str, ...]
+) -> None:
+    problem = Case(method, B=1, T=T, S=256, D=256, Dm=256).problem()
+    exact = problem.results()
+    torch.set_float32_matmul_precision(precision)
+    rounds = any(not torch.equal(result, exact[name]) for name, result in problem.results().items())
+    assert rounds == (torch.ops.attn_ext.cpu_capability() in rounders)

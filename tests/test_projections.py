@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from attn_ext import luong_attention
+from tests.cases import FACTORS
 
 pytestmark = [pytest.mark.fused, pytest.mark.cpu]
 
@@ -74,10 +77,6 @@ def keys_and_gradients(
     return keys.detach(), torch.autograd.grad(keys, (memory, weight, bias), grad_keys)
 
 
-# What PyTorch's settings allow the factors of float32's products to be rounded to. At the last they are PyTorch's own.
-PRECISIONS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
-
-
 def assert_near(actual: Tensor, expected: Tensor, depth: int, factors: torch.dtype = torch.float32) -> None:
     """Within what sums of so many products are rounded by, of such factors."""
     assert actual.dtype == torch.float32
@@ -87,20 +86,26 @@ def assert_near(actual: Tensor, expected: Tensor, depth: int, factors: torch.dty
 
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_keys_and_their_gradients(size: tuple[int, int, int, int], masking: str, precision: str) -> None:
-    """Of rows that nobody may attend, NaN here, keys may be anything, and nothing is passed on."""
+@pytest.mark.parametrize(
+    ("precision", "counted"), [("highest", False), ("highest", True), ("high", False), ("medium", False)], ids=str
+)
+def test_keys_and_their_gradients(size: tuple[int, int, int, int], masking: str, precision: str, counted: bool) -> None:
+    """Of rows that nobody may attend, NaN here, keys may be anything, and nothing is passed on.
+
+    The products that are counted, and those of "medium", are PyTorch's.
+    """
     torch.set_float32_matmul_precision(precision)
     B, S, Dm, A = size
     tensors, lengths, mask = make(*size, masking)
     rows = seen(B, S, lengths, mask).unsqueeze(-1)
     grad_keys = torch.randn(B, S, A).masked_fill(~rows, 0)
     tensors[0] = tensors[0].masked_fill(~rows, torch.nan)
-    keys, (grad_memory, grad_weight, grad_bias) = keys_and_gradients(tensors, lengths, mask, grad_keys)
+    with FlopCounterMode(display=False) if counted else nullcontext():
+        keys, (grad_memory, grad_weight, grad_bias) = keys_and_gradients(tensors, lengths, mask, grad_keys)
     memory, weight, _, bias = (tensor.double() for tensor in tensors)
     memory = memory.masked_fill(~rows, 0)
     expected = memory @ weight[:, 3:].T + bias
-    factors = PRECISIONS[precision]
+    factors = FACTORS[precision]
     assert_near(keys.masked_fill(~rows, 0), expected.masked_fill(~rows, 0), Dm, factors)
     assert_near(grad_memory, grad_keys.double() @ weight[:, 3:], A, factors)
     assert_near(grad_weight[:, 3:], grad_keys.double().flatten(0, 1).T @ memory.flatten(0, 1), B * S, factors)
