@@ -1,5 +1,5 @@
 # make demo    set up, build, and train the date translator
-# make test    set up, build, and run the tests
+# make test    set up, build, and run the tests, several at a time (one by one: ARGS="-n 0")
 # make bench   set up, build, and print the speed report
 # make peers   install the packages whose attention layers the speed report compares with
 # make targets set up, build, and hold the performance targets against the machine's limits (ARGS="--grid --json FILE")
@@ -25,7 +25,7 @@ demo: build
 	$(PY) examples/translate_dates.py $(ARGS)
 
 test: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: build
 	$(PY) -m pytest --benchmark $(ARGS)

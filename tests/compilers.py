@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
 from benchmarks.limits import FLAGS_OF_CAPABILITY
@@ -47,18 +48,19 @@ def compile_program(
     key = hashlib.sha256("\n".join((version, *flags, *link, repr(own_flags), *contents)).encode()).hexdigest()[:16]
     folder = BUILD / f"{name}-{key}"
     program = folder / name
-    if not program.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{Path(source).stem}.o" for source in sources]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # another worker of this test run may want it too
+        if not program.exists():
+            objects = [folder / f"{Path(source).stem}.o" for source in sources]
 
-        def compile_one(source: str, to: Path) -> None:
-            _run(compiler, *flags, *own_flags.get(source, ()), "-c", str(ROOT / source), "-o", str(to))
+            def compile_one(source: str, to: Path) -> None:
+                _run(compiler, *flags, *own_flags.get(source, ()), "-c", str(ROOT / source), "-o", str(to))
 
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(compile_one, sources, objects))
-        unfinished = folder / "unfinished"
-        _run(compiler, *flags, *map(str, objects), *link, "-o", str(unfinished))
-        unfinished.replace(program)
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(compile_one, sources, objects))
+            unfinished = folder / "unfinished"
+            _run(compiler, *flags, *map(str, objects), *link, "-o", str(unfinished))
+            unfinished.replace(program)
     return program
 
 

@@ -35,6 +35,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a test has recorded, by title: a worker of a test run has no terminal of its own."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for title, text in report.user_properties:
+                terminalreporter.section(title)
+                terminalreporter.write_line(text)
+
+
 @pytest.fixture(autouse=True)
 def _process_wide_settings() -> Iterator[None]:
     """Whatever a test sets for the whole process ends with it."""

@@ -11,10 +11,13 @@ import attn_ext
 
 PACKAGE = Path(attn_ext.__file__).parent
 
+# The backend, and what makes a pytest a worker of another one.
+OWN_TO_THE_TESTS = ("ATTN_EXT_BACKEND", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
+
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python arguments` in `cwd`, where imports look first; ATTN_EXT_BACKEND is not inherited."""
-    inherited = {name: value for name, value in os.environ.items() if name != "ATTN_EXT_BACKEND"}
+    """Runs `python arguments` in `cwd`, where imports look first, without the backend and the test run of this one."""
+    inherited = {name: value for name, value in os.environ.items() if name not in OWN_TO_THE_TESTS}
     # Without site (-S) there is no hook of an editable install, which would find its extension for a copy without one.
     path = os.pathsep.join([str(cwd), *filter(None, sys.path)])
     return subprocess.run(

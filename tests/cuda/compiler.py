@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +55,14 @@ def host_library(undefined: bool = False) -> Path:
     sources += [("tests/cuda/shim.cpp", FLAGS)]
     hosts = ("csrc/cuda/attention.cpp", "csrc/cuda/splits.cpp", "tests/cuda/host.cpp")
     sources += [(source, TORCH_FLAGS) for source in hosts]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
-        objects = list(pool.map(lambda pair: compile_object(*pair), sources))
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / "lock"):  # another worker of this test run may want them too
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
+            objects = list(pool.map(lambda pair: compile_object(*pair), sources))
+        return _link(objects, undefined)
+
+
+def _link(objects: Sequence[Path], undefined: bool) -> Path:
     key = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()[:16]
     library = BUILD / f"host-{key}.so"
     if not library.exists():
