@@ -104,17 +104,12 @@ inline void zip_rows(Pair* to, const Pair* a, const Pair* b, int64_t first, int6
   }
 }
 
-// Numbers low_0 .. low_15 high_0 .. high_15, rounded.
-inline __m512i round_to_bfloat16(const Vec<float>& low, const Vec<float>& high) {
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
 // A row of floats, rounded, as pairs in whole vectors; the last are filled up with zeros.
 inline void pair_row(Pair* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 32) {
     const int64_t low = std::min<int64_t>(16, count - i), high = std::min<int64_t>(16, count - i - low);
     const Vec<float> second = high > 0 ? Vec<float>::loadu(from + i + 16, high) : Vec<float>(0);
-    _mm512_storeu_si512(to + i / 2, round_to_bfloat16(Vec<float>::loadu(from + i, low), second));
+    _mm512_storeu_si512(to + i / 2, rounded<c10::BFloat16>(Vec<float>::loadu(from + i, low), second));
   }
 }
 
@@ -123,7 +118,7 @@ inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     const int64_t some = std::min<int64_t>(16, count - i);
     const __m512i both =
-        round_to_bfloat16(Vec<float>::loadu(a + i, some), b == nullptr ? Vec<float>(0) : Vec<float>::loadu(b + i, some));
+        rounded<c10::BFloat16>(Vec<float>::loadu(a + i, some), b == nullptr ? Vec<float>(0) : Vec<float>::loadu(b + i, some));
     _mm512_storeu_si512(to + i, zip_words(both, both, 0, 16));
   }
 }

@@ -74,7 +74,7 @@ template <bool streams, class acc, class scalar>
     store(to, x[0], std::min(count, lanes));
     store(to + lanes, x[1], count - lanes);
   } else {
-    store(to, at::vec::convert_from_float<scalar>(x[0], x[1]), count);
+    store(to, rounded<scalar>(x[0], x[1]), count);
   }
 }
 

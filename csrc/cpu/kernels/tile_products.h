@@ -353,7 +353,7 @@ void take_row(const TileBuffer<parts>& left, int64_t i, const float* row, int64_
   Pair* to = left.line(i / kTileRows, 0, i % kTileRows);
   const auto take = [&](const Vec<float>& lower, const Vec<float>& upper) {
     if constexpr (parts == 1) {
-      _mm512_storeu_si512(to, round_to_bfloat16(lower * times, upper * times));
+      _mm512_storeu_si512(to, rounded<c10::BFloat16>(lower * times, upper * times));
     } else {
       // Numbers i and i + 8 of either.
       const __m512 x = lower * times, y = upper * times;
