@@ -74,7 +74,7 @@ inline Vec<float> negative_tanh(const Vec<float>& x) {
 
 // sum + numerator / denominator, the Newton step's last product and the sum in one.
 template <class acc>
-inline Vec<acc> add_quotient(const Vec<acc>& sum, const Vec<acc>& numerator, const Vec<acc>& denominator) {
+[[gnu::always_inline]] inline Vec<acc> add_quotient(const Vec<acc>& sum, const Vec<acc>& numerator, const Vec<acc>& denominator) {
   return sum + numerator / denominator;
 }
 
@@ -88,14 +88,14 @@ inline Vec<float> add_quotient(const Vec<float>& sum, const Vec<float>& numerato
 
 // 1 + exp(2 (q + k)), with the exponent limited to `limit`: what is lost of 1 / (1 + E) is at most exp(-limit). Keeps a NaN.
 template <class acc>
-inline Vec<acc> direct_denominator(const Vec<acc>& query, const Vec<acc>& key, acc limit) {
+[[gnu::always_inline]] inline Vec<acc> direct_denominator(const Vec<acc>& query, const Vec<acc>& key, acc limit) {
   const Vec<acc> sum = at::vec::clamp(query + key, Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2));
   return Vec<acc>(1) + exponential<acc>(sum, 2);
 }
 
 // numerators[0] / denominators[0] = the sum of all their quotients.
 template <int shared, class acc>
-inline void share_denominator(Vec<acc> (&numerators)[shared], Vec<acc> (&denominators)[shared]) {
+[[gnu::always_inline]] inline void share_denominator(Vec<acc> (&numerators)[shared], Vec<acc> (&denominators)[shared]) {
 #pragma GCC unroll 2
   for (int left = shared / 2; left > 0; left /= 2) {
 #pragma GCC unroll 2
@@ -754,7 +754,7 @@ class OneQueryAdditive {
         is_prepared_(problem.prepared_keys.data != nullptr),
         query_rows_(arena, problem.dtype, problem.query, 1, size_),
         query_exponentials_(is_prepared_ ? arena.take<acc>(shared_size_) : nullptr),
-        keys_(arena, problem.dtype, problem.keys, plan, size_, true),
+        keys_(arena, problem.dtype, problem.keys, plan, size_),
         prepared_keys_(arena, kAccumulated<acc>, problem.prepared_keys, plan, prepared_size(size_)),
         v_(arena.take<acc>(shared_size_)),
         grad_v_(f == nullptr ? nullptr : arena.take<acc>(size_)) {
@@ -850,13 +850,23 @@ class OneQueryAdditive {
     return is_factored() ? prepared_keys_ : keys_;
   }
 
+  // f of an element of the keys as they are read, for f to see its type; prepared ones are accumulated.
+  template <bool prepared, class F>
+  void with_key_type(const F& f) const {
+    if constexpr (prepared) {
+      f(acc());
+    } else {
+      with_type<acc>(keys_.dtype(), f);
+    }
+  }
+
   // 1 + exp(2 (q + k)) of features from a on.
-  template <bool factored, int shared>
-  Vec<acc> denominator(const acc* key, int64_t a, int64_t count) const {
+  template <bool factored, int shared, class scalar>
+  [[gnu::always_inline]] Vec<acc> denominator(const scalar* key, int64_t a, int64_t count) const {
     if constexpr (factored) {
       return at::vec::fmadd(Vec<acc>::loadu(query_exponentials_ + a), Vec<acc>::loadu(key + a), Vec<acc>(1));
     } else {
-      return direct_denominator<acc>(Vec<acc>::loadu(query_ + a, count), Vec<acc>::loadu(key + a, count), range_of<acc>(shared));
+      return direct_denominator<acc>(Vec<acc>::loadu(query_ + a, count), load_one<acc>(key + a, count), range_of<acc>(shared));
     }
   }
 
@@ -865,22 +875,25 @@ class OneQueryAdditive {
     const RowGroup<acc>& keys = rows();
     const bool fetches = keys.fetches();
     const int64_t end = factored ? shared_size_ : size_;
-    for_blocks<4>(keys.count(), [&](auto rows, int64_t first) {
-      Vec<acc> totals[1][rows.value];
-      for (int r = 0; r < rows.value; ++r) {
-        const acc* key = keys.row(first + r);
-        totals[0][r] = sum_of_quotients<shared>(v_, end, [&](int64_t a, int64_t filled) {
+    with_key_type<factored>([&](auto example) {
+      using scalar = decltype(example);
+      for_blocks<4>(keys.count(), [&](auto rows, int64_t first) {
+        Vec<acc> totals[1][rows.value];
+        for (int r = 0; r < rows.value; ++r) {
+          const auto* key = static_cast<const scalar*>(keys.address(first + r));
+          totals[0][r] = sum_of_quotients<shared>(v_, end, [&](int64_t a, int64_t filled) __attribute__((always_inline)) {
+            if (fetches) {
+              keys.fetch_next_line(first + r, a);
+              memory.fetch_next_line(first + r, a);
+            }
+            return denominator<factored, shared>(key, a, filled);
+          });
           if (fetches) {
-            keys.fetch_next(first + r, a);
-            memory.fetch_next(first + r, a);
+            memory.fetch_rest_of_next(first + r, end);
           }
-          return denominator<factored, shared>(key, a, filled);
-        });
-        if (fetches) {
-          memory.fetch_rest_of_next(first + r, end);
         }
-      }
-      store_sums<1, rows.value>(out + first, 0, totals, static_cast<acc>(-2 * problem_.scale));
+        store_sums<1, rows.value>(out + first, 0, totals, static_cast<acc>(-2 * problem_.scale));
+      });
     });
   }
 
@@ -893,70 +906,74 @@ class OneQueryAdditive {
     constexpr int64_t lanes = Vec<acc>::size();
     const RowGroup<acc>& keys = rows();
     const int64_t memory_size = problem_.memory_size;
-    for_blocks<kAtOnce>(keys.count(), [&](auto rows, int64_t first) {
-      const int64_t* steps = group.tile.steps + first;
-      const acc* weights = group.coefficients + first;
-      const bool to_keys = taken != kQuery && grad_keys_->wanted();
-      acc *grad_keys[rows.value], *grad_memory[rows.value];
-      const char* next[rows.value];
-      for (int r = 0; to_keys && r < rows.value; ++r) {
-        grad_keys[r] = taken == kAll ? static_cast<acc*>(grad_keys_->place(steps[r])) : grad_keys_->row(steps[r], r);
-        if constexpr (taken == kAll) {
-          grad_memory[r] = static_cast<acc*>(group.grad_memory.place(steps[r]));
-          next[r] = group.memory.next(first + r);
-        }
-      }
-      const auto stream_memory = [&](int64_t d) {
-        const auto g = Vec<acc>::loadu(group.grad_context + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows.value; ++r) {
-          stream(grad_memory[r] + d, Vec<acc>(weights[r]) * g);
-          fetch(next[r] + d * sizeof(acc));
-        }
-      };
-      for (int64_t a = 0; a < size_; a += lanes) {
-        const int64_t count = std::min(lanes, size_ - a);
-        const auto factor = Vec<acc>::loadu(v_ + a);
-        auto grad_q = Vec<acc>::loadu(group.grad_query + a, count);
-        auto grad_v = taken != kQuery ? Vec<acc>::loadu(grad_v_ + a, count) : Vec<acc>(0);
-        Vec<acc> grad_k[rows.value];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows.value; ++r) {
-          if (keys.fetches()) {
-            keys.fetch_next(first + r, a);
-          }
-          const Vec<acc> grad_score(group.grad_scores()[first + r]);
-          const auto h = negative_tanh<acc>(denominator<factored, 1>(keys.row(first + r), a, count) * Vec<acc>(0.5));
-          const auto u = grad_score * h;
-          const auto grad = at::vec::fnmadd(u, h, grad_score);
-          grad_q = grad_q + grad;
-          grad_v = grad_v + u;
-          grad_k[r] = grad * factor;
-          if (taken == kInputs && to_keys) {
-            grad_k[r].store(grad_keys[r] + a, static_cast<int>(count));
+    with_key_type<factored || taken == kAll>([&](auto example) {
+      using scalar = decltype(example);
+      for_blocks<kAtOnce>(keys.count(), [&](auto rows, int64_t first) {
+        const int64_t* steps = group.tile.steps + first;
+        const acc* weights = group.coefficients + first;
+        const bool to_keys = taken != kQuery && grad_keys_->wanted();
+        acc *grad_keys[rows.value], *grad_memory[rows.value];
+        const char* next[rows.value];
+        for (int r = 0; to_keys && r < rows.value; ++r) {
+          grad_keys[r] = taken == kAll ? static_cast<acc*>(grad_keys_->place(steps[r])) : grad_keys_->row(steps[r], r);
+          if constexpr (taken == kAll) {
+            grad_memory[r] = static_cast<acc*>(group.grad_memory.place(steps[r]));
+            next[r] = group.memory.next(first + r);
           }
         }
-        // After all reads: rows are often multiples of a page apart, and a read waits for a write that seems to be to its place.
-        if constexpr (taken == kAll) {
+        const auto stream_memory = [&](int64_t d) {
+          const auto g = Vec<acc>::loadu(group.grad_context + d);
 #pragma GCC unroll 4
           for (int r = 0; r < rows.value; ++r) {
-            stream(grad_keys[r] + a, grad_k[r]);
+            stream(grad_memory[r] + d, Vec<acc>(weights[r]) * g);
+            fetch(next[r] + d * sizeof(acc));
           }
-          if (a < memory_size) {
-            stream_memory(a);
+        };
+        for (int64_t a = 0; a < size_; a += lanes) {
+          const int64_t count = std::min(lanes, size_ - a);
+          const auto factor = Vec<acc>::loadu(v_ + a);
+          auto grad_q = Vec<acc>::loadu(group.grad_query + a, count);
+          auto grad_v = taken != kQuery ? Vec<acc>::loadu(grad_v_ + a, count) : Vec<acc>(0);
+          Vec<acc> grad_k[rows.value];
+#pragma GCC unroll 4
+          for (int r = 0; r < rows.value; ++r) {
+            if (keys.fetches()) {
+              keys.fetch_next_line(first + r, a);
+            }
+            const Vec<acc> grad_score(group.grad_scores()[first + r]);
+            const auto* key = static_cast<const scalar*>(keys.address(first + r));
+            const auto h = negative_tanh<acc>(denominator<factored, 1>(key, a, count) * Vec<acc>(0.5));
+            const auto u = grad_score * h;
+            const auto grad = at::vec::fnmadd(u, h, grad_score);
+            grad_q = grad_q + grad;
+            grad_v = grad_v + u;
+            grad_k[r] = grad * factor;
+            if (taken == kInputs && to_keys) {
+              grad_k[r].store(grad_keys[r] + a, static_cast<int>(count));
+            }
+          }
+          // After all reads: rows are often multiples of a page apart, and a read waits for a write that seems to be to its place.
+          if constexpr (taken == kAll) {
+#pragma GCC unroll 4
+            for (int r = 0; r < rows.value; ++r) {
+              stream(grad_keys[r] + a, grad_k[r]);
+            }
+            if (a < memory_size) {
+              stream_memory(a);
+            }
+          }
+          grad_q.store(group.grad_query + a, static_cast<int>(count));
+          if constexpr (taken != kQuery) {
+            grad_v.store(grad_v_ + a, static_cast<int>(count));
           }
         }
-        grad_q.store(group.grad_query + a, static_cast<int>(count));
-        if constexpr (taken != kQuery) {
-          grad_v.store(grad_v_ + a, static_cast<int>(count));
+        for (int64_t d = size_; taken == kAll && d < memory_size; d += lanes) {
+          stream_memory(d);
         }
-      }
-      for (int64_t d = size_; taken == kAll && d < memory_size; d += lanes) {
-        stream_memory(d);
-      }
-      for (int r = 0; taken == kInputs && to_keys && r < rows.value; ++r) {
-        grad_keys_->write(steps[r], grad_keys[r]);
-      }
+        for (int r = 0; taken == kInputs && to_keys && r < rows.value; ++r) {
+          grad_keys_->write(steps[r], grad_keys[r]);
+        }
+      });
     });
   }
 

@@ -48,15 +48,32 @@ inline void for_twos(int64_t size, const F& f) {
   }
 }
 
-// The first `count` elements, of at most two vectors, and zeros.
+// The first `count` elements, of at most a vector, and zeros.
+template <class acc, class scalar>
+[[gnu::always_inline]] inline Vec<acc> load_one(const scalar* from, int64_t count) {
+  if constexpr (std::is_same_v<scalar, acc>) {
+    return Vec<acc>::loadu(from, count);
+  } else if (count < Vec<acc>::size()) {
+    return std::get<0>(at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count)));
+  } else {
+    Vec<acc> x;
+    at::vec::load_to_float<scalar>(from, x);
+    return x;
+  }
+}
+
+// The same of at most two.
 template <class acc, class scalar>
 [[gnu::always_inline]] inline void load_two(Vec<acc> (&to)[2], const scalar* from, int64_t count) {
   constexpr int64_t lanes = Vec<acc>::size();
   if constexpr (std::is_same_v<scalar, acc>) {
     to[0] = Vec<acc>::loadu(from, std::min(count, lanes));
     to[1] = count > lanes ? Vec<acc>::loadu(from + lanes, count - lanes) : Vec<acc>(0);
-  } else {
+  } else if (count < 2 * lanes) {
     std::tie(to[0], to[1]) = at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count));
+  } else {
+    at::vec::load_to_float<scalar>(from, to[0]);
+    at::vec::load_to_float<scalar>(from + lanes, to[1]);
   }
 }
 
@@ -111,12 +128,11 @@ inline void with_bool(bool condition, const F& f) {
   condition ? f(std::true_type()) : f(std::false_type());
 }
 
-// A group's rows of a tensor: where they stand and as they are, or copied where their elements stand apart. If `converted`, halves
-// are copied too.
+// A group's rows of a tensor: where they stand and as they are, or copied where their elements stand apart.
 template <class acc>
 class RowGroup {
  public:
-  RowGroup(Arena& arena, Dtype dtype, const View& view, const Plan& plan, int64_t size, bool converted = false)
+  RowGroup(Arena& arena, Dtype dtype, const View& view, const Plan& plan, int64_t size)
       : source_(dtype),
         fetches_(plan.fetches),
         view_(view),
@@ -124,7 +140,8 @@ class RowGroup {
         ahead_(
             plan.streams ? plan.group
                          : std::clamp<int64_t>(kAheadBytes / std::max<int64_t>(size * width_of(dtype), 1), 1, plan.group)),
-        in_place_((view.element == 1 || size <= 1) && !(converted && source_ != kAccumulated<acc>)),
+        line_(64 / width_of(dtype)),
+        in_place_(view.element == 1 || size <= 1),
         dtype_(in_place_ ? source_ : kAccumulated<acc>),
         stride_(padded<acc>(size)),
         copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)) {}
@@ -163,6 +180,11 @@ class RowGroup {
     return rows_[r];
   }
 
+  // Of the rows as they are read.
+  Dtype dtype() const {
+    return dtype_;
+  }
+
   // Where rows are as they are accumulated.
   const acc* row(int64_t r) const {
     return static_cast<const acc*>(rows_[r]);
@@ -175,6 +197,13 @@ class RowGroup {
 
   [[gnu::always_inline]] void fetch_next(int64_t r, int64_t d) const {
     fetch(next(r) + d * width_of(source_));
+  }
+
+  // For whoever reads one vector of features after the other, of which a line may have several.
+  [[gnu::always_inline]] void fetch_next_line(int64_t r, int64_t d) const {
+    if ((d & (line_ - 1)) == 0) {
+      fetch_next(r, d);
+    }
   }
 
   // From feature d on.
@@ -291,6 +320,7 @@ class RowGroup {
   View view_;
   int64_t size_;
   int64_t ahead_;  // rows
+  int64_t line_;   // elements
   bool in_place_;
   Dtype dtype_;  // of the rows as they are read
   int64_t stride_;
