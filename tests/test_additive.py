@@ -10,7 +10,7 @@ from tests.cases import DTYPES, Case, assert_accurate, assert_same, short
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("T", [1, 3, 70], ids="T={}".format)
-@pytest.mark.parametrize("size", [10, 15.9, 16.1, 21.4, 22, 25, 44], ids="{:g}".format)
+@pytest.mark.parametrize("size", [10, 10.5, 10.7, 15.9, 16.1, 21.4, 22, 25, 44], ids="{:g}".format)
 def test_at_the_edge_of_factored_exponentials(size: float, T: int) -> None:
     """Keys like their queries and opposite to them are neighbours: 1 + exp(4 size) and 2 share a reciprocal."""
     problem = Case("additive", T=T, S=70, D=37, Dm=8).problem()

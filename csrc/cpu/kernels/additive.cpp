@@ -11,7 +11,8 @@
 // It is bound by arithmetic, and the reciprocal, three instructions and a Newton step, is most of it. Forward, four features share
 // one, 1/x0 + 1/x1 = (x0 + x1) / (x0 x1) and so on: 17 instructions on four vectors, two of them additions, instead of 24. Their
 // numerators are one because x, a multiply-add of exp(2k) with exp(2q) / v and 1 / v, has v in it. The backward needs every
-// reciprocal by itself: 11 instructions a vector, of which three are additions, for which many processors have ports of their own.
+// reciprocal by itself: 11 operations a vector, of which three are additions, for which many processors have ports of their own.
+// Where they have not, two source steps share a reciprocal, multiply-adds take the sums, and 9 are left.
 //
 // x, and the product of those that share, must neither overflow nor lose its factors to underflow. While the exponentials are taken
 // the largest |2q| and |2k| are found; their sum, and how far the v are apart, decide how many features share a reciprocal. Where
@@ -22,6 +23,7 @@
 #include "many_queries.h"
 #include "one_query.h"
 
+#include <numeric>
 #include <optional>
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
@@ -33,6 +35,17 @@ constexpr acc kRange = std::is_same_v<acc, double> ? 700 : 86;
 
 // So many features may share a reciprocal at most.
 constexpr int kMostShared = 4;
+
+// Whether additions have ports beside those for products, and an estimate of a reciprocal is one operation. On Intel's with AMX it
+// is three.
+#if defined(__AMX_BF16__)
+constexpr bool kAddsBesideProducts = false;
+#else
+constexpr bool kAddsBesideProducts = true;
+#endif
+
+// So many source steps may share a reciprocal in a backward of many queries. Not queries: a NaN of one would come into the next.
+constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
 
 // Queries of a register tile of scores, by kColumns keys.
 constexpr int kScoreRows = std::min(kRows, 4);
@@ -46,6 +59,11 @@ constexpr acc range_of(int shared) {
 // A smaller |v|, relative to the largest, adds nothing to a score: it counts as this much.
 template <class acc>
 constexpr acc kLeastV = std::is_same_v<acc, double> ? acc(0x1p-62) : acc(0x1p-32);
+
+template <class acc>
+inline Vec<acc> reciprocal(const Vec<acc>& x) {
+  return Vec<acc>(1) / x;
+}
 
 // h = 1 / x - 1 of x = (1 + E) / 2. Where tanh is small, 1 / x alone would leave dv the rounding of sum_s de_ts, which is 0,
 // instead of dv itself.
@@ -65,12 +83,30 @@ inline Vec<float> estimate(const Vec<float>& x) {
 }
 
 template <>
+inline Vec<float> reciprocal(const Vec<float>& x) {
+  const Vec<float> first = estimate(x);
+  return first * at::vec::fnmadd(x, first, Vec<float>(2));
+}
+
+template <>
 inline Vec<float> negative_tanh(const Vec<float>& x) {
   const Vec<float> first = estimate(x);
   return at::vec::fmadd(first, at::vec::fnmadd(x, first, Vec<float>(2)), Vec<float>(-1));
 }
-
 #endif
+
+// The same of one x or of two, which share a reciprocal.
+template <int shared, class acc>
+[[gnu::always_inline]] inline void negative_tanhs(Vec<acc> (&h)[shared], const Vec<acc> (&x)[shared]) {
+  static_assert(shared == 1 || shared == 2);
+  if constexpr (shared == 1) {
+    h[0] = negative_tanh<acc>(x[0]);
+  } else {
+    const auto both = reciprocal<acc>(x[0] * x[1]);
+    h[0] = at::vec::fmadd(both, x[1], Vec<acc>(-1));
+    h[1] = at::vec::fmadd(both, x[0], Vec<acc>(-1));
+  }
+}
 
 // sum + numerator / denominator, the Newton step's last product and the sum in one.
 template <class acc>
@@ -594,7 +630,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
     acc* keys;     // exp(2k) if their range allows, else q and k
     acc* grad_queries;
     acc* grad_keys;
-    bool factors;
+    int shared;  // so many steps share a reciprocal; 0: q and k
   };
 
   // So many columns are taken out of the rows at a time: every row is in a page of its own.
@@ -627,7 +663,9 @@ class AdditiveGradient : public AdditiveScore<acc> {
             fetch(keys[j] + next);
             fetch(grad_keys.to + j * grad_keys.stride + next);
           }
-          const auto add = column.factors ? add_column<true, to_queries, rows.value> : add_column<false, true, rows.value>;
+          const auto add = column.shared == kSharedSteps ? add_column<kSharedSteps, to_queries, rows.value>
+                           : column.shared == 1          ? add_column<1, to_queries, rows.value>
+                                                         : add_column<0, true, rows.value>;
           add(column, t0, grad_v_ + a + w * lanes, grad_scores + t0 * scores_stride, scores_stride, steps);
         });
       }
@@ -674,18 +712,18 @@ class AdditiveGradient : public AdditiveScore<acc> {
     }
     bool all_factor = true;
     for (int64_t w = 0; w < width; ++w) {
-      Column& column = columns_[w];
-      column.factors = 2 * largest(query_magnitudes[w] + key_magnitudes[w]) <= range_of<acc>(1);
-      all_factor &= column.factors;
+      const acc range = 2 * largest(query_magnitudes[w] + key_magnitudes[w]);
+      columns_[w].shared = range <= range_of<acc>(kSharedSteps) ? kSharedSteps : range <= range_of<acc>(1) ? 1 : 0;
+      all_factor &= columns_[w].shared > 0;
     }
     if (!all_factor) {
       for_vectors(queries, count, [&](int64_t w, int64_t i, const Vec<acc>& q) {
-        if (!columns_[w].factors) {
+        if (columns_[w].shared == 0) {
           q.store(columns_[w].queries + i);
         }
       });
       for_vectors(this->keys_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& k) {
-        if (!columns_[w].factors) {
+        if (columns_[w].shared == 0) {
           k.store(columns_[w].keys + j);
         }
       });
@@ -694,7 +732,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
 
   // The gradients of a few queries, from t0 on, stay in registers while the steps go by. Not inlined: sums that the caller could
   // look at would be stored at every step.
-  template <bool factors, bool to_queries, int rows>
+  template <int shared, bool to_queries, int rows>
   [[gnu::noinline]] static void add_column(
       const Column& column, int64_t t0, acc* grad_v_sum, const acc* scores, int64_t scores_stride, int64_t steps) {
     const acc* const keys = column.keys;
@@ -707,26 +745,55 @@ class AdditiveGradient : public AdditiveScore<acc> {
       q[i] = Vec<acc>::loadu(column.queries + (t0 + i) * lanes);
       grad_q[i] = Vec<acc>(0);
     }
-    auto grad_v = Vec<acc>::loadu(grad_v_sum);
-    for (int64_t j = 0; j < steps; ++j) {
-      const auto k = Vec<acc>::loadu(keys + j * lanes);
-      auto grad_k = Vec<acc>::loadu(grad_keys + j * lanes);
+    constexpr int most = std::max(shared, 1);
+    Vec<acc> grad_v[most];
+    std::fill_n(grad_v, most, Vec<acc>(0));
+    grad_v[0] = Vec<acc>::loadu(grad_v_sum);
+    const auto add_steps = [&](int64_t j, auto count) __attribute__((always_inline)) {
+      Vec<acc> k[count.value], grad_k[count.value];
+#pragma GCC unroll 2
+      for (int c = 0; c < count.value; ++c) {
+        k[c] = Vec<acc>::loadu(keys + (j + c) * lanes);
+        grad_k[c] = Vec<acc>::loadu(grad_keys + (j + c) * lanes);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const Vec<acc> grad_score(scores[i * scores_stride + j]);
-        const auto x = factors ? at::vec::fmadd(q[i], k, half) : direct_denominator<acc>(q[i], k, kRange<acc>) * half;
-        const auto h = negative_tanh<acc>(x);
-        const auto u = grad_score * h;
-        const auto y = at::vec::fnmadd(u, h, grad_score);
-        if constexpr (to_queries) {
-          grad_q[i] = grad_q[i] + y;
+        Vec<acc> x[count.value], h[count.value];
+#pragma GCC unroll 2
+        for (int c = 0; c < count.value; ++c) {
+          x[c] = shared > 0 ? at::vec::fmadd(q[i], k[c], half) : direct_denominator<acc>(q[i], k[c], kRange<acc>) * half;
         }
-        grad_k = grad_k + y;
-        grad_v = grad_v + u;
+        negative_tanhs<count.value, acc>(h, x);
+#pragma GCC unroll 2
+        for (int c = 0; c < count.value; ++c) {
+          const Vec<acc> grad_score(scores[i * scores_stride + j + c]);
+          if constexpr (kAddsBesideProducts) {
+            const auto u = grad_score * h[c];
+            const auto y = at::vec::fnmadd(u, h[c], grad_score);
+            grad_q[i] = grad_q[i] + y;
+            grad_k[c] = grad_k[c] + y;
+            grad_v[c] = grad_v[c] + u;
+          } else {
+            const auto slope = at::vec::fnmadd(h[c], h[c], Vec<acc>(1));
+            grad_q[i] = at::vec::fmadd(grad_score, slope, grad_q[i]);
+            grad_k[c] = at::vec::fmadd(grad_score, slope, grad_k[c]);
+            grad_v[c] = at::vec::fmadd(grad_score, h[c], grad_v[c]);
+          }
+        }
       }
-      grad_k.store(grad_keys + j * lanes);
+#pragma GCC unroll 2
+      for (int c = 0; c < count.value; ++c) {
+        grad_k[c].store(grad_keys + (j + c) * lanes);
+      }
+    };
+    int64_t j = 0;
+    for (; j + most <= steps; j += most) {
+      add_steps(j, std::integral_constant<int, most>());
     }
-    grad_v.store(grad_v_sum);
+    for (; j < steps; ++j) {
+      add_steps(j, std::integral_constant<int, 1>());
+    }
+    std::accumulate(grad_v + 1, grad_v + most, grad_v[0]).store(grad_v_sum);
 #pragma GCC unroll 8
     for (int i = 0; to_queries && i < rows; ++i) {
       grad_q[i].store(column.grad_queries + (t0 + i) * lanes);
