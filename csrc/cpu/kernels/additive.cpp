@@ -944,14 +944,15 @@ class OneQueryAdditive {
     const int64_t end = factored ? shared_size_ : size_;
     with_key_type<factored>([&](auto example) {
       using scalar = decltype(example);
+      using of_memory = std::conditional_t<factored, char, scalar>;  // prepared keys say nothing about it
       for_blocks<4>(keys.count(), [&](auto rows, int64_t first) {
         Vec<acc> totals[1][rows.value];
         for (int r = 0; r < rows.value; ++r) {
           const auto* key = static_cast<const scalar*>(keys.address(first + r));
           totals[0][r] = sum_of_quotients<shared>(v_, end, [&](int64_t a, int64_t filled) __attribute__((always_inline)) {
             if (fetches) {
-              keys.fetch_next_line(first + r, a);
-              memory.fetch_next_line(first + r, a);
+              keys.template fetch_next_line<scalar>(first + r, a);
+              memory.template fetch_next_line<of_memory>(first + r, a);
             }
             return denominator<factored, shared>(key, a, filled);
           });
@@ -1005,7 +1006,7 @@ class OneQueryAdditive {
 #pragma GCC unroll 4
           for (int r = 0; r < rows.value; ++r) {
             if (keys.fetches()) {
-              keys.fetch_next_line(first + r, a);
+              keys.template fetch_next_line<scalar>(first + r, a);
             }
             const Vec<acc> grad_score(group.grad_scores()[first + r]);
             const auto* key = static_cast<const scalar*>(keys.address(first + r));

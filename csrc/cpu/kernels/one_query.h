@@ -199,16 +199,18 @@ class RowGroup {
     fetch(next(r) + d * width_of(source_));
   }
 
-  // For whoever reads one vector of features after the other, of which a line may have several.
+  // For whoever reads one vector of features after the other, of which a line may have several; of `scalar` where that is known.
+  template <class scalar = char>
   [[gnu::always_inline]] void fetch_next_line(int64_t r, int64_t d) const {
-    if ((d & (line_ - 1)) == 0) {
+    constexpr bool is_line = Vec<acc>::size() * sizeof(scalar) >= 64;
+    if (is_line || (d & (line_ - 1)) == 0) {
       fetch_next(r, d);
     }
   }
 
   // From feature d on.
   void fetch_rest_of_next(int64_t r, int64_t d) const {
-    for (const int64_t line = 64 / width_of(source_); d < size_; d += line) {
+    for (; d < size_; d += line_) {
       fetch_next(r, d);
     }
   }
