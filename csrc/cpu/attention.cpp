@@ -72,7 +72,7 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   use_huge_pages(gradients.keys);
   use_huge_pages(gradients.memory);
   const int64_t items = call.plan.items(call.problem);
-  Tensor grad_v = gradients.v;  // [items, A]: a partial sum an item, to be summed in a fixed order; [A] of a single one
+  Tensor grad_v = gradients.v;  // [items, A]: a partial sum an item, to be summed in their order; [A] of a single one
   const auto type = gradients.v.defined() && gradients.v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   if (gradients.v.defined() && (items != 1 || gradients.v.scalar_type() != type)) {
     grad_v = at::empty({items, call.problem.key_size}, gradients.v.options().dtype(type));
@@ -82,9 +82,13 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
     const Kernels& kernels = kernels_for(call.problem, call.plan);
     const bool merges = call.plan.splits * call.plan.chunks > 1;
     run_all(call, kernels.backward_slot(call), kernels.backward, kernels.merge_backward, merges);
-  }
-  if (!grad_v.is_same(gradients.v)) {
-    gradients.v.copy_(grad_v.sum(0));
+    if (!grad_v.is_same(gradients.v)) {
+      void* const out = data_of(gradients.v);
+      const int64_t grain = ceil_div(kGrain, items);
+      at::parallel_for(0, call.problem.key_size, grain, [&](int64_t begin, int64_t end) { kernels.sum_v(call, out, begin, end); });
+    }
+  } else if (gradients.v.defined()) {
+    gradients.v.zero_();
   }
 }
 

@@ -338,6 +338,14 @@ class AdditiveScore {
     }
   }
 
+  // Features first .. end of the items' partial sums, in their order.
+  static void sum_v(const Backward& f, void* grad_v, int64_t first, int64_t end) {
+    const Dtype dtype = f.problem.dtype;
+    void* const out = static_cast<char*>(grad_v) + first * width_of(dtype);
+    const size_t distance = f.problem.key_size * sizeof(acc);
+    merge_row(dtype, out, 0, static_cast<acc*>(f.grad_v) + first, f.plan.items(f.problem), distance, end - first);
+  }
+
   void scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps, Workspace<acc>&) const {
     if (may_share(4)) {
       factored_scores<4>(out, out_stride, first, count, steps);

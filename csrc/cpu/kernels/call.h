@@ -164,7 +164,9 @@ struct Kernels {
   size_t (*backward_slot)(const Backward&);
   void (*backward)(const Backward&, int64_t item, char* slot);
   void (*merge_backward)(const Backward&, int64_t item, char* slots, size_t slot_size);
-  void (*prepare)(const Preparation&, int64_t first, int64_t end);  // of the B S keys; additive only
+  // Additive only: of the B S keys; and some of v's gradient out of the items' partial sums.
+  void (*prepare)(const Preparation&, int64_t first, int64_t end);
+  void (*sum_v)(const Backward&, void* grad_v, int64_t first, int64_t end);
 };
 
 }  // namespace attn_ext::cpu

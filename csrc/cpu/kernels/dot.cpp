@@ -16,8 +16,9 @@ class DotScore {
   using element = element_;
   using acc = typename Factors<element>::acc;
 
-  // No step of a loop has keys to prepare.
-  static constexpr void (*prepare)(const Preparation&, int64_t, int64_t) = nullptr;
+  // No step of a loop has keys to prepare, and no score a v.
+  static constexpr decltype(Kernels::prepare) prepare = nullptr;
+  static constexpr decltype(Kernels::sum_v) sum_v = nullptr;
 
   static bool takes_tiles(const Problem& problem, const Plan& plan) {
     if constexpr (kIsPaired<element>) {
@@ -202,7 +203,7 @@ const Kernels& dot_kernels(Dtype factors, bool one_query, [[maybe_unused]] int64
 #if defined(__AVX512BF16__)
   // Fewer are bound by memory.
   if (factors == Dtype::BFloat16 && chunk >= kPanelRows) {
-    return kKernels<AttentionForward<DotScore<Pair>>, AttentionBackward<DotGradient<Pair>>, DotScore<Pair>::prepare>;
+    return kKernels<AttentionForward<DotScore<Pair>>, AttentionBackward<DotGradient<Pair>>, DotScore<Pair>>;
   }
 #endif
   return kernels_of<DotScore, DotGradient, OneQueryDot>(factors, one_query);
