@@ -169,7 +169,7 @@ def test_halves_are_rounded_where_they_are_written(
     else:
         capability = torch.ops.attn_ext.cpu_capability()
         has_pairs = dtype == torch.bfloat16 and capability in ("avx512_bf16", "avx512_amx")
-        from_rounded = has_pairs and method != "additive" and T >= 16
+        from_rounded = has_pairs and T >= 16
     tolerance = {"rtol": 1e-5, "atol": 1e-5 if on_gpu else 1e-6}
     # By matrix tiles, sixteen bits of each number.
     if not on_gpu and capability == "avx512_amx" and T >= 16:

@@ -274,15 +274,19 @@ struct Wanted {
   bool keys = false;
 };
 
-template <class acc_>
+// `element` is what the memory's products multiply; the scores are sums in the accumulation type.
+template <class element_>
 class AdditiveScore {
  public:
-  using acc = acc_;
-  using element = acc;
+  using element = element_;
+  using acc = typename Factors<element>::acc;
 
   static bool takes_tiles(const Problem& problem, const Plan& plan) {
+    if constexpr (kIsPaired<element>) {
+      return kTakesTiles<element>;
+    }
     const TileExcess excess(problem, plan);
-    return is_worth_tiles<acc>(excess.of_rows() + excess.of_exponentials());
+    return is_worth_tiles<element>(excess.of_rows() + excess.of_exponentials());
   }
 
   AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, Wanted wanted = {})
@@ -313,7 +317,7 @@ class AdditiveScore {
     }
   }
 
-  void load_keys(int64_t b, const Tile& tile, const Rows<acc>&) {
+  void load_keys(int64_t b, const Tile& tile, const Rows<element>&) {
     if (key_exponentials_.is_prepared()) {
       key_exponentials_.find(b, tile);
       if (!wanted_.keys && may_share(2)) {  // nobody looks at the keys themselves
@@ -346,7 +350,7 @@ class AdditiveScore {
     merge_row(dtype, out, 0, static_cast<acc*>(f.grad_v) + first, f.plan.items(f.problem), distance, end - first);
   }
 
-  void scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps, Workspace<acc>&) const {
+  void scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps, Workspace<element>&) const {
     if (may_share(4)) {
       factored_scores<4>(out, out_stride, first, count, steps);
     } else if (may_share(2)) {
@@ -479,18 +483,22 @@ class AdditiveScore {
   acc spread_ = 0;  // of log |v|
 };
 
-template <class acc>
-class AdditiveGradient : public AdditiveScore<acc> {
+template <class element>
+class AdditiveGradient : public AdditiveScore<element> {
  public:
+  using acc = typename AdditiveScore<element>::acc;
   static constexpr bool kMultipliesKeys = false;
 
   static bool takes_tiles(const Problem& problem, const Plan& plan) {
+    if constexpr (kIsPaired<element>) {
+      return kTakesTiles<element>;
+    }
     const TileExcess excess(problem, plan);
-    return is_worth_tiles<acc>(excess.of_scores(problem.memory_size) + excess.of_rows() + excess.of_exponentials());
+    return is_worth_tiles<element>(excess.of_scores(problem.memory_size) + excess.of_rows() + excess.of_exponentials());
   }
 
   AdditiveGradient(const Backward& f, Arena& arena)
-      : AdditiveScore<acc>(f.problem, f.plan.chunk, f.plan.tile, arena, wanted(f)),
+      : AdditiveScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, wanted(f)),
         f_(f),
         half_exponentials_(arena, only_queries(f) ? f.plan.chunk : 0, f.problem.key_size),
         grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, crowds(f.problem)),
@@ -522,12 +530,12 @@ class AdditiveGradient : public AdditiveScore<acc> {
     std::fill_n(grad_v_, padded<acc>(this->size_), acc(0));
   }
 
-  void begin_tile(int64_t b, const Tile& tile, int64_t written, const Rows<acc>& memory) {
+  void begin_tile(int64_t b, const Tile& tile, int64_t written, const Rows<element>& memory) {
     this->load_keys(b, tile, memory);
     grad_keys_.begin(tile, written);
   }
 
-  const acc** queries_of_memory(const acc** rows, int64_t, int64_t) const {
+  const element** queries_of_memory(const element** rows, int64_t, int64_t) const {
     return rows;
   }
 
@@ -538,7 +546,7 @@ class AdditiveGradient : public AdditiveScore<acc> {
       int64_t count,
       int64_t steps,
       Result<acc> grad_query,
-      Workspace<acc>&) {
+      Workspace<element>&) {
     if (only_queries(f_) && this->may_factor()) {
       add_to_queries(grad_scores, scores_stride, first, count, steps, grad_query);
     } else if (f_.grad_query == nullptr) {
@@ -1073,8 +1081,8 @@ class OneQueryAdditive {
 
 }  // namespace
 
-const Kernels& additive_kernels(Dtype dtype, bool one_query, int64_t) {
-  return kernels_of<AdditiveScore, AdditiveGradient, OneQueryAdditive>(dtype, one_query);
+const Kernels& additive_kernels(Dtype factors, bool one_query, int64_t chunk) {
+  return kernels_of<AdditiveScore, AdditiveGradient, OneQueryAdditive>(factors, one_query, chunk);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -199,14 +199,8 @@ class OneQueryDot {
 
 }  // namespace
 
-const Kernels& dot_kernels(Dtype factors, bool one_query, [[maybe_unused]] int64_t chunk) {
-#if defined(__AVX512BF16__)
-  // Fewer are bound by memory.
-  if (factors == Dtype::BFloat16 && chunk >= kPanelRows) {
-    return kKernels<AttentionForward<DotScore<Pair>>, AttentionBackward<DotGradient<Pair>>, DotScore<Pair>>;
-  }
-#endif
-  return kernels_of<DotScore, DotGradient, OneQueryDot>(factors, one_query);
+const Kernels& dot_kernels(Dtype factors, bool one_query, int64_t chunk) {
+  return kernels_of<DotScore, DotGradient, OneQueryDot>(factors, one_query, chunk);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

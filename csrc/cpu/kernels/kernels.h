@@ -17,9 +17,15 @@ constexpr Kernels kKernels = {
     Score::prepare,
     Score::sum_v};
 
-// One query goes its own way. The halves share float's kernels, which convert as they load and store.
+// One query goes its own way. The halves share float's kernels, which convert as they load and store, but for products of pairs.
 template <template <class> class Score, template <class> class Gradient, template <class> class OneQuery>
-const Kernels& kernels_of(Dtype dtype, bool one_query) {
+const Kernels& kernels_of(Dtype factors, bool one_query, [[maybe_unused]] int64_t chunk) {
+#if defined(__AVX512BF16__)
+  // Fewer are bound by memory.
+  if (factors == Dtype::BFloat16 && chunk >= kPanelRows) {
+    return kKernels<AttentionForward<Score<Pair>>, AttentionBackward<Gradient<Pair>>, Score<Pair>>;
+  }
+#endif
   const auto of = [&](auto example) -> const Kernels& {
     using acc = decltype(example);
     if (one_query) {
@@ -27,7 +33,7 @@ const Kernels& kernels_of(Dtype dtype, bool one_query) {
     }
     return kKernels<AttentionForward<Score<acc>>, AttentionBackward<Gradient<acc>>, Score<acc>>;
   };
-  return dtype == Dtype::Double ? of(double()) : of(float());
+  return factors == Dtype::Double ? of(double()) : of(float());
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY
