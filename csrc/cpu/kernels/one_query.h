@@ -210,7 +210,7 @@ class RowGroup {
 
   // From feature d on.
   void fetch_rest_of_next(int64_t r, int64_t d) const {
-    for (; d < size_; d += line_) {
+    for (const int64_t line = 64 / width_of(source_); d < size_; d += line) {
       fetch_next(r, d);
     }
   }
