@@ -282,9 +282,6 @@ class AdditiveScore {
   using acc = typename Factors<element>::acc;
 
   static bool takes_tiles(const Problem& problem, const Plan& plan) {
-    if constexpr (kIsPaired<element>) {
-      return kTakesTiles<element>;
-    }
     const TileExcess excess(problem, plan);
     return is_worth_tiles<element>(excess.of_rows() + excess.of_exponentials());
   }
@@ -490,9 +487,6 @@ class AdditiveGradient : public AdditiveScore<element> {
   static constexpr bool kMultipliesKeys = false;
 
   static bool takes_tiles(const Problem& problem, const Plan& plan) {
-    if constexpr (kIsPaired<element>) {
-      return kTakesTiles<element>;
-    }
     const TileExcess excess(problem, plan);
     return is_worth_tiles<element>(excess.of_scores(problem.memory_size) + excess.of_rows() + excess.of_exponentials());
   }

@@ -21,9 +21,6 @@ class DotScore {
   static constexpr decltype(Kernels::sum_v) sum_v = nullptr;
 
   static bool takes_tiles(const Problem& problem, const Plan& plan) {
-    if constexpr (kIsPaired<element>) {
-      return kTakesTiles<element>;  // they are pairs to begin with
-    }
     const TileExcess excess(problem, plan);
     return is_worth_tiles<element>(excess.of_scores(problem.key_size) + excess.of_rows());
   }

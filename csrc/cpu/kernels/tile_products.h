@@ -26,10 +26,11 @@ constexpr double excess_of_tiles(int64_t height, int64_t depth, int64_t width, i
   return filled * parts * (parts + 1) / 12 + taken * (parts + 1) / 4 - kMultiplyAdd * work;
 }
 
-// Whether products of floats go by tiles: all that follow each other, whose excess that is, or none.
+// Whether products go by tiles: of pairs wherever there are tiles, of floats all that follow each other, whose excess that is, or
+// none.
 template <class element>
 constexpr bool is_worth_tiles(double excess) {
-  return kTakesTiles<element> && kBegin + excess <= 0;
+  return kTakesTiles<element> && (kIsPaired<element> || kBegin + excess <= 0);
 }
 
 // The excess of an item's queries with a tile of memory.
