@@ -432,7 +432,7 @@ class Checker {
     }
     double unit = unit_of(dtype);
     if (case_.rounds_inputs()) {
-      unit = std::max(unit, 2 * unit_of(case_.is_additive() ? Dtype::Half : case_.factors));  // additive has no pairs
+      unit = std::max(unit, 2 * unit_of(case_.factors));
     }
     for (size_t i = 0; i < expected.size(); ++i) {
       const bool same = actual[i] == expected[i];  // infinities
@@ -554,7 +554,7 @@ bool check(uint64_t seed) {
         total[a] += grad_v.at(0, item, a);
       }
     }
-    checker.compare("grad v", total, truth.grad_v, c.exact_type, slack, truth.grad_size * std::sqrt(1.0 + c.B * c.T));
+    checker.compare("grad v", total, truth.grad_v, c.products_type(), slack, truth.grad_size * std::sqrt(1.0 + c.B * c.T));
   }
 
   // The gradients of keys and of v alone, from those of the scores, where no values take part.

@@ -189,7 +189,7 @@ struct Op {
 
   // As exact as the products with the weights are: pairs of bfloat16 are multiplied with rounded ones.
   Dtype products_type() const {
-    return factors == Dtype::BFloat16 && !is_additive() ? factors : exact_type;
+    return factors == Dtype::BFloat16 ? factors : exact_type;
   }
 
   // Whether the inputs of products are rounded, too.
