@@ -432,7 +432,7 @@ class Checker {
     }
     double unit = unit_of(dtype);
     if (case_.rounds_inputs()) {
-      unit = std::max(unit, 2 * unit_of(case_.factors));
+      unit = std::max(unit, 2 * unit_of(case_.factors == Dtype::BFloat16 ? case_.products_type() : case_.factors));
     }
     for (size_t i = 0; i < expected.size(); ++i) {
       const bool same = actual[i] == expected[i];  // infinities
@@ -554,7 +554,13 @@ bool check(uint64_t seed) {
         total[a] += grad_v.at(0, item, a);
       }
     }
-    checker.compare("grad v", total, truth.grad_v, c.products_type(), slack, truth.grad_size * std::sqrt(1.0 + c.B * c.T));
+    const double size = truth.grad_size * std::sqrt(1.0 + c.B * c.T);
+    checker.compare("grad v", total, truth.grad_v, c.products_type(), slack, size);
+    Array sum(c.dtype, 1, 1, c.D);
+    const int64_t middle = random.upto(0, c.D);
+    backward.sum_v(b, sum.data(), 0, middle);
+    backward.sum_v(b, sum.data(), middle, c.D);
+    checker.compare("sum of grad v", sum.values(), total, c.dtype, slack, size);
   }
 
   // The gradients of keys and of v alone, from those of the scores, where no values take part.

@@ -187,9 +187,13 @@ struct Op {
         factors, problem().is_one_query(), plan.chunk);
   }
 
-  // As exact as the products with the weights are: pairs of bfloat16 are multiplied with rounded ones.
+  // As exact as the products with the weights are: pairs of bfloat16, of 16 queries and more, are multiplied with rounded ones.
   Dtype products_type() const {
-    return factors == Dtype::BFloat16 ? factors : exact_type;
+#if defined(__AVX512BF16__)
+    return factors == Dtype::BFloat16 && T >= 16 ? factors : exact_type;
+#else
+    return exact_type;
+#endif
   }
 
   // Whether the inputs of products are rounded, too.

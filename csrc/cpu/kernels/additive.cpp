@@ -36,8 +36,8 @@ constexpr acc kRange = std::is_same_v<acc, double> ? 700 : 86;
 // So many features may share a reciprocal at most.
 constexpr int kMostShared = 4;
 
-// Whether additions have ports beside those for products, and an estimate of a reciprocal is one operation. On Intel's with AMX it
-// is three.
+// Whether additions have ports beside those for products. On Intel's with AMX they have not, and the estimate of a reciprocal takes
+// three operations of the same.
 #if defined(__AMX_BF16__)
 constexpr bool kAddsBesideProducts = false;
 #else
