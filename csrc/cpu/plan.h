@@ -37,9 +37,8 @@ constexpr int64_t kLarge = int64_t{1} << 24;
 constexpr int64_t kGroupBytes = 1 << 17;
 constexpr int64_t kTwiceReadBytes = 1 << 15;
 
-// Source steps whose context costs more to write than to sum, and how much of it is kept in cache until it is written.
-constexpr int64_t kFewSteps = 8;
-constexpr int64_t kFewBytes = int64_t{1} << 15;
+// Queries, or source steps, whose products are over before the lines of a large result have come from afar to be written.
+constexpr int64_t kShallow = 32;
 
 inline int64_t work_of_step(const Problem& problem) {
   const int64_t score = problem.method == Method::Additive ? kTanhCost * problem.key_size : problem.key_size;
@@ -96,8 +95,8 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   const int64_t row = problem.memory_size + (problem.method == Method::Dot ? 0 : problem.key_size);
   const int64_t bytes = problem.batch * problem.steps * row * width_of(problem.dtype);
   plan.fetches = bytes >= kFarMemory;
+  plan.streams = writes_rows && problem.queries <= kShallow && bytes >= kLarge;
   if (problem.is_one_query()) {
-    plan.streams = writes_rows && bytes >= kLarge;
     const bool is_read_twice = problem.method == Method::Dot && plan.fetches && !writes_rows;
     plan.group = group_of(problem, is_read_twice ? kTwiceReadBytes : kGroupBytes);
   }
@@ -121,20 +120,22 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   return plan;
 }
 
+// Of a result with a row of `size` elements a query, as much of which `tensors` take that are in use at the time.
+inline bool streams_queries(const Problem& problem, int64_t size, int64_t tensors) {
+  const int64_t bytes = problem.batch * problem.queries * size * width_of(problem.dtype);
+  return problem.steps <= kShallow && tensors * bytes >= kLarge;
+}
+
 // `writes_rows`: gradients of keys or memory.
 inline Plan backward_plan(const Problem& problem, int64_t threads, bool writes_rows) {
-  return plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges, writes_rows);
+  Plan plan = plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges, writes_rows);
+  plan.streams_queries = streams_queries(problem, problem.key_size, 1);
+  return plan;
 }
 
 inline Plan forward_plan(const Problem& problem, int64_t threads) {
-  const int64_t row = problem.memory_size * width_of(problem.dtype);
-  const bool is_copied = problem.method != Method::Additive && !problem.is_one_query() && problem.steps <= kFewSteps;
-  // The queries are about as large as the context. Halves are rounded when they are written.
-  if (!is_copied || width_of(problem.dtype) < 4 || 2 * problem.batch * problem.queries * row < kLarge) {
-    return plan_of(problem, kChunk, threads, kWait, false);
-  }
-  Plan plan = plan_of(problem, std::clamp<int64_t>(kFewBytes / row, 1, kChunk), threads, kWait, false);
-  plan.streams = true;
+  Plan plan = plan_of(problem, kChunk, threads, kWait, false);
+  plan.streams_queries = streams_queries(problem, problem.memory_size, 2);
   return plan;
 }
 

@@ -215,6 +215,7 @@ Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   plan.splits = std::max<int64_t>(ceil_div(p.steps, plan.split_size), 1);
   plan.fetches = random.chance(0.5);
   plan.streams = random.chance(0.5);
+  plan.streams_queries = random.chance(0.5);
   return plan;
 }
 
@@ -354,7 +355,7 @@ bool check_products(Random& random) {
 bool check_ahead(Random& random) {
   using CPU_CAPABILITY::Ahead;
   Ahead ahead;
-  std::vector<char> data(1 << 19), wanted(data.size()), asked(data.size() + Ahead::kLine);
+  std::vector<char> data(1 << 19), wanted(data.size()), asked(data.size() + kLine);
   ahead.clear();
   int64_t begin = 0;
   for (int64_t blocks = random.upto(0, 4); blocks > 0; --blocks) {
@@ -370,12 +371,12 @@ bool check_ahead(Random& random) {
   }
   const char* const end = data.data() + data.size();
   for (Ahead::Lines lines; (lines = ahead.take(random.upto(1, 40))).count > 0;) {
-    for (const char* line = lines.first; line < lines.first + Ahead::kLine * lines.count; line += Ahead::kLine) {
+    for (const char* line = lines.first; line < lines.first + kLine * lines.count; line += kLine) {
       if (line < data.data() || line >= end || !wanted[line - data.data()]) {
         std::printf("a line of no row that comes next was asked for\n");
         return false;
       }
-      std::fill_n(asked.begin() + (line - data.data()), Ahead::kLine, 1);
+      std::fill_n(asked.begin() + (line - data.data()), kLine, 1);
     }
   }
   for (int64_t i = 0; i < begin; ++i) {

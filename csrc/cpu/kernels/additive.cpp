@@ -653,7 +653,7 @@ class AdditiveGradient : public AdditiveScore<element> {
       const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, Result<acc> grad_query) {
     const acc* const* queries = this->query_.addresses() + first;
     const acc* const* keys = this->has_exponentials_ ? this->key_exponentials_.addresses() : this->keys_.addresses();
-    const Result<acc> grad_keys(grad_keys_.rows(), grad_keys_.stride(), first > 0);
+    const Result<acc> grad_keys = grad_keys_.rows(first > 0);
     constexpr int64_t strip = kAbreast * lanes;
     for (int64_t a = 0; a < this->size_; a += strip) {
       const int64_t width = std::min(ceil_div(this->size_ - a, lanes), kAbreast);

@@ -8,6 +8,8 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
+constexpr int64_t kLine = 64;  // bytes
+
 // A line of what comes next, into the second-level cache: the first has its hands full. Calls of what does nothing but fetch would
 // be dropped as without effect, were they not inlined at once.
 [[gnu::always_inline]] inline void fetch(const void* line) {
@@ -18,8 +20,6 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 // cycles of multiply-adds: what other work has left far away is near when its turn comes.
 class Ahead {
  public:
-  static constexpr int64_t kLine = 64;
-
   // Lines one behind the other.
   struct Lines {
     const char* first;
@@ -92,7 +92,13 @@ class Ahead {
   int64_t bytes_ = 0;
 };
 
-// Past every cache; `to` is aligned to a vector.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+constexpr bool kStreams = true;
+#else
+constexpr bool kStreams = false;
+#endif
+
+// Past every cache, where kStreams; `to` is aligned to a vector.
 template <class V>
 inline void stream(void* to, const V& x) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -111,15 +117,13 @@ inline void finish_streaming() {
 #endif
 }
 
-// A row past every cache, but for the lines that it shares with other rows; as much is fetched from `next` on.
+// A row past every cache, but for the lines that it shares with other rows.
 template <class acc>
-inline void stream_row(acc* to, const acc* from, int64_t size, const char* next) {
-  constexpr int64_t lanes = Vec<acc>::size(), line = 64 / sizeof(acc);
-  int64_t i = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / sizeof(acc), size);
-  fetch(next);
+inline void stream_row(acc* to, const acc* from, int64_t size) {
+  constexpr int64_t lanes = Vec<acc>::size(), line = kLine / sizeof(acc);
+  int64_t i = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLine / sizeof(acc), size);
   std::copy_n(from, i, to);
   for (; i + line <= size; i += line) {
-    fetch(next + i * sizeof(acc));
     for (int64_t j = 0; j < line; j += lanes) {
       stream(to + i + j, Vec<acc>::loadu(from + i + j));
     }

@@ -41,15 +41,16 @@ inline int64_t quotient(int64_t a, int64_t b) {
 }
 
 struct Plan {
-  int64_t tile;         // source steps per tile, a multiple of every vector's width
-  int64_t group;        // source steps that one query takes at a time, a multiple of 4
-  int64_t chunk;        // queries per item, of a forward's at most kChunk
-  int64_t chunks;       // items along T
-  int64_t split_size;   // source steps per item
-  int64_t splits;       // items along S
-  int64_t split_tiles;  // tiles per item, at most
-  bool fetches;         // what one query reads may be far: what comes next is asked for ahead
-  bool streams;         // results too large to stay near, one query's gradients or many queries' context, go past the caches
+  int64_t tile;          // source steps per tile, a multiple of every vector's width
+  int64_t group;         // source steps that one query takes at a time, a multiple of 4
+  int64_t chunk;         // queries per item, of a forward's at most kChunk
+  int64_t chunks;        // items along T
+  int64_t split_size;    // source steps per item
+  int64_t splits;        // items along S
+  int64_t split_tiles;   // tiles per item, at most
+  bool fetches;          // what one query reads may be far: what comes next is asked for ahead
+  bool streams;          // results too large to stay near go past the caches: the gradients of few queries' keys and memory,
+  bool streams_queries;  // and few steps' contexts and gradients of queries
 
   int64_t groups(const Problem& problem) const {
     return problem.batch * chunks;

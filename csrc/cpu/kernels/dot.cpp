@@ -100,14 +100,7 @@ class DotGradient : public DotScore<element> {
 
   // Of `count` queries from `first` on; the coefficients, by source step, are the gradients of their scores.
   void add_to_keys(Coefficients<acc> coefficients, int64_t first, int64_t count, int64_t steps, Workspace<element>& work) {
-    multiply(
-        Result<acc>{grad_keys_->rows(), grad_keys_->stride(), first > 0},
-        steps,
-        coefficients,
-        this->query_.addresses() + first,
-        count,
-        this->size_,
-        &work);
+    multiply(grad_keys_->rows(first > 0), steps, coefficients, this->query_.addresses() + first, count, this->size_, &work);
   }
 
   void add(

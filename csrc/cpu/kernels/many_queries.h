@@ -63,6 +63,9 @@ struct StepsRow {
   }
 };
 
+// Of rows that go past the caches by way of scratch, so much at a time.
+constexpr int64_t kNearBytes = int64_t{1} << 15;
+
 // Of what comes after the source steps before `written`: another tile of the item, or the item that most often comes next.
 class Next {
  public:
@@ -188,26 +191,20 @@ struct AttentionForward {
       if (final && f.weights != nullptr) {
         store_weights(f, item, all, slot, slot.row_max, slot.row_sum);
       }
-      const acc* before = tiles > 0 ? slot.context : nullptr;
-      const bool exact = final && f.exact_context != nullptr;
-      const bool in_place = exact && !f.plan.streams;
-      multiply(
-          Result<acc>{
-              in_place ? context_of(f, item) : slot.context,
-              in_place ? problem.memory_size : slot.context_stride,
-              before,
-              slot.context_stride,
-              slot.factors,
-              1},
-          item.queries,
-          Coefficients<acc>{scores, stride, 1},
-          slot.memory.addresses(),
-          tile.count,
-          problem.memory_size,
-          &slot.work);
-      if (exact && f.plan.streams) {
-        stream_context(f, index, item, slot);
+      const Coefficients<acc> coefficients{scores, stride, 1};
+      const bool in_place = final && f.exact_context != nullptr;
+      if (in_place && f.plan.streams_queries && tiles == 0 && !slot.rounds) {
+        stream_context(f, item, slot, coefficients, tile.count);
+        continue;
       }
+      const Result<acc> context{
+          in_place ? context_of(f, item) : slot.context,
+          in_place ? problem.memory_size : slot.context_stride,
+          tiles > 0 ? slot.context : nullptr,
+          slot.context_stride,
+          slot.factors,
+          1};
+      multiply(context, item.queries, coefficients, slot.memory.addresses(), tile.count, problem.memory_size, &slot.work);
     }
     for (int64_t t = 0; tiles == 0 && t < item.queries; ++t) {
       std::fill_n(slot.context + t * slot.context_stride, problem.memory_size, acc(0));
@@ -244,8 +241,7 @@ struct AttentionForward {
 
  private:
   static void plan_ahead(const Forward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
-    // stream_context() fetches by itself.
-    if (!slot.work.may_plan(tile.count) || f.plan.streams) {
+    if (!slot.work.may_plan(tile.count)) {
       return;
     }
     Ahead& ahead = slot.work.ahead;
@@ -266,19 +262,19 @@ struct AttentionForward {
     }
   }
 
-  // The context past the caches, while the queries of the item that most often comes next are fetched: in turns, what is read and
-  // what is written would add up.
-  static void stream_context(const Forward& f, int64_t index, const Item& item, const Slot& slot) {
-    const View& query = f.problem.query;
-    const Item next = f.plan.item(f.problem, std::min(index + 1, f.plan.items(f.problem) - 1));
-    for (int64_t t = 0; t < item.queries; ++t) {
-      const int64_t row = next.batch * query.batch + (next.first_query + std::min(t, next.queries - 1)) * query.row;
-      const char* next_query = static_cast<const char*>(query.data) + row * width_of(f.problem.dtype);
-      stream_row(
-          context_of(f, item) + t * f.problem.memory_size,
-          slot.context + t * slot.context_stride,
-          f.problem.memory_size,
-          next_query);
+  // The context of a lone tile past the caches; rows that are not whole lines by way of scratch, a few at a time.
+  static void stream_context(const Forward& f, const Item& item, Slot& slot, const Coefficients<acc>& coefficients, int64_t steps) {
+    const int64_t size = f.problem.memory_size;
+    const Result<acc> context = Result<acc>{context_of(f, item), size, nullptr, 0, slot.factors, 1}.streamed();
+    const int64_t few = context.streams ? item.queries : std::max<int64_t>(kNearBytes / (slot.context_stride * sizeof(acc)), 1);
+    for (int64_t first = 0; first < item.queries; first += few) {
+      const int64_t count = std::min(few, item.queries - first);
+      const Result<acc> scratch{slot.context, slot.context_stride, nullptr, 0, slot.factors + first, 1};
+      const Coefficients<acc> of_rows{coefficients.data + first * coefficients.row, coefficients.row, coefficients.column};
+      multiply(context.streams ? context : scratch, count, of_rows, slot.memory.addresses(), steps, size, &slot.work);
+      for (int64_t t = 0; !context.streams && t < count; ++t) {
+        stream_row(context.to + (first + t) * size, slot.context + t * slot.context_stride, size);
+      }
     }
     finish_streaming();
   }
@@ -406,6 +402,7 @@ class TileGradient {
         dtype_(shares_ > 1 ? kAccumulated<acc> : problem.dtype),
         to_stride_(shares_ > 1 ? padded<acc>(size) : size),
         may_be_in_place_(out != nullptr && (shares_ > 1 || (!pad && dtype_ == kAccumulated<acc> && size % Vec<acc>::size() == 0))),
+        streams_(plan.streams && shares_ == 1),
         scratch_(arena.take<acc>(plan.tile * padded<acc>(size))) {}
 
   bool wanted() const {
@@ -452,12 +449,10 @@ class TileGradient {
     }
   }
 
-  acc* rows() const {
-    return rows_;
-  }
-
-  int64_t stride() const {
-    return stride_;
+  // The tile's rows, for a product.
+  Result<acc> rows(bool add) const {
+    const Result<acc> result(rows_, stride_, add);
+    return in_place_ && streams_ ? result.streamed() : result;
   }
 
  private:
@@ -469,6 +464,7 @@ class TileGradient {
   Dtype dtype_;
   int64_t to_stride_;
   bool may_be_in_place_;
+  bool streams_;
   acc* scratch_;
   void* to_ = nullptr;  // the output or the share
   int64_t origin_ = 0;  // the step of its first row
@@ -579,6 +575,9 @@ struct AttentionBackward {
     if (f.plan.splits == 1 && !slot.query_in_place) {
       merge_queries(f, item, 0, item.queries, slot, 0);
     }
+    if (f.plan.streams || f.plan.streams_queries) {
+      finish_streaming();
+    }
   }
 
   // The splits' shares of the query's gradient, and the chunks' of the memory's, in their order. Of the rows that an item has in
@@ -657,7 +656,7 @@ struct AttentionBackward {
       const acc* coefficients = end == rows ? grad_scores : weights;
       end = slot.gradient.queries_of_memory(end, first, count);
       multiply(
-          Result<acc>{slot.grad_memory.rows(), slot.grad_memory.stride(), first > 0},
+          slot.grad_memory.rows(first > 0),
           tile.count,
           columns_of(slot, coefficients, end - rows, tile.count),
           rows,
@@ -671,7 +670,8 @@ struct AttentionBackward {
       }
     }
     const Result<acc> grad_query(slot.grad_query + first * slot.query_stride, slot.query_stride, written > item.first_step);
-    slot.gradient.add(grad_scores, stride, first, count, tile.count, grad_query, slot.work);
+    const bool streams = f.plan.streams_queries && slot.query_in_place && one_tile(f);
+    slot.gradient.add(grad_scores, stride, first, count, tile.count, streams ? grad_query.streamed() : grad_query, slot.work);
   }
 
   // The coefficients of the memory's gradient, by source step. A column of many rows is in as many pages, more than the first-level

@@ -25,6 +25,7 @@ struct Result {
   int64_t plus_stride;
   const acc* factors;
   int64_t step;
+  bool streams = false;  // past the caches
 
   static constexpr acc kOne = 1;
 
@@ -47,10 +48,20 @@ struct Result {
     }
   }
 
+  // The same past the caches, if rows are whole lines and added to nothing.
+  Result streamed() const {
+    Result past = *this;
+    const bool has_whole_lines = reinterpret_cast<uintptr_t>(to) % kLine == 0 && stride * sizeof(acc) % kLine == 0;
+    past.streams = kStreams && plus == nullptr && has_whole_lines;
+    return past;
+  }
+
   // From row i and column n on.
   Result at(int64_t i, int64_t n) const {
-    return {
-        to + i * stride + n, stride, plus == nullptr ? nullptr : plus + i * plus_stride + n, plus_stride, factors + i * step, step};
+    const acc* const from = plus == nullptr ? nullptr : plus + i * plus_stride + n;
+    Result part{to + i * stride + n, stride, from, plus_stride, factors + i * step, step};
+    part.streams = streams;
+    return part;
   }
 };
 

@@ -69,9 +69,9 @@ void for_even_blocks(int64_t count, const F& f) {
 }
 
 // multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
-// result's lines, each of another page, come while the sums are taken: what was there is added last. One that `packs` leaves a
-// panel of what it takes of b for the tiles that follow, and asks for it ahead: the others' rows of b are near. Those ask for
-// what is wanted next, if they are tall enough for a line a step not to show.
+// result's lines, each of another page, come while the sums are taken: what was there is added last. They need not come if they are
+// written past the caches. A tile that `packs` leaves a panel of what it takes of b for those that follow, and asks for it ahead:
+// the others' rows of b are near. Those ask for what is wanted next, if they are tall enough for a line a step not to show.
 template <int rows, int width, bool partial, bool packs, class element, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
     Result<acc> out,
@@ -92,7 +92,15 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
       sums[i][w] = Vec<acc>(0);
-      __builtin_prefetch(out.to + i * out.stride + w * lanes, 1);
+    }
+  }
+  if (!kStreams || !out.streams) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+      for (int w = 0; w < width; ++w) {
+        __builtin_prefetch(out.to + i * out.stride + w * lanes, 1);
+      }
     }
   }
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
@@ -122,13 +130,26 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
   int64_t k = 0;
   if constexpr (tall && !packs) {
     const Ahead::Lines lines = ahead != nullptr ? ahead->take(depth) : Ahead::Lines{nullptr, 0};
-    for (const char* line = lines.first; k < lines.count; ++k, line += Ahead::kLine) {
+    for (const char* line = lines.first; k < lines.count; ++k, line += kLine) {
       __builtin_prefetch(line);
       step(k);
     }
   }
   for (; k < depth; ++k) {
     step(k);
+  }
+  if constexpr (kStreams && !partial) {
+    if (out.streams) {
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const Vec<acc> factor(out.factors[i * out.step]);
+#pragma GCC unroll 8
+        for (int w = 0; w < width; ++w) {
+          stream(out.to + i * out.stride + w * lanes, sums[i][w] * factor);
+        }
+      }
+      return;
+    }
   }
   const auto load = [&](const acc* from) { return partial ? Vec<acc>::loadu(from, count) : Vec<acc>::loadu(from); };
 #pragma GCC unroll 8

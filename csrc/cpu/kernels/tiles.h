@@ -169,7 +169,7 @@ inline void tile_products(
     // Those behind the last one do no harm; if there is none, what is here anyhow.
     const Ahead::Lines lines = ahead.take(asked);
     const char* next = lines.count > 0 ? lines.first : reinterpret_cast<const char*>(left);
-    const int64_t apart = lines.count > 0 ? Ahead::kLine : 0;
+    const int64_t apart = lines.count > 0 ? kLine : 0;
     const auto step = [&]() __attribute__((always_inline)) {
       if (--wait == 0) {
         wait = every;
