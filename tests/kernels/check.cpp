@@ -353,7 +353,7 @@ bool check_products(Random& random) {
 
 // What is asked for ahead are the lines of the rows that were named, all of them and no others.
 bool check_ahead(Random& random) {
-  using CPU_CAPABILITY::Ahead;
+  using CPU_CAPABILITY::Ahead, CPU_CAPABILITY::kLine;
   Ahead ahead;
   std::vector<char> data(1 << 19), wanted(data.size()), asked(data.size() + kLine);
   ahead.clear();
