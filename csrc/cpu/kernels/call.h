@@ -116,6 +116,10 @@ struct Runs {
 // where it is shallow, since each of its sums ends across a vector.
 constexpr int64_t kFewRows = 32, kDepthOfRow = 8;
 
+inline bool are_few(int64_t rows, int64_t depth) {
+  return rows <= (depth / kDepthOfRow < kFewRows ? depth / kDepthOfRow : kFewRows);
+}
+
 // out = a b + bias, or out + a b, of a batch of matrices of floats or halves, summed in float.
 struct Matmul {
   Dtype a_type, b_type, out_type;
@@ -143,7 +147,7 @@ struct Matmul {
   }
 
   bool has_few_rows() const {
-    return !has_rows_of_b() && rows <= (depth / kDepthOfRow < kFewRows ? depth / kDepthOfRow : kFewRows);
+    return !has_rows_of_b() && are_few(rows, depth);
   }
 
   int64_t items() const {

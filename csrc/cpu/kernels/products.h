@@ -5,7 +5,7 @@
 //
 // multiply broadcasts its coefficients, so that no sum crosses a vector, and nears the multiply-add peak as its products get
 // deeper and find their rows of b next to each other: for many rows of the result, blocks of b are copied so. Dot products of many
-// rows go its way too, over b transposed block by block; those of a few rows, whose transposition would not pay, sum along vectors.
+// rows go its way too, over b transposed block by block; those of few rows, whose transposition would not pay, sum along vectors.
 // Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
 // pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two. The processor's matrix
 // tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it (tile_products.h).
@@ -238,7 +238,7 @@ void multiply(
   }
   Ahead* const ahead = work == nullptr ? nullptr : &work->ahead;
   // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
-  if (work == nullptr || work->panel == nullptr || height < kMany || depth < kPanelRows || size <= kPanelWidth) {
+  if (work == nullptr || work->panel == nullptr || height < kPackedRows || depth < kPanelRows || size <= kPanelWidth) {
     return multiply_blocks<acc>(out, height, c, b, depth, size, ahead);
   }
   const PanelRows<acc> rows(work->panel, depth);
@@ -386,17 +386,18 @@ void dot_products(
   }
   int64_t j0 = 0;
   if constexpr (kTransposes<element>) {
-    if (a_count >= kPanelRows && size > 0) {
+    const bool sums = std::is_same_v<element, acc> && are_few(a_count, size);
+    if (a_count >= kPanelRows && size > 0 && !sums) {
       // What is left of whole vectors is cheaper by sums, unless it is most of one.
       constexpr int64_t lanes = Vec<acc>::size();
       const int64_t rest = b_count % lanes;
       const int64_t paneled = rest > lanes / 2 ? b_count : b_count - rest;
       constexpr acc one = 1;
-      const PanelRows<element> columns(work.panel, std::min(kPanelDepth, size));
+      const PanelRows<element> columns(work.panel, std::min(kTransposedDepth, size));
       for (; j0 < paneled; j0 += kPanelWidth) {
         const int64_t width = std::min(kPanelWidth, paneled - j0);
-        for (int64_t d = 0; d < size; d += kPanelDepth) {
-          const int64_t depth = std::min(kPanelDepth, size - d);
+        for (int64_t d = 0; d < size; d += kTransposedDepth) {
+          const int64_t depth = std::min(kTransposedDepth, size - d);
           // a's rows are evenly spaced: they are queries or their gradients.
           const Coefficients<element> rows{a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1};
           const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
