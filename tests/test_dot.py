@@ -136,3 +136,14 @@ def test_the_largest_number(T: int) -> None:
     context, _ = attn_ext.dot_attention(torch.zeros(2, T, 64), memory)
     expected = memory.double().mean(1, keepdim=True).expand(2, T, 64)
     torch.testing.assert_close(context.double(), expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("masking", ["none", "lengths+rows"])
+@pytest.mark.parametrize(
+    ("B", "T", "S", "D"),
+    [(66, 128, 5, 512), (34, 257, 1, 500), (9, 150, 24, 3200), (33, 5, 130, 1024)],
+    ids="{}".format,
+)
+def test_results_that_go_past_the_caches(B: int, T: int, S: int, D: int, masking: str) -> None:
+    """A context and gradients of more than 16 MiB, of few source steps or of few queries."""
+    assert_accurate(Case("dot", B=B, T=T, S=S, D=D, masking=masking).problem())
