@@ -120,7 +120,7 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   return plan;
 }
 
-// Of a result with a row of `size` elements a query, as much of which `tensors` take that are in use at the time.
+// Whether a result of `size` elements a query is to go past the caches, `tensors` of that size being in use.
 inline bool streams_queries(const Problem& problem, int64_t size, int64_t tensors) {
   const int64_t bytes = problem.batch * problem.queries * size * width_of(problem.dtype);
   return problem.steps <= kShallow && tensors * bytes >= kLarge;

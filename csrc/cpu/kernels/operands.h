@@ -70,7 +70,7 @@ struct Result {
 constexpr int64_t kPanelWidth = 64;
 constexpr int64_t kPanelDepth = 256;
 
-// Of one that is transposed: 32 KiB, so that it stays in the first-level cache.
+// The depth of a transposed block: 32 KiB, so that it stays in the first-level cache.
 constexpr int64_t kTransposedDepth = 128;
 
 static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products of a tile and of a chunk take their depth at once");
