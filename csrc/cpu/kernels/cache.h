@@ -16,19 +16,27 @@ constexpr int64_t kLine = 64;  // bytes
   __builtin_prefetch(line, 0, 2);
 }
 
-// Rows that come next, in the order of their use. The products of many queries ask for their lines one by one, each beside a dozen
-// cycles of multiply-adds: what other work has left far away is near when its turn comes.
+// Rows that come next, in the order of their use. Products ask for their lines one by one, each beside a dozen cycles of
+// multiply-adds: what other work has left far away is near when its turn comes. Of few queries, for whom reading takes longer than
+// multiplying, all of them do, as evenly as lets no moment pass without a request.
 class Ahead {
  public:
-  // Lines one behind the other.
+  // Lines one behind the other: one at each of so many steps, or two.
   struct Lines {
     const char* first;
-    int64_t count;
+    int64_t steps;
+    int64_t bytes;  // of a step
   };
 
   void clear() {
     next_ = count_ = 0;
     bytes_ = 0;
+    pace_ = kPace;
+  }
+
+  // What was added is to last for so many steps, rather than for as many as it has lines.
+  void spread(int64_t steps) {
+    pace_ = std::clamp<int64_t>(ceil_div(kPace * bytes_ / kLine, std::max<int64_t>(steps, 1)), 1, 2 * kPace);
   }
 
   // `rows` rows of a batch element, from row `first` on, of `size` elements each.
@@ -52,14 +60,16 @@ class Ahead {
         view.row * width_of(dtype)};
   }
 
-  // The next ones, `most` at most.
-  Lines take(int64_t most) {
+  // The next ones, for at most so many steps.
+  Lines take(int64_t steps) {
     if (next_ == count_) {
-      return {nullptr, 0};
+      return {nullptr, 0, 0};
     }
     Block& block = blocks_[next_];
-    const Lines lines{block.row + block.taken * kLine, std::min(most, block.lines - block.taken)};
-    block.taken += lines.count;
+    const int64_t most = std::min(ceil_div(steps * pace_, kPace), block.lines - block.taken);
+    const int64_t of_step = pace_ > kPace && most > 1 ? 2 : 1;
+    const Lines lines{block.row + block.taken * kLine, std::min(most / of_step, steps), of_step * kLine};
+    block.taken += lines.steps * of_step;
     if (block.taken == block.lines) {
       block.row += block.stride;
       block.taken = 0;
@@ -69,6 +79,8 @@ class Ahead {
   }
 
  private:
+  static constexpr int64_t kPace = 8;  // of a line a step
+
   static constexpr int kMostBlocks = 5;  // a backward's: two of queries, their weights, keys and memory
 
   // More would drive from the second-level cache what is at work. Processors with matrix tiles have 2 MiB of it.
@@ -90,7 +102,16 @@ class Ahead {
   int next_ = 0;
   int count_ = 0;
   int64_t bytes_ = 0;
+  int64_t pace_ = kPace;
 };
+
+// A step's lines, of one or two: the second is asked for twice rather than ask whether there is one. Returns those of the next.
+[[gnu::always_inline]] inline const char* fetch_lines(const char* line, int64_t bytes) {
+  fetch(line);
+  line += bytes;
+  fetch(line - kLine);
+  return line;
+}
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 constexpr bool kStreams = true;

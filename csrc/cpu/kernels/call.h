@@ -48,7 +48,7 @@ struct Plan {
   int64_t split_size;    // source steps per item
   int64_t splits;        // items along S
   int64_t split_tiles;   // tiles per item, at most
-  bool fetches;          // what one query reads may be far: what comes next is asked for ahead
+  bool fetches;          // what few queries read may be far: what comes next is asked for ahead
   bool streams;          // results too large to stay near go past the caches: the gradients of few queries' keys and memory,
   bool streams_queries;  // and few steps' contexts and gradients of queries
 

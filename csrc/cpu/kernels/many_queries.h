@@ -108,6 +108,15 @@ class Next {
   int64_t steps_;
 };
 
+// Few queries are bound by what they read: their two products with a tile of so many steps ask for what is planned evenly.
+template <class element>
+void spread(Workspace<element>& work, int64_t queries, int64_t steps, int64_t size) {
+  constexpr int64_t abreast = kWidest * Vec<typename Factors<element>::acc>::size();
+  if (work.panel == nullptr) {
+    work.ahead.spread(2 * ceil_div(queries, kRows) * steps * ceil_div(size, abreast));
+  }
+}
+
 // Score is DotScore or AdditiveScore: what the queries are scored against, tile by tile.
 template <class Score>
 struct AttentionForward {
@@ -241,7 +250,7 @@ struct AttentionForward {
 
  private:
   static void plan_ahead(const Forward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
-    if (!slot.work.may_plan(tile.count)) {
+    if (!slot.work.may_plan(f.plan.fetches, tile.count)) {
       return;
     }
     Ahead& ahead = slot.work.ahead;
@@ -250,6 +259,7 @@ struct AttentionForward {
       next.queries_to(ahead, f.problem.dtype, f.problem.query, f.problem.key_size);
     }
     next.template steps_to<acc>(ahead);
+    spread(slot.work, item.queries, tile.count, f.problem.memory_size);
   }
 
   // What was summed, divided by its weights' sums.
@@ -613,7 +623,7 @@ struct AttentionBackward {
   }
 
   static void plan_ahead(const Backward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
-    if (!slot.work.may_plan(tile.count)) {
+    if (!slot.work.may_plan(f.plan.fetches, tile.count)) {
       return;
     }
     Ahead& ahead = slot.work.ahead;
@@ -626,6 +636,7 @@ struct AttentionBackward {
     if (next.is_item()) {
       next.queries_to(ahead, f.problem.dtype, f.problem.query, f.problem.key_size);
     }
+    spread(slot.work, item.queries, tile.count, f.problem.memory_size);
   }
 
   // A few of an item's queries against a tile: their weights, the gradient of their scores, and what both add to the other

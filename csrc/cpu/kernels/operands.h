@@ -118,11 +118,11 @@ struct Workspace {
         parts(parts_of(factors)),
         by_tiles(queries >= kPanelRows && worth_tiles) {}
 
-  // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries are bound by what
-  // they read, and a register tile of few steps has no time for a line.
-  bool may_plan(int64_t steps) {
+  // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries have time for it
+  // only where they wait for what they read, and a register tile of few steps has none.
+  bool may_plan(bool far, int64_t steps) {
     ahead.clear();
-    return panel != nullptr && steps >= kPanelRows;
+    return steps >= kPanelRows && (panel != nullptr || far);
   }
 };
 

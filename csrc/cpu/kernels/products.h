@@ -71,7 +71,7 @@ void for_even_blocks(int64_t count, const F& f) {
 // multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
 // result's lines, each of another page, come while the sums are taken: what was there is added last. They need not come if they are
 // written past the caches. A tile that `packs` leaves a panel of what it takes of b for those that follow, and asks for it ahead:
-// the others' rows of b are near. Those ask for what is wanted next, if they are tall enough for a line a step not to show.
+// the others' rows of b are near. Those ask for what is wanted next.
 template <int rows, int width, bool partial, bool packs, class element, class acc>
 [[gnu::always_inline]] inline void multiply_tile(
     Result<acc> out,
@@ -128,10 +128,10 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
     }
   };
   int64_t k = 0;
-  if constexpr (tall && !packs) {
-    const Ahead::Lines lines = ahead != nullptr ? ahead->take(depth) : Ahead::Lines{nullptr, 0};
-    for (const char* line = lines.first; k < lines.count; ++k, line += kLine) {
-      __builtin_prefetch(line);
+  if constexpr (!packs) {
+    const Ahead::Lines lines = ahead != nullptr ? ahead->take(depth) : Ahead::Lines{nullptr, 0, 0};
+    for (const char* line = lines.first; k < lines.steps; ++k) {
+      line = fetch_lines(line, lines.bytes);
       step(k);
     }
   }
@@ -329,7 +329,8 @@ void sum_products(
     const element* const* b,
     int64_t b_count,
     int64_t size,
-    acc factor) {
+    acc factor,
+    Ahead* ahead = nullptr) {
   using F = Factors<element>;
   for_even_blocks<kRows>(a_count, [&](auto rows, int64_t i0) {
     for_blocks<kColumns>(b_count, [&](auto columns, int64_t j0) {
@@ -356,6 +357,11 @@ void sum_products(
       };
       constexpr std::integral_constant<int64_t, Vec<acc>::size()> full;
       int64_t d = 0;
+      const Ahead::Lines lines = ahead != nullptr ? ahead->take(size / full) : Ahead::Lines{nullptr, 0, 0};
+      for (const char* line = lines.first; d < lines.steps * full; d += full) {
+        line = fetch_lines(line, lines.bytes);
+        step(d, full);
+      }
       for (; d + full <= size; d += full) {
         step(d, full);
       }
@@ -409,7 +415,7 @@ void dot_products(
     }
   }
   if (j0 < b_count) {
-    sum_products<element>(out + j0, stride, a, a_count, b + j0, b_count - j0, size, factor);
+    sum_products<element>(out + j0, stride, a, a_count, b + j0, b_count - j0, size, factor, &work.ahead);
   }
 }
 

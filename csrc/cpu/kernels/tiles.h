@@ -168,8 +168,8 @@ inline void tile_products(
     const Pair* const right = b.data + k * b.tile;
     // Those behind the last one do no harm; if there is none, what is here anyhow.
     const Ahead::Lines lines = ahead.take(asked);
-    const char* next = lines.count > 0 ? lines.first : reinterpret_cast<const char*>(left);
-    const int64_t apart = lines.count > 0 ? kLine : 0;
+    const char* next = lines.steps > 0 ? lines.first : reinterpret_cast<const char*>(left);
+    const int64_t apart = lines.steps > 0 ? kLine : 0;
     const auto step = [&]() __attribute__((always_inline)) {
       if (--wait == 0) {
         wait = every;
