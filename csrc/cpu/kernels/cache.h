@@ -21,6 +21,13 @@ constexpr int64_t kLine = 64;  // bytes
 // multiplying, all of them do, as evenly as lets no moment pass without a request.
 class Ahead {
  public:
+  // A step of AVX-512's register tiles reads four lines, others' one.
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int64_t kMostOfStep = 2;
+#else
+  static constexpr int64_t kMostOfStep = 1;
+#endif
+
   // Lines one behind the other: one at each of so many steps, or two.
   struct Lines {
     const char* first;
@@ -36,7 +43,7 @@ class Ahead {
 
   // What was added is to last for so many steps, rather than for as many as it has lines.
   void spread(int64_t steps) {
-    pace_ = std::clamp<int64_t>(ceil_div(kPace * bytes_ / kLine, std::max<int64_t>(steps, 1)), 1, 2 * kPace);
+    pace_ = std::clamp<int64_t>(ceil_div(kPace * bytes_ / kLine, std::max<int64_t>(steps, 1)), 1, kMostOfStep * kPace);
   }
 
   // `rows` rows of a batch element, from row `first` on, of `size` elements each.
@@ -105,9 +112,12 @@ class Ahead {
   int64_t pace_ = kPace;
 };
 
-// A step's lines, of one or two: the second is asked for twice rather than ask whether there is one. Returns those of the next.
+// A step's lines. Where it may have two, one alone is asked for twice rather than ask whether it is. Returns those of the next.
 [[gnu::always_inline]] inline const char* fetch_lines(const char* line, int64_t bytes) {
   fetch(line);
+  if constexpr (Ahead::kMostOfStep == 1) {
+    return line + kLine;
+  }
   line += bytes;
   fetch(line - kLine);
   return line;
