@@ -17,8 +17,8 @@ constexpr int64_t kLine = 64;  // bytes
 }
 
 // Rows that come next, in the order of their use. Products ask for their lines one by one, each beside a dozen cycles of
-// multiply-adds: what other work has left far away is near when its turn comes. Of few queries, for whom reading takes longer than
-// multiplying, all of them do, as evenly as lets no moment pass without a request.
+// multiply-adds: what other work has left far away is near when its turn comes. Few queries wait for what they read: theirs are
+// spread over all of their products, so that at no moment nothing is asked for.
 class Ahead {
  public:
   // A step of AVX-512's register tiles reads four lines, others' one.
@@ -112,7 +112,7 @@ class Ahead {
   int64_t pace_ = kPace;
 };
 
-// A step's lines. Where it may have two, one alone is asked for twice rather than ask whether it is. Returns those of the next.
+// A step's lines; returns the next one's. Where there may be two, a single one is asked for twice, which is cheaper than a branch.
 [[gnu::always_inline]] inline const char* fetch_lines(const char* line, int64_t bytes) {
   fetch(line);
   if constexpr (Ahead::kMostOfStep == 1) {

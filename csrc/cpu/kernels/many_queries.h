@@ -108,7 +108,7 @@ class Next {
   int64_t steps_;
 };
 
-// Few queries are bound by what they read: their two products with a tile of so many steps ask for what is planned evenly.
+// Few queries' two products with a tile of so many steps are to last as long as what was planned.
 template <class element>
 void spread(Workspace<element>& work, int64_t queries, int64_t steps, int64_t size) {
   constexpr int64_t abreast = kWidest * Vec<typename Factors<element>::acc>::size();
