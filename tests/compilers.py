@@ -27,6 +27,9 @@ def of_capability(name: str) -> tuple[str, ...]:
     return (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}", *FLAGS_OF_CAPABILITY[name])
 
 
+AARCH64 = of_capability("default")
+
+
 def compile_program(
     name: str,
     compiler: str,

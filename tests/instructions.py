@@ -1,4 +1,4 @@
-"""Instructions that the CPU kernels take, counted by valgrind: the same number on a busy machine as on an idle one.
+"""Instructions that the CPU kernels take, counted by an emulator: the same number on a busy machine as on an idle one.
 
 What waits, for memory or for another result, is not seen, and is what the benchmarks are for: the panels that make
 large products fast are 2.5 % more instructions.
@@ -20,14 +20,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.compilers import KERNELS, KERNELS_FLAGS, compile_program, of_capability
+from tests.compilers import AARCH64, KERNELS, KERNELS_FLAGS, compile_program, of_capability
 
 RECORD = Path(__file__).with_suffix(".json")
 HOW_TO_RECORD = "to record the counts as they are now: python -m tests.instructions"
 
-CAPABILITIES = ("default", "avx2")  # valgrind knows no AVX-512
+CAPABILITIES = ("default", "avx2", "aarch64")  # valgrind knows no AVX-512; QEMU counts the last
 
 FLAGS = ("-O3", "-fPIC", "-fwrapv", "-DNDEBUG")  # setup.py's and Python's own: the code that is counted is what ships
+
+SOURCES = (*KERNELS, "tests/kernels/count.cpp")
+PLUGIN = ("tests/kernels/count_plugin.cpp",)
 
 # Shares of the recorded count. Runs differ by a few in a million. Kernels that an edit did not mean, inlined another
 # way, differ by up to 1.8 %, and so does what a distribution's gcc makes that hardens by default. A second exponential
@@ -46,40 +49,57 @@ def count(capability: str) -> tuple[str, Counts]:
     """The compiler's name with its major version, and the instructions of each call in tests/kernels/count.cpp.
 
     Raises:
-        NotCountableError: there is no compiler, no valgrind, or another kind of processor.
+        NotCountableError: there is no compiler, no emulator, or another kind of processor.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        lines, counts = (_by_qemu if capability == "aarch64" else _by_valgrind)(capability, Path(folder, "counts"))
+    compiled_by, *names = lines
+    return compiled_by, dict(zip(names, counts, strict=True))
+
+
+def _by_valgrind(capability: str, out: Path) -> tuple[list[str], list[int]]:
     compiler, valgrind = os.environ.get("CXX") or shutil.which("g++"), shutil.which("valgrind")
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        raise NotCountableError("instructions are counted on x86-64 alone")
+        raise NotCountableError("these instructions are counted on x86-64 alone")
     if compiler is None or valgrind is None:
         raise NotCountableError("there is no C++ compiler or no valgrind here (Debian: g++, valgrind)")
     # Without it, the C library's exponentials are others too.
     if "avx2" not in Path("/proc/cpuinfo").read_text().split():
         raise NotCountableError("instructions are counted on processors with AVX2 alone")
-    program = compile_program(
-        f"count-{capability}",
-        compiler,
-        (*KERNELS, "tests/kernels/count.cpp"),
-        (*KERNELS_FLAGS, *of_capability(capability), *FLAGS),
-        ("-Wl,-z,now",),  # finding a function when it is first called is not counted
+    flags = (*KERNELS_FLAGS, *of_capability(capability), *FLAGS)
+    # Finding a function when it is first called is not counted.
+    program = compile_program(f"count-{capability}", compiler, SOURCES, flags, ("-Wl,-z,now",))
+    lines = _run(
+        *(valgrind, "--tool=callgrind", f"--callgrind-out-file={out}", "--combine-dumps=yes"),
+        *("--toggle-collect=counted", "--dump-after=counted", str(program)),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "counts")
-        process = subprocess.run(
-            [
-                *(valgrind, "--tool=callgrind", f"--callgrind-out-file={out}", "--combine-dumps=yes"),
-                *("--toggle-collect=counted", "--dump-after=counted", str(program)),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
+    totals = [int(total) for total in re.findall(r"^totals: (\d+)", out.read_text(), re.MULTILINE)]
+    return lines, totals[:-1]  # the last is of what came after the calls
+
+
+def _by_qemu(capability: str, out: Path) -> tuple[list[str], list[int]]:
+    cross, native, qemu = map(shutil.which, ("aarch64-linux-gnu-g++", "g++", "qemu-aarch64"))
+    if cross is None or native is None or qemu is None:
+        raise NotCountableError(
+            "there is no aarch64-linux-gnu-g++, no g++ or no qemu-aarch64 here "
+            "(Debian: g++-aarch64-linux-gnu, g++, qemu-user)"
         )
-        if process.returncode != 0:
-            raise RuntimeError(process.stderr[-4000:])
-        compiled_by, *names = process.stdout.splitlines()
-        totals = [int(total) for total in re.findall(r"^totals: (\d+)", out.read_text(), re.MULTILINE)]
-    # The last is of what came after the calls.
-    return compiled_by, dict(zip(names, totals[:-1], strict=True))
+    program = compile_program(f"count-{capability}", cross, SOURCES, (*KERNELS_FLAGS, *AARCH64, *FLAGS), ("-static",))
+    plugin = compile_program("count-plugin", native, PLUGIN, ("-std=c++20", "-O2", "-fPIC", "-Wall"), ("-shared",))
+    try:
+        lines = _run(qemu, "-plugin", f"{plugin},out={out}", str(program))
+    except RuntimeError as error:
+        if out.exists():  # the plugin's first deed
+            raise
+        raise NotCountableError(f"this QEMU does not take the plugin that counts: {error}") from error
+    return lines, [int(line) for line in out.read_text().split()]
+
+
+def _run(*command: str) -> list[str]:
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if process.returncode != 0:
+        raise RuntimeError(process.stderr[-4000:])
+    return process.stdout.splitlines()
 
 
 def complaints(counted: Counts, recorded: Counts) -> list[str]:
@@ -107,7 +127,8 @@ def main() -> None:
         try:
             compiler, counts = count(capability)
         except NotCountableError as error:
-            sys.exit(str(error))
+            print(f"{capability}: {error}", file=sys.stderr)
+            continue
         of_compiler = record.setdefault(compiler, {})
         before = of_compiler.get(capability, {})
         of_compiler[capability] = counts
