@@ -25,6 +25,9 @@ CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # The kernels' compilations. PyTorch's own names for CPU capabilities, and the flags it compiles them with, and
 # two beyond them, for which its headers are AVX512's.
 CPU_CAPABILITIES = {"DEFAULT": []}
+if platform.machine() == "aarch64":
+    # gcc orders instructions before it gives them registers, of which it then has too few.
+    CPU_CAPABILITIES["DEFAULT"] = ["-fno-schedule-insns"]
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]

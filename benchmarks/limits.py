@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ SOURCE = Path(__file__).with_name("limits.cpp")
 BUILD = Path(__file__).parents[1] / "build" / "limits"
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")
 # Those of setup.py, which cannot be imported.
+FLAGS_OF_AARCH64 = ("-fno-schedule-insns",)
 FLAGS_OF_CAPABILITY = {
-    "default": (),
+    "default": FLAGS_OF_AARCH64 if platform.machine() == "aarch64" else (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
-from benchmarks.limits import FLAGS_OF_CAPABILITY
+from benchmarks.limits import FLAGS_OF_AARCH64, FLAGS_OF_CAPABILITY
 from tests.processes import PACKAGE
 
 ROOT = PACKAGE.parent
@@ -27,7 +27,7 @@ def of_capability(name: str) -> tuple[str, ...]:
     return (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}", *FLAGS_OF_CAPABILITY[name])
 
 
-AARCH64 = of_capability("default")
+AARCH64 = (*of_capability("default"), *FLAGS_OF_AARCH64)
 
 
 def compile_program(

@@ -37,8 +37,8 @@ constexpr acc kRange = std::is_same_v<acc, double> ? 700 : 86;
 constexpr int kMostShared = 4;
 
 // Whether additions have ports beside those for products. On Intel's with AMX they have not, and the estimate of a reciprocal takes
-// three operations of the same.
-#if defined(__AMX_BF16__)
+// three operations of the same; on ARM's they have not, and a division takes as long as several of either.
+#if defined(__AMX_BF16__) || defined(__aarch64__)
 constexpr bool kAddsBesideProducts = false;
 #else
 constexpr bool kAddsBesideProducts = true;
@@ -163,8 +163,11 @@ template <int shared, class acc, class Denominator>
   for (; a + shared * lanes <= size; a += shared * lanes) {
     add(a, std::integral_constant<int, shared>(), lanes);
   }
-  for (; a < size; a += lanes) {
-    add(a, std::integral_constant<int, 1>(), std::min(lanes, size - a));
+  for (; a + lanes <= size; a += lanes) {
+    add(a, std::integral_constant<int, 1>(), lanes);
+  }
+  if (a < size) {
+    add(a, std::integral_constant<int, 1>(), size - a);
   }
   return total;
 }
@@ -189,11 +192,11 @@ inline Vec<acc> share_denominator(Vec<acc> (&x)[shared]) {
 // goes into `magnitudes`. A NaN may drop out of that: it makes its row's results NaN on either way.
 template <class acc, class Scale>
 inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t end, Vec<acc>& magnitudes, const Scale& scale) {
-  for (int64_t a = 0; a < size; a += Vec<acc>::size()) {
-    const auto x = Vec<acc>::loadu(from + a, std::min<int64_t>(Vec<acc>::size(), size - a));
+  for_vectors<acc>(size, [&](int64_t a, auto count) {
+    const auto x = Vec<acc>::loadu(from + a, count);
     scale(exponential<acc>(x, 2), a).store(to + a);
     magnitudes = raised(magnitudes, x.abs());
-  }
+  });
   std::fill(to + size, to + end, acc(1));
 }
 
@@ -1007,8 +1010,7 @@ class OneQueryAdditive {
             fetch(next[r] + d * sizeof(acc));
           }
         };
-        for (int64_t a = 0; a < size_; a += lanes) {
-          const int64_t count = std::min(lanes, size_ - a);
+        for_vectors<acc>(size_, [&](int64_t a, auto count) {
           const auto factor = Vec<acc>::loadu(v_ + a);
           auto grad_q = Vec<acc>::loadu(group.grad_query + a, count);
           auto grad_v = taken != kQuery ? Vec<acc>::loadu(grad_v_ + a, count) : Vec<acc>(0);
@@ -1044,7 +1046,7 @@ class OneQueryAdditive {
           if constexpr (taken != kQuery) {
             grad_v.store(grad_v_ + a, static_cast<int>(count));
           }
-        }
+        });
         for (int64_t d = size_; taken == kAll && d < memory_size; d += lanes) {
           stream_memory(d);
         }

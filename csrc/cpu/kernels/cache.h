@@ -21,11 +21,13 @@ constexpr int64_t kLine = 64;  // bytes
 // spread over all of their products, so that at no moment nothing is asked for.
 class Ahead {
  public:
-  // A step of AVX-512's register tiles reads four lines, others' one.
+  // A step of AVX-512's register tiles reads four lines, others' one. Without any registers to spare, gcc has no good loop for it.
 #if defined(CPU_CAPABILITY_AVX512)
   static constexpr int64_t kMostOfStep = 2;
-#else
+#elif defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
   static constexpr int64_t kMostOfStep = 1;
+#else
+  static constexpr int64_t kMostOfStep = 0;
 #endif
 
   // Lines one behind the other: one at each of so many steps, or two.

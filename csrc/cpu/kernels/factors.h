@@ -167,11 +167,10 @@ inline void split_pairs(Pair* to, int64_t apart, const Vec<float>& x, const Vec<
 template <class acc, class element>
 acc dot_product(const acc* a, const element* b, int64_t size) {
   Vec<acc> total(0);
-  for (int64_t i = 0; i < size; i += Vec<acc>::size()) {
-    const int64_t count = std::min<int64_t>(Vec<acc>::size(), size - i);
+  for_vectors<acc>(size, [&](int64_t i, auto count) {
     const auto x = Vec<acc>::loadu(a + i, count);
     total = at::vec::fmadd(x, Vec<acc>::blendv(Factors<element>::numbers(b, i, count), Vec<acc>(0), x == Vec<acc>(0)), total);
-  }
+  });
   return sum(total);
 }
 

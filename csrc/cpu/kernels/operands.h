@@ -39,11 +39,10 @@ struct Result {
     for (int64_t i = 0; plus != nullptr && i < height; ++i) {
       const acc factor = factors[i * step];
       if (plus != to || factor != 1) {
-        for (int64_t j = 0; j < width; j += Vec<acc>::size()) {
-          const int64_t count = std::min<int64_t>(Vec<acc>::size(), width - j);
+        for_vectors<acc>(width, [&](int64_t j, auto count) {
           const auto row = Vec<acc>::loadu(plus + i * plus_stride + j, count);
           (row * Vec<acc>(factor)).store(to + i * stride + j, static_cast<int>(count));
-        }
+        });
       }
     }
   }

@@ -17,14 +17,15 @@
 #include "transpose.h"
 #include "vec.h"
 
+#include <array>
 #include <utility>
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Accumulators of a register tile of multiply. AVX-512 has 32 registers: 24 accumulators, 3 or 4 vectors of b and a coefficient;
-// AVX2 has 16: 12, 2 and 1. Two multiply-adds a cycle with a latency of four need eight at least. Without either, a vector of
-// PyTorch's takes two registers.
-#if defined(CPU_CAPABILITY_AVX512)
+// Accumulators of a register tile of multiply. AVX-512 and ARM's 64-bit processors have 32 registers: 24 accumulators, 3 or 4
+// vectors of b and a coefficient; AVX2 has 16: 12, 2 and 1. Two multiply-adds a cycle with a latency of four need eight at least,
+// ARM's four twice as many. Elsewhere a vector of PyTorch's takes two registers.
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
 constexpr int kAccumulators = 24, kWidest = 4;
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int kAccumulators = 12, kWidest = 2;
@@ -128,7 +129,7 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
     }
   };
   int64_t k = 0;
-  if constexpr (!packs) {
+  if constexpr (!packs && Ahead::kMostOfStep > 0) {
     const Ahead::Lines lines = ahead != nullptr ? ahead->take(depth) : Ahead::Lines{nullptr, 0, 0};
     for (const char* line = lines.first; k < lines.steps; ++k) {
       line = fetch_lines(line, lines.bytes);
@@ -319,6 +320,18 @@ inline void store_sums(acc* out, int64_t stride, const Vec<acc> (&sums)[rows][co
   }
 }
 
+// The addresses of a register tile's rows, in registers where there are as many: ARM's processors have 31.
+template <int rows, class element>
+inline auto addresses(const element* const* from) {
+#if defined(__aarch64__)
+  std::array<const element*, rows> kept;
+  std::copy_n(from, rows, kept.begin());
+  return kept;
+#else
+  return from;
+#endif
+}
+
 // out[i][j] = factor * sum_d a[i][d] b[j][d], summed along vectors: for a few rows.
 template <class element, class acc>
 void sum_products(
@@ -334,6 +347,8 @@ void sum_products(
   using F = Factors<element>;
   for_even_blocks<kRows>(a_count, [&](auto rows, int64_t i0) {
     for_blocks<kColumns>(b_count, [&](auto columns, int64_t j0) {
+      const auto of_a = addresses<rows.value>(a + i0);
+      const auto of_b = addresses<columns.value>(b + j0);
       Vec<acc> sums[rows.value][columns.value];
       for (int i = 0; i < rows.value; ++i) {
         for (int j = 0; j < columns.value; ++j) {
@@ -344,11 +359,11 @@ void sum_products(
         typename F::Vector right[columns.value];
 #pragma GCC unroll 8
         for (int j = 0; j < columns.value; ++j) {
-          right[j] = F::load(b[j0 + j] + d, count);
+          right[j] = F::load(of_b[j] + d, count);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < rows.value; ++i) {
-          const auto left = F::load(a[i0 + i] + d, count);
+          const auto left = F::load(of_a[i] + d, count);
 #pragma GCC unroll 8
           for (int j = 0; j < columns.value; ++j) {
             sums[i][j] = F::multiply_add(left, right[j], sums[i][j]);

@@ -37,6 +37,20 @@ constexpr int64_t whole_vectors(int64_t count) {
   return (count + lanes - 1) / lanes * lanes;
 }
 
+// f(first, count) over vectors of `size` elements. All counts but the last, of what is left, are constants: a load of less than a
+// vector is a call on processors without masks, around which no register keeps anything.
+template <class acc, class F>
+[[gnu::always_inline]] inline void for_vectors(int64_t size, const F& f) {
+  constexpr std::integral_constant<int64_t, Vec<acc>::size()> whole;
+  int64_t i = 0;
+  for (; i + whole <= size; i += whole) {
+    f(i, whole);
+  }
+  if (i < size) {
+    f(i, size - i);
+  }
+}
+
 // exp(factor x) where it is a normal number, anything elsewhere; a NaN stays one. Of floats to 1 ulp of what some x within 2e-8 of
 // this one has, as if x had been rounded once more.
 template <class acc>
@@ -50,48 +64,51 @@ inline Vec<acc> exponential_from(acc least, const Vec<acc>& x) {
   return Vec<acc>::blendv(exponential(x), Vec<acc>(0), x < Vec<acc>(least));
 }
 
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-// PyTorch's is a call for every vector, which empties all registers around it.
-struct PowerOfTwo {
-  Vec<float> significand;
-  Vec<float> exponent;  // a whole number
-  Vec<float> shifted;   // the exponent is in its lowest bits
-};
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
+// PyTorch's is a call for every vector, which empties all registers around it, or on ARM's processors for every number.
+// exp(factor x) = 2^n 2^-r with n - r = x factor log2(e), |r| <= 1/2. The sum is taken exactly but for the rounding of that factor,
+// in whose stead others take ln(2) apart into two numbers. Returns 2^-r, a minimax polynomial; `shifted` is kShift + n, whose
+// lowest bits are n's.
+constexpr float kShift = 0x1.8p23f;
 
-// exp(factor x) = 2^n 2^r with n + r = x factor log2(e), |r| <= 1/2. The sum is taken exactly but for the rounding of that factor,
-// in whose stead others take ln(2) apart into two numbers. 2^r is a minimax polynomial.
-inline PowerOfTwo power_of_two(const Vec<float>& x, float factor) {
+inline Vec<float> significand(const Vec<float>& x, float factor, Vec<float>& shifted) {
   using at::vec::fmadd;
-  const Vec<float> scale(factor * 1.44269504f), shift(0x1.8p23f);
-  const Vec<float> shifted = fmadd(x, scale, shift);
-  const Vec<float> n = shifted - shift;
-  const Vec<float> r = at::vec::fmsub(x, scale, n);
+  const Vec<float> scale(factor * 1.44269504f);
+  shifted = fmadd(x, scale, Vec<float>(kShift));
+  const Vec<float> r = at::vec::fnmadd(x, scale, shifted - Vec<float>(kShift));  // ARM's processors have no instruction for -r
   Vec<float> p(1.53533620e-4f);
-  for (const float coefficient : {1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f, 1.0f}) {
+  for (const float coefficient : {-1.33988750e-3f, 9.61843692e-3f, -5.55033237e-2f, 2.40226477e-1f, -6.93147182e-1f, 1.0f}) {
     p = fmadd(p, r, Vec<float>(coefficient));
   }
-  return {p, n, shifted};
+  return p;
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
 template <>
 inline Vec<float> exponential(const Vec<float>& x, float factor) {
-  const auto power = power_of_two(x, factor);
-  return _mm512_scalef_ps(power.significand, power.exponent);
+  Vec<float> shifted;
+  const Vec<float> p = significand(x, factor, shifted);
+  return _mm512_scalef_ps(p, shifted - Vec<float>(kShift));
 }
 
 template <>
 inline Vec<float> exponential_from(float least, const Vec<float>& x) {
-  const auto power = power_of_two(x, 1);
+  Vec<float> shifted;
+  const Vec<float> p = significand(x, 1, shifted);
   const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(kept, power.significand, power.exponent);
+  return _mm512_maskz_scalef_ps(kept, p, shifted - Vec<float>(kShift));
 }
 #else
+// The exponent is added to the significand's own.
 template <>
 inline Vec<float> exponential(const Vec<float>& x, float factor) {
-  const auto power = power_of_two(x, factor);
-  const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(power.shifted), _mm256_set1_epi32(127));
-  return power.significand * Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+  Vec<float> shifted;
+  const Vec<float> p = significand(x, factor, shifted);
+#if defined(__aarch64__)
+  return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(p), vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23)));
+#else
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+#endif
 }
 #endif
 #endif
@@ -173,10 +190,8 @@ inline void store_sixteen_sums(float* out, int64_t stride, const Vec<float> (&x)
 template <class acc>
 void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
   const Vec<acc> factors(factor);
-  for (int64_t i = 0; i < size; i += Vec<acc>::size()) {
-    const int64_t count = std::min<int64_t>(Vec<acc>::size(), size - i);
-    (Vec<acc>::loadu(from + i, count) * factors).store(to + i, static_cast<int>(count));
-  }
+  for_vectors<acc>(
+      size, [&](int64_t i, auto count) { (Vec<acc>::loadu(from + i, count) * factors).store(to + i, static_cast<int>(count)); });
 }
 
 // Elements `first`, `first + stride`, ... of a tensor of any dtype, in the accumulation type. The kernels are compiled for the
