@@ -64,13 +64,24 @@ struct Result {
   }
 };
 
-// A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, 64 KiB
-// of floats.
-constexpr int64_t kPanelWidth = 64;
+// Accumulators of a register tile of multiply. AVX-512 and ARM's 64-bit processors have 32 registers: 24 accumulators, 3 or 4
+// vectors of b and a coefficient; AVX2 has 16: 12, 2 and 1. Two multiply-adds a cycle with a latency of four need eight at least,
+// ARM's four twice as many. Elsewhere a vector of PyTorch's takes two registers.
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+constexpr int kAccumulators = 24, kWidest = 4;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kAccumulators = 12, kWidest = 2;
+#else
+constexpr int kAccumulators = 4, kWidest = 2;
+#endif
+
+// A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, as
+// wide as the register tile. Rows of which it took a part would be apart, and crowd some sets of the first-level cache.
+constexpr int64_t kPanelWidth = kWidest * Vec<float>::size();
 constexpr int64_t kPanelDepth = 256;
 
-// The depth of a transposed block: 32 KiB, so that it stays in the first-level cache.
-constexpr int64_t kTransposedDepth = 128;
+// The depth of a transposed block: at most 32 KiB, so that it stays in that cache.
+constexpr int64_t kTransposedDepth = std::min<int64_t>(kPanelDepth, (1 << 15) / (kPanelWidth * sizeof(float)));
 
 static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products of a tile and of a chunk take their depth at once");
 
