@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,16 @@ DIRECTIONS = ("forward", "forward+backward")
 NO_WEIGHTS = "fused, no weights"  # the fused op's name where it is timed for peers that return no weights
 
 Results = tuple[Tensor, Tensor | None]
+
+
+def keep_compiled_apart() -> None:
+    """Gives torch.compile a folder for each instruction set (ATEN_CPU_CAPABILITY).
+
+    Its cache does not tell them apart: loops over AVX2's vectors that are kept from one run, and compiled with
+    AVX-512's in the next, write past the ends of their results.
+    """
+    folder = Path(__file__).parents[1] / "build" / "inductor" / torch.backends.cpu.get_cpu_capability()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,7 @@ class Call:
         self.direction = direction
         attend = implementation.attend
         if implementation.is_compiled:
+            keep_compiled_apart()
             torch._dynamo.reset()  # the guards of other shapes would be tried before this one's
             attend = torch.compile(attend, dynamic=False, mode=implementation.compile_mode)
         self._attend = partial(attend, method=problem.method, need_weights=need_weights)

@@ -364,6 +364,19 @@ def test_the_speed_report_without_a_compiler() -> None:
     assert "no compiler for the probes" in process.stdout
 
 
+def test_what_is_compiled_for_two_instruction_sets_is_kept_apart() -> None:
+    own = torch.backends.cpu.get_cpu_capability().lower()
+    if own == "default":
+        pytest.skip("this machine has one instruction set")
+    code = (
+        "import os; os.environ.pop('TORCHINDUCTOR_CACHE_DIR', None); from benchmarks import implementations; "
+        "implementations.keep_compiled_apart(); print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    )
+    folders = [python("-c", code, cwd=ROOT, ATEN_CPU_CAPABILITY=name).stdout for name in (own, "default")]
+    assert all(folders)
+    assert len(set(folders)) == 2
+
+
 def test_the_roofline_is_drawn_where_its_limits_were_measured() -> None:
     pytest.importorskip("matplotlib")
     from benchmarks import plots
