@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import bounds, compare, grid, guards, limits, load, report, table, targets, timing
 from benchmarks.decoder import DecoderLoop
