@@ -34,7 +34,7 @@ def keep_compiled_apart() -> None:
     AVX-512's in the next, write past the ends of their results.
     """
     folder = Path(__file__).parents[1] / "build" / "inductor" / torch.backends.cpu.get_cpu_capability()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # importing PyTorch has named one already
 
 
 @dataclass(frozen=True)

@@ -370,8 +370,8 @@ def test_what_is_compiled_for_two_instruction_sets_is_kept_apart() -> None:
     if own == "default":
         pytest.skip("this machine has one instruction set")
     code = (
-        "import os; os.environ.pop('TORCHINDUCTOR_CACHE_DIR', None); from benchmarks import implementations; "
-        "implementations.keep_compiled_apart(); print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+        "from benchmarks import implementations; implementations.keep_compiled_apart(); "
+        "from torch._inductor.runtime import cache_dir_utils; print(cache_dir_utils.cache_dir())"
     )
     folders = [python("-c", code, cwd=ROOT, ATEN_CPU_CAPABILITY=name).stdout for name in (own, "default")]
     assert all(folders)
