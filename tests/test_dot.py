@@ -83,6 +83,20 @@ def test_a_single_step(dtype: torch.dtype, T: int) -> None:
         assert (weights[0, :-1] == 1).all()
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1], ids=hex)
+@pytest.mark.parametrize("T", [1, 3, 33], ids="T={}".format)
+@pytest.mark.parametrize(("method", "of_steps"), [("dot", "memory"), ("additive", "keys")])
+def test_no_exponential_of_a_nan_is_a_number(method: str, of_steps: str, T: int, bits: int) -> None:
+    """Whatever its bits are: exponents are set by arithmetic of whole numbers."""
+    problem = Case(method, B=1, T=T, S=40, D=24).problem()
+    for name, rows in (("query", slice(0, 1)), (of_steps, slice(None))):
+        tensor = problem.tensors[name].clone()
+        tensor[0, 0, 5] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        context = problem.with_tensors(**{name: tensor}).results()["context"]
+        assert context[0, rows].isnan().all(), name
+
+
 @pytest.mark.parametrize("S", [7, 70, 300, 1100], ids="S={}".format)
 @pytest.mark.parametrize("T", [2, 17, 70], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
