@@ -27,6 +27,7 @@ def of_capability(name: str) -> tuple[str, ...]:
     return (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}", *FLAGS_OF_CAPABILITY[name])
 
 
+# What setup.py compiles with on ARM's 64-bit processors.
 AARCH64 = (*of_capability("default"), *FLAGS_OF_AARCH64)
 
 

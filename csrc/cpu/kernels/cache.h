@@ -46,7 +46,8 @@ class Ahead {
 
   // What was added is to last for so many steps, rather than for as many as it has lines.
   void spread(int64_t steps) {
-    pace_ = std::clamp<int64_t>(ceil_div(kPace * bytes_ / kLine, std::max<int64_t>(steps, 1)), 1, kMostOfStep * kPace);
+    const int64_t even = ceil_div(kPace * bytes_ / kLine, std::max<int64_t>(steps, 1));
+    pace_ = std::min(std::max<int64_t>(even, 1), kMostOfStep * kPace);
   }
 
   // `rows` rows of a batch element, from row `first` on, of `size` elements each.
@@ -72,7 +73,7 @@ class Ahead {
 
   // The next ones, for at most so many steps.
   Lines take(int64_t steps) {
-    if (next_ == count_) {
+    if (kMostOfStep == 0 || next_ == count_) {
       return {nullptr, 0, 0};
     }
     Block& block = blocks_[next_];

@@ -132,7 +132,7 @@ struct Workspace {
   // only where they wait for what they read, and a register tile of few steps has none.
   bool may_plan(bool far, int64_t steps) {
     ahead.clear();
-    return steps >= kPanelRows && (panel != nullptr || far);
+    return Ahead::kMostOfStep > 0 && steps >= kPanelRows && (panel != nullptr || far);
   }
 };
 

@@ -118,7 +118,7 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
     }
   };
   int64_t k = 0;
-  if constexpr (!packs && Ahead::kMostOfStep > 0) {
+  if constexpr (!packs) {
     const Ahead::Lines lines = ahead != nullptr ? ahead->take(depth) : Ahead::Lines{nullptr, 0, 0};
     for (const char* line = lines.first; k < lines.steps; ++k) {
       line = fetch_lines(line, lines.bytes);
