@@ -29,7 +29,7 @@ def _differentiable_backward(
     """The backward op `op` of `function`; where its result is itself to be differentiated, the reference's."""
 
     def backward(grad_context: Tensor | None, grad_weights: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
-        *inputs, lengths, mask, scale, context, _, _, wanted = others
+        *inputs, lengths, mask, scale, _, _, logsumexp, wanted = others
         arriving = [grad for grad in (grad_context, grad_weights) if grad is not None]
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (*arriving, *inputs)):
             with torch._C._AutoDispatchBelowAutograd():
@@ -37,15 +37,15 @@ def _differentiable_backward(
         # A view of each: an argument passed twice (query is memory) keeps its gradients apart.
         inputs = [tensor.view_as(tensor).requires_grad_() for tensor in inputs]
         # As the op does, in the type that it accumulates in, also under the caller's autocast.
-        with autocast.disabled(context):
-            accumulated = [tensor.to(context.dtype) for tensor in inputs]
+        with autocast.disabled(logsumexp):
+            accumulated = [tensor.to(logsumexp.dtype) for tensor in inputs]
             outputs = function(
                 *accumulated, lengths=lengths, mask=mask, scale=scale, need_weights=grad_weights is not None
             )
             grads = torch.autograd.grad(
                 [out for out, grad in zip(outputs, (grad_context, grad_weights), strict=True) if grad is not None],
                 [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
-                [grad.to(context.dtype) for grad in arriving],
+                [grad.to(logsumexp.dtype) for grad in arriving],
                 create_graph=True,
                 materialize_grads=True,
             )

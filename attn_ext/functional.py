@@ -247,7 +247,7 @@ def attend(
             )
         else:
             op, tensors = _op_of(_OPS, query, keys, v, memory)
-            context, weights, *_ = op.default(*tensors, lengths, mask, scale, need_weights, False)
+            context, weights, *_ = op.default(*tensors, lengths, mask, scale, need_weights, [False, False])
     return context, weights if need_weights else None
 
 

@@ -34,7 +34,7 @@ struct Outputs {
   Tensor context;    // [B, T, Dm] in query's type
   Tensor weights;    // [B, T, S] in query's type
   Tensor logsumexp;  // [B, T] in the accumulation type
-  // Of halves, for a backward: the same as they were accumulated, not rounded. Undefined where not wanted.
+  // Of halves, for a backward: the same as they were accumulated, not rounded. Undefined or without elements where not wanted.
   Tensor exact_context;
   Tensor exact_weights;
 };
@@ -43,7 +43,7 @@ struct Outputs {
 struct Saved {
   const OptionalTensor& grad_context;
   const OptionalTensor& grad_weights;
-  const Tensor& context;
+  const OptionalTensor& context;  // where the device takes_context()
   const OptionalTensor& weights;
   const Tensor& logsumexp;
 };
@@ -59,6 +59,8 @@ struct Gradients {
 
 // A device's way in.
 struct EntryPoints {
+  // Whether a backward of a problem of these sizes, of which nothing else is there yet, reads the context.
+  bool (*takes_context)(const Problem& sizes);
   void (*forward)(const Inputs& inputs, Outputs& outputs);
   void (*backward)(const Inputs& inputs, const Saved& saved, Gradients& gradients);
   // The rest of a backward whose gradients of the scores are known: not of the memory, and of no scores.

@@ -1,8 +1,8 @@
 // The ops' autograd: what a forward op saves, and the backward op that turns its outputs' gradients into its inputs'.
 //
-// Saved are the inputs, the context, the weights where the caller keeps them, both as they were accumulated, and the log-sum-exp of
-// the scores, from which the backward op recomputes the weights where not. A backward op's own derivative is
-// attn_ext/autograd.py's.
+// Saved are the inputs, the context where the backward op reads it, the weights where the caller keeps them, both as they were
+// accumulated, and the log-sum-exp of the scores, from which the backward op recomputes the weights where not. A backward op's own
+// derivative is attn_ext/autograd.py's.
 #include "dispatch.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -34,7 +34,7 @@ struct Autograd<Op, scored, std::index_sequence<i...>> {
       const OptionalTensor& mask,
       double scale,
       bool need_weights,
-      bool need_exact) {
+      NeedExact need_exact) {
     if (!have_tangents(inputs...) && !torch::autograd::compute_requires_grad(inputs...)) {
       const AutoDispatchBelowADInplaceOrView guard;
       return Op::forward(inputs..., lengths, mask, scale, need_weights, need_exact);
@@ -61,18 +61,13 @@ struct Autograd<Op, scored, std::index_sequence<i...>> {
         bool need_weights,
         Forwards* outputs) {
       const AutoDispatchBelowADInplaceOrView guard;
-      *outputs = Op::forward(inputs..., lengths, mask, scale, need_weights, true);
-      const auto& [context, weights, logsumexp, exact] = *outputs;
-      const bool rounded = !exact.empty();
+      const bool with_context = Op::takes_context(inputs...);
+      *outputs = Op::forward(inputs..., lengths, mask, scale, need_weights, {with_context, true});
+      const Kept kept(*outputs, with_context, need_weights);
       ctx->set_materialize_grads(false);
       ctx->saved_data["scale"] = scale;
-      ctx->save_for_backward(
-          {inputs...,
-           or_undefined(lengths),
-           or_undefined(mask),
-           rounded ? exact[0] : context,
-           need_weights ? rounded ? exact[1] : weights : Tensor(),
-           logsumexp});
+      ctx->save_for_backward({inputs..., or_undefined(lengths), or_undefined(mask), kept.context, kept.weights, kept.logsumexp});
+      const auto& [context, weights, _, exact] = *outputs;
       const bool weights_vary = need_weights && ((i < scored && inputs.requires_grad()) || ...);
       return weights_vary ? variable_list{context, weights} : variable_list{context};
     }
@@ -99,7 +94,7 @@ struct Autograd<Op, scored, std::index_sequence<i...>> {
           if_defined(lengths),
           if_defined(mask),
           ctx->saved_data["scale"].toDouble(),
-          context,
+          if_defined(context),
           if_defined(weights),
           logsumexp,
           wanted);

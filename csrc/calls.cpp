@@ -24,7 +24,7 @@ template <class Op, size_t... i>
 struct Call<Op, std::index_sequence<i...>> {
   static Attended run(
       Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
-    auto [context, weights, logsumexp, exact] = Op::forward(inputs..., lengths, mask, scale, need_weights, false);
+    auto [context, weights, logsumexp, exact] = Op::forward(inputs..., lengths, mask, scale, need_weights, {});
     return attended(std::move(context), std::move(weights), need_weights);
   }
 };

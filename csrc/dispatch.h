@@ -16,6 +16,7 @@
 namespace attn_ext {
 
 using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // what the forward ops return
+using NeedExact = std::array<bool, 2>;  // which of context and weights are wanted as they were accumulated
 
 inline OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
@@ -24,6 +25,25 @@ inline OptionalTensor if_defined(const Tensor& tensor) {
 inline Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor.value_or(Tensor());
 }
+
+// Whether a backward of such tensors reads the context. A forward that asks leaves out, or does not keep, what nobody reads.
+bool takes_context(Method method, const Tensor& query, const Tensor& memory);
+
+// What a backward is given of a forward's results: as they were accumulated, and undefined where it has no use for them.
+struct Kept {
+  Kept(const Forwards& outputs, bool takes_context, bool takes_weights) : logsumexp(std::get<2>(outputs)) {
+    const auto& [given_context, given_weights, _, exact] = outputs;
+    const bool rounded = !exact.empty();
+    if (takes_context) {
+      context = rounded ? exact[0] : given_context;
+    }
+    if (takes_weights) {
+      weights = rounded ? exact[1] : given_weights;
+    }
+  }
+
+  Tensor context, weights, logsumexp;
+};
 
 // Whether any of the tensors, optional or not, takes part in forward mode, which the ops do not have.
 template <class... Tensors>
@@ -62,6 +82,12 @@ struct Op;
 template <const char* name, size_t... i>
 struct Op<name, std::index_sequence<i...>> {
   static constexpr size_t kInputs = sizeof...(i);
+  static constexpr Method kMethod = kInputs == 2 ? Method::Dot : kInputs == 3 ? Method::KeyedDot : Method::Additive;
+
+  static bool takes_context(Input<i>... inputs) {
+    const Tensor* const all[] = {&inputs...};
+    return attn_ext::takes_context(kMethod, *all[0], *all[kInputs - 1]);
+  }
 
   static Forwards forward(
       Input<i>... inputs,
@@ -69,7 +95,7 @@ struct Op<name, std::index_sequence<i...>> {
       const OptionalTensor& mask,
       double scale,
       bool need_weights,
-      bool need_exact) {
+      NeedExact need_exact) {
     static const auto op = find<decltype(forward)>(name);
     return op.call(inputs..., lengths, mask, scale, need_weights, need_exact);
   }
@@ -81,7 +107,7 @@ struct Op<name, std::index_sequence<i...>> {
       const OptionalTensor& lengths,
       const OptionalTensor& mask,
       double scale,
-      const Tensor& context,
+      const OptionalTensor& context,
       const OptionalTensor& weights,
       const Tensor& logsumexp,
       std::array<bool, kInputs> wanted) {

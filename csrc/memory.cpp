@@ -351,7 +351,7 @@ struct Arguments {
   }
 
   // Of a projected query: context, weights, log-sum-exp, and the first two unrounded.
-  auto attend(const Tensor& query, bool with_weights, bool need_exact) const {
+  auto attend(const Tensor& query, bool with_weights, NeedExact need_exact) const {
     static const auto op = find<Forwards(
         const Tensor&,
         const OptionalTensor&,
@@ -362,7 +362,7 @@ struct Arguments {
         const OptionalTensor&,
         double,
         bool,
-        bool)>("attn_ext::step_attention");
+        NeedExact)>("attn_ext::step_attention");
     return op.call(query, keys, prepared_keys, v, memory, lengths, mask, scale, with_weights, need_exact);
   }
 };
@@ -379,7 +379,7 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
     kMemory,
     kLengths,
     kMask,
-    kContext,  // as it was accumulated,
+    kContext,  // where the backward op reads it, as it was accumulated,
     kWeights,  // and these
     kLogsumexp,
   };
@@ -391,7 +391,9 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
     const BelowAutograd guard;
     const Arguments& of = *arguments;
     const Tensor projected = of.project(query);
-    const auto [context, weights, logsumexp, exact] = of.attend(projected, true, true);
+    const bool with_context = takes_context(of.v ? Method::Additive : Method::Dot, projected, of.memory);
+    const Forwards outputs = of.attend(projected, true, {with_context, true});
+    const Kept kept(outputs, with_context, true);
     ctx->set_materialize_grads(false);
     ctx->saved_data[kLedger] = ledger;
     ctx->saved_data["scale"] = of.scale;
@@ -406,9 +408,10 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
          of.memory,
          or_undefined(of.lengths),
          or_undefined(of.mask),
-         exact.empty() ? context : exact[0],
-         exact.empty() ? weights : exact[1],
-         logsumexp});
+         kept.context,
+         kept.weights,
+         kept.logsumexp});
+    const auto& [context, weights, _, exact] = outputs;
     return of.need_weights ? variable_list{context, weights} : variable_list{context};
   }
 
@@ -446,7 +449,7 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
         const OptionalTensor&,
         const OptionalTensor&,
         double,
-        const Tensor&,
+        const OptionalTensor&,
         const OptionalTensor&,
         const Tensor&)>("attn_ext::step_attention_backward");
     const at::NoGradGuard no_grad;
@@ -464,7 +467,7 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
         if_defined(saved[kLengths]),
         if_defined(saved[kMask]),
         ctx->saved_data.at("scale").toDouble(),
-        saved[kContext],
+        if_defined(saved[kContext]),
         weights,
         saved[kLogsumexp]);
     if (ctx->needs_input_grad(1)) {
@@ -538,7 +541,7 @@ std::tuple<Tensor, Tensor> memory_attention(
   const bool has_node = node && node->requires_grad();
   if (!(at::GradMode::is_enabled() && (query.requires_grad() || has_node))) {
     const BelowAutograd guard;
-    auto [context, weights, logsumexp, exact] = arguments.attend(arguments.project(query), need_weights, false);
+    auto [context, weights, logsumexp, exact] = arguments.attend(arguments.project(query), need_weights, {});
     return {context, weights};
   }
   const auto* made = has_node ? dynamic_cast<torch::autograd::CppNode<Node>*>(node->grad_fn().get()) : nullptr;

@@ -1,6 +1,7 @@
 // Every op's schema, registration and argument checks: the only file that says what exists.
 #include "cuda/build.h"
 #include "dispatch.h"
+#include "tensors.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -61,6 +62,10 @@ struct Sizes {
   ArrayRef<Size> rows;  // [B, T], or [B]
   Size size, B, T, S, memory_size;
 };
+
+bool has_open_sizes(const Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
 
 const EntryPoints& entries_of([[maybe_unused]] const Tensor& tensor) {
 #if defined(ATTN_EXT_WITH_CUDA)
@@ -139,7 +144,9 @@ void check(const Inputs& inputs, const Saved& saved) {
   const auto sizes = check<Size>(inputs);
   const Tensor& query = inputs.query;
   const auto type = accumulation_type(query);
-  check_argument<Size>("context", saved.context, type, query, sizes.of_rows(sizes.memory_size));
+  if (saved.context) {
+    check_argument<Size>("context", *saved.context, type, query, sizes.of_rows(sizes.memory_size));
+  }
   check_argument<Size>("logsumexp", saved.logsumexp, type, query, sizes.rows);
   if (saved.weights) {
     check_argument<Size>("weights", *saved.weights, type, query, sizes.of_rows(sizes.S));
@@ -154,17 +161,24 @@ void check(const Inputs& inputs, const Saved& saved) {
 }
 
 template <class Size>
-Forwards forward(const Inputs& inputs, bool need_weights, bool need_exact) {
+Forwards forward(const Inputs& inputs, bool need_weights, NeedExact need_exact) {
   const auto sizes = check<Size>(inputs);
   const auto type = inputs.query.scalar_type(), exact_type = accumulation_type(inputs.query);
-  const auto context_like = [&](at::ScalarType of) { return empty(sizes.of_rows(sizes.memory_size), of, inputs.query); };
-  const auto weights_like = [&](at::ScalarType of) {
-    return need_weights ? empty(sizes.of_rows(sizes.S), of, inputs.query) : empty(ArrayRef<Size>{Size(0)}, of, inputs.query);
+  const auto rows_of = [&](const Size& last, at::ScalarType of, bool wanted) {
+    return wanted ? empty(sizes.of_rows(last), of, inputs.query) : empty(ArrayRef<Size>{Size(0)}, of, inputs.query);
   };
-  Outputs outputs{context_like(type), weights_like(type), empty(sizes.rows, exact_type, inputs.query), {}, {}};
+  Outputs outputs{
+      rows_of(sizes.memory_size, type, true),
+      rows_of(sizes.S, type, need_weights),
+      empty(sizes.rows, exact_type, inputs.query),
+      {},
+      {}};
   std::vector<Tensor> exact;
-  if (need_exact && type != exact_type) {
-    exact = {outputs.exact_context = context_like(exact_type), outputs.exact_weights = weights_like(exact_type)};
+  const auto [need_exact_context, need_exact_weights] = need_exact;
+  if ((need_exact_context || need_exact_weights) && type != exact_type) {
+    outputs.exact_context = rows_of(sizes.memory_size, exact_type, need_exact_context);
+    outputs.exact_weights = rows_of(sizes.S, exact_type, need_weights && need_exact_weights);
+    exact = {outputs.exact_context, outputs.exact_weights};
   }
   if constexpr (kHasData<Size>) {
     entries_of(inputs.query).forward(inputs, outputs);
@@ -227,7 +241,7 @@ struct Attention<Size, std::index_sequence<i...>> {
       const OptionalTensor& mask,
       double scale,
       bool need_weights,
-      bool need_exact) {
+      NeedExact need_exact) {
     return attn_ext::forward<Size>(inputs_of(tensors..., lengths, mask, scale), need_weights, need_exact);
   }
 
@@ -238,7 +252,7 @@ struct Attention<Size, std::index_sequence<i...>> {
       const OptionalTensor& lengths,
       const OptionalTensor& mask,
       double scale,
-      const Tensor& context,
+      const OptionalTensor& context,
       const OptionalTensor& weights,
       const Tensor& logsumexp,
       std::array<bool, sizeof...(i)> wanted) {
@@ -298,7 +312,7 @@ Forwards step_attention(
     const OptionalTensor& mask,
     double scale,
     bool need_weights,
-    bool need_exact) {
+    NeedExact need_exact) {
   return forward<Size>(step_inputs(query, keys, prepared_keys, v, memory, lengths, mask, scale), need_weights, need_exact);
 }
 
@@ -314,7 +328,7 @@ std::tuple<Tensor, Tensor> step_attention_backward(
     const OptionalTensor& lengths,
     const OptionalTensor& mask,
     double scale,
-    const Tensor& context,
+    const OptionalTensor& context,
     const OptionalTensor& weights,
     const Tensor& logsumexp) {
   const Inputs inputs = step_inputs(query, keys, prepared_keys, v, memory, lengths, mask, scale);
@@ -377,32 +391,41 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
+bool takes_context(Method method, const Tensor& query, const Tensor& memory) {
+  // What is no argument of the ops they say; of sizes that torch.compile leaves open nothing is known.
+  if ((query.dim() != 3 && query.dim() != 2) || memory.dim() != 3 || has_open_sizes(query) || has_open_sizes(memory)) {
+    return true;
+  }
+  return entries_of(query).takes_context(problem_of_sizes(method, query, memory));
+}
+
 // B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; keyed: query [B, T, D], keys [B, S, D], values [B, S, Dm];
 // additive: query [B, T, A], keys [B, S, A], v [A], values [B, S, Dm]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query
 // [B, D] is one decoder step: no result has the T then. weights has no elements if need_weights is false, nor has a gradient that
-// is not wanted. need_exact: of halves, exact is [context, weights] as they were accumulated, in float32, which a backward takes;
-// where they were not rounded there is none.
+// is not wanted. need_exact: of halves, exact is [context, weights] as they were accumulated, in float32, where those are wanted;
+// where they were not rounded there is none. A backward takes them. Of several queries of a few steps it need not have the context.
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
-      "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights, bool need_exact)"
+      "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights, bool[2] "
+      "need_exact)"
       " -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
       "dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor memory, Tensor? lengths,"
-      " Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp, bool[2] wanted)"
+      " Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp, bool[2] wanted)"
       " -> (Tensor grad_query, Tensor grad_memory)");
   m.def(
       "keyed_dot_attention(Tensor query, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, float scale,"
-      " bool need_weights, bool need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
+      " bool need_weights, bool[2] need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
       "keyed_dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor values,"
-      " Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp, bool[3] wanted)"
+      " Tensor? lengths, Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp, bool[3] wanted)"
       " -> (Tensor grad_query, Tensor grad_keys, Tensor grad_values)");
   m.def(
       "additive_attention(Tensor query, Tensor keys, Tensor v, Tensor values, Tensor? lengths, Tensor? mask, float scale,"
-      " bool need_weights, bool need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
+      " bool need_weights, bool[2] need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
       "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor v,"
-      " Tensor values, Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp,"
+      " Tensor values, Tensor? lengths, Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp,"
       " bool[4] wanted) -> (Tensor grad_query, Tensor grad_keys, Tensor grad_v, Tensor grad_values)");
 
   // Beneath general, without a v, and concat, [A, Dq + Dm] of whose weight projects queries and memory. by_keys: of general,
@@ -417,11 +440,11 @@ TORCH_LIBRARY(attn_ext, m) {
   m.def("prepare_keys(Tensor keys) -> Tensor");
   m.def(
       "step_attention(Tensor query, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask,"
-      " float scale, bool need_weights, bool need_exact)"
+      " float scale, bool need_weights, bool[2] need_exact)"
       " -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
       "step_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor? keys, Tensor? prepared_keys,"
-      " Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask, float scale, Tensor context, Tensor? weights, Tensor logsumexp)"
+      " Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp)"
       " -> (Tensor grad_query, Tensor grad_scores)");
   m.def(
       "additive_scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor? prepared_keys, Tensor v, Tensor? lengths,"

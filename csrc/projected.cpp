@@ -54,7 +54,7 @@ Forwards attend(
     const Tensor& memory,
     const Options& options,
     bool need_weights,
-    bool need_exact) {
+    NeedExact need_exact) {
   const auto& [query, keys] = projected;
   const auto& [_, lengths, mask, scale] = options;
   if (v) {
@@ -64,6 +64,11 @@ Forwards attend(
     return KeyedDotOp::forward(query, keys, memory, lengths, mask, scale, need_weights, need_exact);
   }
   return DotOp::forward(query, memory, lengths, mask, scale, need_weights, need_exact);
+}
+
+bool takes_context(const Projected& projected, const OptionalTensor& v, const Tensor& memory) {
+  const auto method = v ? AdditiveOp::kMethod : projected.keys.defined() ? KeyedDotOp::kMethod : DotOp::kMethod;
+  return takes_context(method, projected.query, memory);
 }
 
 // The op's gradients of what met, where wanted: query and keys as they were projected.
@@ -84,9 +89,10 @@ Gradients differentiate(
     const Wanted& wanted) {
   const auto& [query, keys] = projected;
   const auto& [_, lengths, mask, scale] = options;
-  const OptionalTensor of_context = if_defined(grad_context), of_weights = if_defined(grad_weights), saved = if_defined(weights);
+  const OptionalTensor of_context = if_defined(grad_context), of_weights = if_defined(grad_weights);
   const auto call = [&]<class Op>(Op, const std::array<bool, Op::kInputs>& of_tensors, const auto&... tensors) {
-    return Op::backward(of_context, of_weights, tensors..., lengths, mask, scale, context, saved, logsumexp, of_tensors);
+    return Op::backward(
+        of_context, of_weights, tensors..., lengths, mask, scale, if_defined(context), if_defined(weights), logsumexp, of_tensors);
   };
   Gradients grads;
   if (v) {
@@ -120,8 +126,9 @@ struct Node : torch::autograd::Function<Node> {
       bool need_weights) {
     const BelowAutograd guard;
     const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), options->by_keys), bias, *options);
-    const auto [context, weights, logsumexp, exact] = attend(projected, v, memory, *options, need_weights, true);
-    const bool rounded = !exact.empty();
+    const bool with_context = takes_context(projected, v, memory);
+    const Forwards outputs = attend(projected, v, memory, *options, need_weights, {with_context, true});
+    const Kept kept(outputs, with_context, need_weights);
     ctx->set_materialize_grads(false);
     ctx->saved_data["scale"] = options->scale;
     ctx->saved_data["by_keys"] = options->by_keys;
@@ -135,9 +142,10 @@ struct Node : torch::autograd::Function<Node> {
          or_undefined(options->mask),
          projected.query.is_same(query) ? Tensor() : projected.query,
          projected.keys,
-         rounded ? exact[0] : context,
-         need_weights ? rounded ? exact[1] : weights : Tensor(),
-         logsumexp});
+         kept.context,
+         kept.weights,
+         kept.logsumexp});
+    const auto& [context, weights, _, exact] = outputs;
     return need_weights ? variable_list{context, weights} : variable_list{context};
   }
 
@@ -164,7 +172,7 @@ struct Node : torch::autograd::Function<Node> {
       const Parts parts(inputs[kWeight], memory, v.has_value(), options.by_keys);
       const Tensor seen = without_hidden_rows(memory, options.hidden());
       const auto projected = Projected::make(inputs[kQuery], seen, parts, if_defined(inputs[kBias]), options);
-      auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, grads[1].defined(), false);
+      auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, grads[1].defined(), {});
       return {std::move(context), std::move(weights)};
     });
     std::copy(computed.begin(), computed.end(), results.begin());
@@ -244,7 +252,7 @@ std::tuple<Tensor, Tensor> projected_attention(
   if (!have_tangents(query, weight, memory, v, bias) && !torch::autograd::compute_requires_grad(query, weight, memory, v, bias)) {
     const BelowAutograd guard;
     const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), by_keys), bias, options);
-    auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, need_weights, false);
+    auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, need_weights, {});
     return {std::move(context), std::move(weights)};
   }
   // Where there are tangents, apply() says that there is no forward mode.

@@ -42,15 +42,21 @@ inline void* data_of(const Tensor& output) {
   return output.defined() && output.numel() > 0 ? output.mutable_data_ptr() : nullptr;
 }
 
-inline Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
+// A problem without its tensors.
+inline Problem problem_of_sizes(Method method, const Tensor& query, const Tensor& memory) {
   Problem problem{};
-  problem.dtype = problem.factors = dtype_of(inputs.query);
-  problem.method = inputs.method();
-  problem.batch = inputs.query.size(0);
-  problem.queries = inputs.query.dim() == 3 ? inputs.query.size(1) : 1;
-  problem.steps = inputs.memory.size(1);
-  problem.key_size = inputs.query.size(-1);
-  problem.memory_size = inputs.memory.size(2);
+  problem.dtype = problem.factors = dtype_of(query);
+  problem.method = method;
+  problem.batch = query.size(0);
+  problem.queries = query.dim() == 3 ? query.size(1) : 1;
+  problem.steps = memory.size(1);
+  problem.key_size = query.size(-1);
+  problem.memory_size = memory.size(2);
+  return problem;
+}
+
+inline Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
+  Problem problem = problem_of_sizes(inputs.method(), inputs.query, inputs.memory);
   problem.scale = inputs.scale;
   problem.query = view_of(inputs.query);
   problem.memory = view_of(inputs.memory);

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import attn_ext
+from tests import cases
 from tests.cases import DTYPES, MASKINGS, METHODS, Case, Problem, short
 
 
@@ -89,23 +90,43 @@ def test_retained_graph(method: str) -> None:
     assert all(map(torch.equal, first, second))
 
 
+def kept_shapes(problem: Problem, need_weights: bool = True) -> list[list[int]]:
+    """Of the tensors that wait for the backward."""
+    shapes = []
+    tensors = {name: tensor.requires_grad_() for name, tensor in problem.tensors.items()}
+    watch = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: shapes.append(list(tensor.shape)) or tensor, lambda tensor: tensor
+    )
+    with watch:
+        problem.function(**tensors, need_weights=need_weights)
+    return shapes
+
+
 @pytest.mark.fused
 @pytest.mark.parametrize("T", [1, 20, 70], ids="T={}".format)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_that_nobody_asked_for_are_not_kept(method: str, T: int) -> None:
     """Nothing of the size [B, T, S] waits for the backward, which takes them anew."""
     problem = Case(method, T=T, S=300, D=4, Dm=4).problem()
-    tensors = {name: tensor.requires_grad_() for name, tensor in problem.tensors.items()}
-    kept: dict[bool, list[list[int]]] = {True: [], False: []}
-    for need_weights, shapes in kept.items():
-        watch = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor, shapes=shapes: shapes.append(list(tensor.shape)) or tensor, lambda tensor: tensor
-        )
-        with watch:
-            problem.function(**tensors, need_weights=need_weights)
-    assert [2, T, 300] in kept[True]
-    assert kept[False]
-    assert not any(300 in shape and shape[-1] != 4 for shape in kept[False])
+    assert [2, T, 300] in kept_shapes(problem, need_weights=True)
+    shapes = kept_shapes(problem, need_weights=False)
+    assert shapes
+    assert not any(300 in shape and shape[-1] != 4 for shape in shapes)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_context_that_no_backward_reads_is_not_kept(method: str, dtype: torch.dtype) -> None:
+    """It is read of one query, and on a CPU of more steps than are worked on at once."""
+
+    def kept(T: int, S: int) -> int:
+        return kept_shapes(Case(method, T=T, S=S, D=6, Dm=6, dtype=dtype).problem()).count([2, T, 6])
+
+    queries = 2 if method in ("general", "concat") else 1  # of the same size, and their projection
+    assert kept(20, 30) == queries
+    assert kept(1, 30) == queries + 1
+    assert kept(20, 300) == queries + (cases.KERNELS == "cpu")
 
 
 @pytest.mark.fused

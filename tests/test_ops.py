@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,8 @@ def arguments(case: Case, direction: str) -> tuple[Any, ...]:
     options = [problem.options["lengths"], problem.options["mask"], 1.0 if case.scale is None else case.scale]
     need_weights = problem.options["need_weights"]
     if direction == "forward":
-        return (*tensors, *options, need_weights, case.loss != "no_weights")
-    context, weights, logsumexp = exact(op(case.method, "forward")(*tensors, *options, need_weights, True))
+        return (*tensors, *options, need_weights, [case.loss == "both", case.loss != "no_weights"])
+    context, weights, logsumexp = exact(op(case.method, "forward")(*tensors, *options, need_weights, [True, True]))
     grads = [problem.grad_outputs.get(name) for name in ("context", "weights")]
     return (*grads, *tensors, *options, context, weights if need_weights else None, logsumexp, [True] * len(tensors))
 
@@ -100,7 +101,7 @@ def test_opcheck_with_gradients(method: str, masking: str, loss: str) -> None:
     """The op is differentiable by itself, also where torch.compile traces both passes."""
     *tensors, lengths, mask, scale, need_weights, _ = arguments(Case(method, masking=masking, loss=loss), "forward")
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    opcheck(op(method, "forward"), (*leaves, lengths, mask, scale, need_weights, False))
+    opcheck(op(method, "forward"), (*leaves, lengths, mask, scale, need_weights, [False, False]))
 
 
 @pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
@@ -158,8 +159,8 @@ def test_halves_are_rounded_where_they_are_written(
     *tensors, lengths, mask, scale, _, _ = arguments(
         Case(method, B=2, T=T, S=S, D=40, dtype=dtype, masking=masking), "forward"
     )
-    wide = op(method, "forward")(*(tensor.float() for tensor in tensors), lengths, mask, scale, True, True)
-    *rounded, logsumexp, unrounded = op(method, "forward")(*tensors, lengths, mask, scale, True, True)
+    wide = op(method, "forward")(*(tensor.float() for tensor in tensors), lengths, mask, scale, True, [True, True])
+    *rounded, logsumexp, unrounded = op(method, "forward")(*tensors, lengths, mask, scale, True, [True, True])
     assert wide[3] == []
     assert logsumexp.dtype == torch.float32
     # Products of halves take the context from rounded weights.
@@ -181,10 +182,15 @@ def test_halves_are_rounded_where_they_are_written(
         assert torch.equal(result, exact.to(dtype))
         torch.testing.assert_close(exact, truth, **tolerance)
     for need_weights in (True, False):
-        context, weights, _, none = op(method, "forward")(*tensors, lengths, mask, scale, need_weights, False)
-        assert none == []
-        assert torch.equal(context, rounded[0])
-        assert torch.equal(weights, rounded[1]) if need_weights else weights.numel() == 0
+        for need_exact in itertools.product((True, False), repeat=2):
+            context, weights, _, some = op(method, "forward")(*tensors, lengths, mask, scale, need_weights, need_exact)
+            assert torch.equal(context, rounded[0])
+            assert torch.equal(weights, rounded[1]) if need_weights else weights.numel() == 0
+            assert len(some) == (2 if any(need_exact) else 0)
+            for tensor, exact, wanted in zip(
+                some, unrounded, (need_exact[0], need_exact[1] and need_weights), strict=False
+            ):
+                assert torch.equal(tensor, exact) if wanted else tensor.numel() == 0
 
 
 def test_halves_are_differentiated_as_they_were_accumulated(method: str) -> None:
@@ -192,7 +198,7 @@ def test_halves_are_differentiated_as_they_were_accumulated(method: str) -> None
     case = Case(method, S=37, D=20, dtype=torch.bfloat16)
     *tensors, lengths, mask, scale, need_weights, _ = arguments(case, "forward")
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    context, weights, *_ = op(method, "forward")(*leaves, lengths, mask, scale, need_weights, False)
+    context, weights, *_ = op(method, "forward")(*leaves, lengths, mask, scale, need_weights, [False, False])
     grads = [torch.randn_like(context), torch.randn_like(weights)]
     assert {grad.dtype for grad in grads} == {torch.bfloat16}
     first = torch.autograd.grad((context, weights), leaves, grads, retain_graph=True)
@@ -304,6 +310,21 @@ def test_any_values(method: str, value: float) -> None:
                 assert torch.equal(results[output][1], clean[output][1]), (name, output)
 
 
+@pytest.mark.parametrize(("T", "S"), [(1, 30), (5, 30), (70, 30), (5, 300), (70, 300)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_a_context_that_is_missing(method: str, dtype: torch.dtype, T: int, S: int) -> None:
+    """A backward that would read it says so; of the others it changes no bit."""
+    *others, context, weights, logsumexp, wanted = arguments(Case(method, T=T, S=S, D=20, dtype=dtype), "backward")
+    one_query = T == 1 and method != "keyed_dot"
+    if one_query or (S > 256 and cases.KERNELS == "cpu"):
+        with pytest.raises(ValueError, match="context is missing"):
+            op(method, "backward")(*others, None, weights, logsumexp, wanted)
+        return
+    without, given = (op(method, "backward")(*others, some, weights, logsumexp, wanted) for some in (None, context))
+    assert all(map(torch.equal, without, given))
+    opcheck(op(method, "backward"), (*others, None, weights, logsumexp, wanted))
+
+
 def test_wrong_number_of_wanted_gradients(method: str) -> None:
     *others, wanted = arguments(Case(method), "backward")
     for wrong in ([], wanted[1:], [*wanted, True]):
@@ -407,10 +428,10 @@ def step_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
     prepared = None if keys is None else torch.ops.attn_ext.prepare_keys(keys)
     lengths, mask, scale = problem.options["lengths"], problem.options["mask"], 0.5
     inputs = (query, keys, prepared, v, memory, lengths, mask, scale)
-    context, weights, logsumexp = exact(torch.ops.attn_ext.step_attention(*inputs, True, True))
+    context, weights, logsumexp = exact(torch.ops.attn_ext.step_attention(*inputs, True, [True, True]))
     grads = [problem.grad_outputs.get(name) for name in ("context", "weights")]
     calls: dict[str, tuple[Any, ...]] = {
-        "step_attention": (*inputs, True, True),
+        "step_attention": (*inputs, True, [True, True]),
         "step_attention_backward": (*grads, *inputs, context, weights, logsumexp),
     }
     if keys is not None:
@@ -511,9 +532,11 @@ def test_prepared_keys_are_guarded(T: int, spread: float) -> None:
     lengths = torch.tensor([300, 200])
     values = torch.randn(2, 300, 5, generator=generator)
     prepared = torch.ops.attn_ext.prepare_keys(keys)
-    results = torch.ops.attn_ext.step_attention(query, keys, prepared, v, values, lengths, None, 1.0, True, False)
+    results = torch.ops.attn_ext.step_attention(
+        query, keys, prepared, v, values, lengths, None, 1.0, True, [False, False]
+    )
     expected = torch.ops.attn_ext.additive_attention(
-        query.double(), keys.double(), v.double(), values.double(), lengths, None, 1.0, True, False
+        query.double(), keys.double(), v.double(), values.double(), lengths, None, 1.0, True, [False, False]
     )
     # float64's log-sum-exp has sum(v) in it on a GPU, float32's leaves it out.
     for result, truth in zip(results[: 2 if cases.KERNELS == "cuda" else 3], expected, strict=False):

@@ -59,11 +59,17 @@ Tensor contiguous(const OptionalTensor& tensor) {
   return tensor ? tensor->contiguous() : Tensor();
 }
 
+// One thread, or a backward that knows no better, has nothing to split.
+bool takes_context(const Problem& sizes, int64_t threads) {
+  return !backward_plan(sizes, threads, true, true).has_whole_rows(sizes);
+}
+
 // `call` lacks the problem, the plan and the outputs.
-void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
+void run_backward(const Inputs& inputs, Backward& call, bool has_context, Gradients& gradients) {
   const Tensor lengths = contiguous(inputs.lengths);
   call.problem = rounded_as_allowed(problem_of(inputs, lengths));
-  call.plan = backward_plan(call.problem, at::get_num_threads(), gradients.keys.defined() || gradients.memory.defined());
+  const bool writes_rows = gradients.keys.defined() || gradients.memory.defined();
+  call.plan = backward_plan(call.problem, at::get_num_threads(), has_context, writes_rows);
   call.grad_scores = data_of(gradients.scores);
   call.grad_query = data_of(gradients.query);
   call.grad_keys = data_of(gradients.keys);
@@ -90,6 +96,10 @@ void run_backward(const Inputs& inputs, Backward& call, Gradients& gradients) {
   } else if (gradients.v.defined()) {
     gradients.v.zero_();
   }
+}
+
+bool takes_context(const Problem& sizes) {
+  return takes_context(sizes, at::get_num_threads());
 }
 
 void forward(const Inputs& inputs, Outputs& outputs) {
@@ -123,14 +133,23 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   call.context = view_of(saved.context);
   call.weights = view_of(saved.weights);
   call.logsumexp = logsumexp.const_data_ptr();
-  run_backward(inputs, call, gradients);
+  const bool has_context = saved.context.has_value();
+  const auto sizes = problem_of_sizes(inputs.method(), inputs.query, inputs.memory);
+  TORCH_CHECK_VALUE(
+      has_context || !takes_context(sizes, 1),
+      "context is missing: a backward of ",
+      sizes.queries,
+      " queries and ",
+      sizes.steps,
+      " steps reads it");
+  run_backward(inputs, call, has_context, gradients);
 }
 
 void backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients) {
   RECORD_FUNCTION(name_of(inputs, "backward"), c10::ArrayRef<const c10::IValue>{});
   Backward call{};
   call.score_gradients = view_of(grad_scores);
-  run_backward(inputs, call, gradients);
+  run_backward(inputs, call, true, gradients);
 }
 
 void prepare_keys(const Tensor& keys, Tensor& prepared) {
@@ -147,7 +166,7 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
 
 }  // namespace
 
-const EntryPoints entry_points{forward, backward, backward_of_scores, prepare_keys};
+const EntryPoints entry_points{takes_context, forward, backward, backward_of_scores, prepare_keys};
 
 const char* capability_name() {
   return capability().name;

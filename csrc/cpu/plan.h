@@ -87,7 +87,8 @@ inline int64_t parts_of(int64_t items, int64_t threads, int64_t most, double wai
 
 // Items of `chunk` queries. Where some threads would wait for others, the source is split, and where that has too few tiles the
 // queries are divided further, as far as a part is worth a thread.
-inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, double wait_for_queries, bool writes_rows) {
+inline Plan plan_of(
+    const Problem& problem, int64_t chunk, int64_t threads, double wait_for_queries, bool may_split, bool writes_rows) {
   Plan plan{};
   plan.chunk = std::max<int64_t>(std::min(chunk, problem.queries), 1);
   plan.tile = tile_of(problem, plan.chunk);
@@ -105,7 +106,8 @@ inline Plan plan_of(const Problem& problem, int64_t chunk, int64_t threads, doub
   const bool may_be_short = plan.chunk < 2 * kMany && !problem.is_one_query();
   const int64_t shortest = may_be_short ? std::min(plan.tile, kLeastSteps) : plan.tile;
   const int64_t most_splits = std::max<int64_t>(std::min(work / kGrain, ceil_div(problem.steps, shortest)), 1);
-  const int64_t split = ceil_div(problem.steps, parts_of(groups, threads, most_splits, kWaitForMerges));
+  const int64_t splits = may_split ? parts_of(groups, threads, most_splits, kWaitForMerges) : 1;
+  const int64_t split = ceil_div(problem.steps, splits);
   plan.split_size = std::max<int64_t>(ceil_div(split, kSplitMultiple) * kSplitMultiple, kSplitMultiple);
   plan.split_tiles = ceil_div(plan.split_size, plan.tile);
   plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
@@ -126,15 +128,15 @@ inline bool streams_queries(const Problem& problem, int64_t size, int64_t tensor
   return problem.steps <= kShallow && tensors * bytes >= kLarge;
 }
 
-// `writes_rows`: gradients of keys or memory.
-inline Plan backward_plan(const Problem& problem, int64_t threads, bool writes_rows) {
-  Plan plan = plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges, writes_rows);
+// `has_context`: without it the source is not split. `writes_rows`: gradients of keys or memory.
+inline Plan backward_plan(const Problem& problem, int64_t threads, bool has_context, bool writes_rows) {
+  Plan plan = plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges, has_context, writes_rows);
   plan.streams_queries = streams_queries(problem, problem.key_size, 1);
   return plan;
 }
 
 inline Plan forward_plan(const Problem& problem, int64_t threads) {
-  Plan plan = plan_of(problem, kChunk, threads, kWait, false);
+  Plan plan = plan_of(problem, kChunk, threads, kWait, true, false);
   plan.streams_queries = streams_queries(problem, problem.memory_size, 2);
   return plan;
 }

@@ -26,6 +26,12 @@
 namespace attn_ext::cuda {
 namespace {
 
+// Whether the kernels of one step take it.
+bool takes_one_step(const Problem& problem) {
+  const bool is_dot = problem.method != Method::Additive;
+  return problem.is_one_query() && (!is_dot || problem.memory_size <= most_one_step_columns(width_of(problem.dtype)));
+}
+
 // What every call begins with.
 class Call {
  public:
@@ -68,8 +74,7 @@ class Call {
   }
 
   bool is_one_step() const {
-    const size_t element = inputs_.query.element_size();
-    return problem_.is_one_query() && (!is_dot() || problem_.memory_size <= most_one_step_columns(element));
+    return takes_one_step(problem_);
   }
 
   bool is_of_halves() const {
@@ -219,8 +224,8 @@ void attend(const Call& call, const Inputs& inputs, Outputs& outputs) {
       call.stream());
 
   multiply(outputs.context, rounds ? rounded : scores, call.attended(inputs.memory));
-  if (outputs.exact_context.defined()) {
-    outputs.exact_context.copy_(outputs.context);  // a backward of many queries has no use for more
+  if (data_of(outputs.exact_context) != nullptr) {
+    outputs.exact_context.copy_(outputs.context);  // products of halves have no more
   }
 }
 
@@ -234,7 +239,8 @@ void differentiate_nothing(Gradients& gradients) {
 
 void differentiate_once(Call& call, const Saved& saved, Gradients& gradients) {
   const Problem& problem = call.problem();
-  const Tensor context = saved.context.contiguous(), logsumexp = saved.logsumexp.contiguous();
+  TORCH_CHECK_VALUE(saved.context.has_value(), "context is missing: a backward of one query reads it");
+  const Tensor context = saved.context->contiguous(), logsumexp = saved.logsumexp.contiguous();
   const OptionalTensor weights = contiguous(saved.weights);
   OneStepBackward step{};
   step.problem = problem;
@@ -387,7 +393,8 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   } else if (inputs.query.dim() == 2) {
     const OptionalTensor grad_context = with_queries(saved.grad_context), grad_weights = with_queries(saved.grad_weights);
     const OptionalTensor weights = with_queries(saved.weights);
-    const Tensor query = with_queries(inputs.query), context = with_queries(saved.context);
+    const OptionalTensor context = with_queries(saved.context);
+    const Tensor query = with_queries(inputs.query);
     Gradients of_queries{
         with_queries(gradients.query), gradients.keys, gradients.v, gradients.memory, with_queries(gradients.scores)};
     backward(
@@ -421,6 +428,6 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
 
 }  // namespace
 
-const EntryPoints entry_points{forward, backward, backward_of_scores, prepare_keys};
+const EntryPoints entry_points{takes_one_step, forward, backward, backward_of_scores, prepare_keys};
 
 }  // namespace attn_ext::cuda

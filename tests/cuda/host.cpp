@@ -103,7 +103,7 @@ Tensor& baddbmm_out_dtype(
 
 }  // namespace
 
-const EntryPoints cpu::entry_points{forward, backward, backward_of_scores, prepare_keys};
+const EntryPoints cpu::entry_points{cuda::entry_points.takes_context, forward, backward, backward_of_scores, prepare_keys};
 
 cuda::Stream cuda::current_stream(c10::Device) {
   return nullptr;

@@ -474,10 +474,14 @@ bool check(uint64_t seed) {
   Forward f{};
   f.problem = c.problem();
   f.plan = random.chance(0.3) ? forward_plan(f.problem, random.upto(1, 40)) : random_plan(f.problem, random, kChunk);
+  const bool writes_rows = random.chance(0.5);
+  const Plan plan_of_backward = random.chance(0.3) ? backward_plan(f.problem, random.upto(1, 40), random.chance(0.5), writes_rows)
+                                                   : random_plan(f.problem, random, std::max<int64_t>(c.T, 1));
+  const bool keeps_context = !plan_of_backward.has_whole_rows(f.problem) || random.chance(0.5);
   f.context = context.data();
   f.weights = need_weights && c.S > 0 ? weights.data() : nullptr;
   f.logsumexp = logsumexp.data();
-  f.exact_context = rounds ? exact_context.data() : f.context;
+  f.exact_context = !rounds ? f.context : keeps_context ? exact_context.data() : nullptr;
   f.exact_weights = f.weights == nullptr ? nullptr : rounds ? exact_weights.data() : f.weights;
 
   const int64_t prepared = prepared_size(c.D);
@@ -510,18 +514,12 @@ bool check(uint64_t seed) {
   Array grad_scores(c.exact_type, c.B, c.T, c.S);
   Backward b{};
   b.problem = f.problem;
-  const bool writes_rows = random.chance(0.5);
-  b.plan = random.chance(0.3) ? backward_plan(b.problem, random.upto(1, 40), writes_rows)
-                              : random_plan(b.problem, random, std::max<int64_t>(c.T, 1));
+  b.plan = plan_of_backward;
   const bool recompute = f.weights == nullptr;
   b.grad_context = g.view();
   b.grad_weights = recompute ? View{} : gw.view();
-  b.context = exact_context.view();
-  b.weights = recompute ? View{} : exact_weights.view();
-  if (!rounds) {
-    b.context = context.view();
-    b.weights = recompute ? View{} : weights.view();
-  }
+  b.context = !keeps_context ? View{} : rounds ? exact_context.view() : context.view();
+  b.weights = recompute ? View{} : rounds ? exact_weights.view() : weights.view();
   b.logsumexp = logsumexp.data();
   b.grad_query = random.chance(0.8) ? grad_query.data() : nullptr;
   b.grad_scores = random.chance(0.5) && c.S > 0 ? grad_scores.data() : nullptr;

@@ -126,7 +126,7 @@ struct Calls {
     const Array grad_query(op.dtype, B, T, D), grad_keys(op.dtype, B, S, D), grad_memory(op.dtype, B, S, D);
     Backward b{};
     b.problem = f.problem;
-    b.plan = backward_plan(b.problem, 1, true);
+    b.plan = backward_plan(b.problem, 1, true, true);
     const Array grad_v(op.exact_type, 1, b.plan.items(b.problem), D);
     b.grad_context = grad_context.view();
     b.context = rounds ? exact_context.view() : context.view();

@@ -152,18 +152,33 @@ inline void finish_streaming() {
 #endif
 }
 
-// A row past every cache, but for the lines that it shares with other rows.
+// store_row() past every cache, but for the lines that the row shares with others.
 template <class acc>
-inline void stream_row(acc* to, const acc* from, int64_t size) {
-  constexpr int64_t lanes = Vec<acc>::size(), line = kLine / sizeof(acc);
-  int64_t i = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLine / sizeof(acc), size);
-  std::copy_n(from, i, to);
-  for (; i + line <= size; i += line) {
-    for (int64_t j = 0; j < line; j += lanes) {
-      stream(to + i + j, Vec<acc>::loadu(from + i + j));
+inline void stream_row(Dtype dtype, void* data, int64_t first, const acc* from, int64_t size) {
+  with_type<acc>(dtype, [&](auto example) {
+    using scalar = decltype(example);
+    constexpr int64_t lanes = Vec<acc>::size(), line = kLine / sizeof(scalar);
+    scalar* const to = static_cast<scalar*>(data) + first;
+    int64_t i = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLine / sizeof(scalar), size);
+    store_row(dtype, data, first, from, i);
+    for (; i + line <= size; i += line) {
+      if constexpr (std::is_same_v<scalar, acc>) {
+        for (int64_t j = 0; j < line; j += lanes) {
+          stream(to + i + j, Vec<acc>::loadu(from + i + j));
+        }
+      } else {
+        for (int64_t j = 0; j < line; j += 2 * lanes) {
+          stream(to + i + j, rounded<scalar>(Vec<acc>::loadu(from + i + j), Vec<acc>::loadu(from + i + j + lanes)));
+        }
+      }
     }
-  }
-  std::copy_n(from + i, size - i, to + i);
+    store_row(dtype, data, first + i, from + i, size - i);
+  });
+}
+
+template <class acc>
+inline void write_row(bool streams, Dtype dtype, void* data, int64_t first, const acc* from, int64_t size) {
+  streams ? stream_row(dtype, data, first, from, size) : store_row(dtype, data, first, from, size);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -60,6 +60,12 @@ struct Plan {
     return groups(problem) * splits;
   }
 
+  // Whether a backward has an item's weights and their gradients at once: what a softmax's gradient sums over them, it need not
+  // take from the context.
+  bool has_whole_rows(const Problem& problem) const {
+    return !problem.is_one_query() && splits == 1 && problem.steps <= tile;
+  }
+
   // Items are numbered batch-major, the splits of one group next to each other.
   Item item(const Problem& problem, int64_t index) const {
     const int64_t group = quotient(index, splits);

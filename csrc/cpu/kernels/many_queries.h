@@ -283,7 +283,7 @@ struct AttentionForward {
       const Coefficients<acc> of_rows{coefficients.data + first * coefficients.row, coefficients.row, coefficients.column};
       multiply(context.streams ? context : scratch, count, of_rows, slot.memory.addresses(), steps, size, &slot.work);
       for (int64_t t = 0; !context.streams && t < count; ++t) {
-        stream_row(context.to + (first + t) * size, slot.context + t * slot.context_stride, size);
+        stream_row(kAccumulated<acc>, context.to, (first + t) * size, slot.context + t * slot.context_stride, size);
       }
     }
     finish_streaming();
@@ -307,8 +307,12 @@ struct AttentionForward {
     const acc* context = f.exact_context == nullptr ? slot.context : context_of(f, item);
     const int64_t stride = f.exact_context == nullptr ? slot.context_stride : problem.memory_size;
     const int64_t first_row = item.batch * problem.queries + item.first_query;
+    const int64_t size = problem.memory_size;
     for (int64_t t = rows.first; t < rows.end; ++t) {
-      store_row(problem.dtype, f.context, (first_row + t) * problem.memory_size, context + t * stride, problem.memory_size);
+      write_row(f.plan.streams_queries, problem.dtype, f.context, (first_row + t) * size, context + t * stride, size);
+    }
+    if (f.plan.streams_queries) {
+      finish_streaming();
     }
   }
 
@@ -437,7 +441,7 @@ class TileGradient {
       return;
     }
     for (int64_t j = 0; j < tile.count; ++j) {
-      store_row(dtype_, to_, (tile.steps[j] - origin_) * to_stride_, rows_ + j * stride_, size_);
+      write_row(streams_, dtype_, to_, (tile.steps[j] - origin_) * to_stride_, rows_ + j * stride_, size_);
       if (j + 1 < tile.count) {
         zero(tile.steps[j] + 1, tile.steps[j + 1]);
       }
@@ -549,7 +553,7 @@ struct AttentionBackward {
     if (f.grad_context.data != nullptr) {
       slot.grad_context.load(item.batch, item.first_query, item.queries);
     }
-    if (!one_tile(f)) {
+    if (!has_whole_rows(f)) {
       find_delta(f, item, slot);
     }
     std::fill_n(slot.excess, item.queries, acc(0));
@@ -577,7 +581,7 @@ struct AttentionBackward {
     if (written == item.first_step && f.grad_query != nullptr) {
       std::fill_n(slot.grad_query, item.queries * slot.query_stride, acc(0));
     }
-    if (problem.method == Method::Dot && f.grad_query != nullptr && f.grad_context.data != nullptr && !one_tile(f)) {
+    if (problem.method == Method::Dot && f.grad_query != nullptr && f.grad_context.data != nullptr && !has_whole_rows(f)) {
       for (int64_t t = 0; t < item.queries; ++t) {
         add_row(slot.grad_query + t * slot.query_stride, -slot.excess[t], slot.context.addresses()[t], problem.key_size);
       }
@@ -618,7 +622,11 @@ struct AttentionBackward {
     for (int64_t t = begin; f.grad_query != nullptr && t < end; ++t) {
       const int64_t row = item.batch * problem.queries + item.first_query + t;
       acc* share = first.grad_query + t * first.query_stride;
-      merge_row(problem.dtype, f.grad_query, row, share, f.plan.splits, slot_size, problem.key_size);
+      if (f.plan.splits == 1) {
+        write_row(f.plan.streams_queries, problem.dtype, f.grad_query, row * problem.key_size, share, problem.key_size);
+      } else {
+        merge_row(problem.dtype, f.grad_query, row, share, f.plan.splits, slot_size, problem.key_size);
+      }
     }
   }
 
@@ -681,7 +689,7 @@ struct AttentionBackward {
       }
     }
     const Result<acc> grad_query(slot.grad_query + first * slot.query_stride, slot.query_stride, written > item.first_step);
-    const bool streams = f.plan.streams_queries && slot.query_in_place && one_tile(f);
+    const bool streams = f.plan.streams_queries && slot.query_in_place && has_whole_rows(f);
     slot.gradient.add(grad_scores, stride, first, count, tile.count, streams ? grad_query.streamed() : grad_query, slot.work);
   }
 
@@ -745,7 +753,7 @@ struct AttentionBackward {
     // As in a forward, a loop for each pass.
     acc* delta = slot.delta + first;
     acc* excess = slot.excess + first;
-    for (int64_t t = 0; one_tile(f) && t < count; ++t) {
+    for (int64_t t = 0; has_whole_rows(f) && t < count; ++t) {
       delta[t] = dot_product(weights + t * stride, grad_scores + t * stride, tile.count);
     }
     const acc scale = static_cast<acc>(problem.scale);
@@ -754,7 +762,7 @@ struct AttentionBackward {
       sums[t] = differentiate_softmax(grad_scores + t * stride, weights + t * stride, tile.count, delta[t], scale);
       excess[t] += sums[t];
     }
-    for (int64_t t = 0; one_tile(f) && t < count; ++t) {
+    for (int64_t t = 0; has_whole_rows(f) && t < count; ++t) {
       take_off_excess(grad_scores + t * stride, weights + t * stride, tile.count, sums[t]);
     }
   }
@@ -770,14 +778,13 @@ struct AttentionBackward {
     for (int64_t t = 0; t < count; ++t) {
       sums[t] = recompute_softmax(weights + t * stride, tile.count, logsumexp[t]);
     }
-    for (int64_t t = 0; one_tile(f) && t < count; ++t) {
+    for (int64_t t = 0; has_whole_rows(f) && t < count; ++t) {
       scale_row(weights + t * stride, weights + t * stride, tile.count, 1 / sums[t]);
     }
   }
 
-  // Then delta, sum_s a_ts da_ts, need not be known before the walk, nor the context be read.
-  static bool one_tile(const Backward& f) {
-    return f.plan.splits == 1 && f.problem.steps <= f.plan.tile;
+  static bool has_whole_rows(const Backward& f) {
+    return f.plan.has_whole_rows(f.problem);
   }
 
   static void find_delta(const Backward& f, const Item& item, Slot& slot) {

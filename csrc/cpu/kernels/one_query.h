@@ -108,20 +108,6 @@ acc dot_product_by_twos(const acc* a, const acc* b, int64_t size) {
   return sum(sums[0] + sums[1]);
 }
 
-// f of a value of the dtype's, for f to see its type.
-template <class acc, class F>
-inline void with_type(Dtype dtype, const F& f) {
-  if constexpr (std::is_same_v<acc, float>) {
-    if (dtype == Dtype::BFloat16) {
-      return f(c10::BFloat16());
-    }
-    if (dtype == Dtype::Half) {
-      return f(c10::Half());
-    }
-  }
-  f(acc());
-}
-
 // f of a constant that is the condition.
 template <class F>
 inline void with_bool(bool condition, const F& f) {

@@ -196,13 +196,27 @@ void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
       size, [&](int64_t i, auto count) { (Vec<acc>::loadu(from + i, count) * factors).store(to + i, static_cast<int>(count)); });
 }
 
-// Elements `first`, `first + stride`, ... of a tensor of any dtype, in the accumulation type. The kernels are compiled for the
-// latter alone: float serves the halves, and a switch a row costs nothing.
+// f of a value of the dtype's, for f to see its type. The kernels are compiled for the accumulation type alone: float serves the
+// halves, and a switch a row costs nothing.
+template <class acc, class F>
+inline void with_type(Dtype dtype, const F& f) {
+  if constexpr (std::is_same_v<acc, float>) {
+    if (dtype == Dtype::BFloat16) {
+      return f(c10::BFloat16());
+    }
+    if (dtype == Dtype::Half) {
+      return f(c10::Half());
+    }
+  }
+  f(acc());
+}
+
+// Elements `first`, `first + stride`, ... of a tensor of any dtype, in the accumulation type.
 template <class acc>
 void load_row(acc* to, Dtype dtype, const void* data, int64_t first, int64_t stride, int64_t size) {
-  const auto load = [&](auto* typed) {
-    using scalar = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    typed += first;
+  with_type<acc>(dtype, [&](auto example) {
+    using scalar = decltype(example);
+    const scalar* const typed = static_cast<const scalar*>(data) + first;
     int64_t i = 0;
     if (stride == 1) {
       if constexpr (sizeof(scalar) == 2) {
@@ -219,16 +233,7 @@ void load_row(acc* to, Dtype dtype, const void* data, int64_t first, int64_t str
     for (; i < size; ++i) {
       to[i] = static_cast<acc>(typed[i * stride]);
     }
-  };
-  if constexpr (std::is_same_v<acc, double>) {
-    load(static_cast<const double*>(data));
-  } else if (dtype == Dtype::BFloat16) {
-    load(static_cast<const c10::BFloat16*>(data));
-  } else if (dtype == Dtype::Half) {
-    load(static_cast<const c10::Half*>(data));
-  } else {
-    load(static_cast<const float*>(data));
-  }
+  });
 }
 
 // Two vectors' numbers rounded to halves, one behind the other.
@@ -246,27 +251,23 @@ inline Vec<scalar> rounded(const Vec<float>& low, const Vec<float>& high) {
 // The way back, into consecutive elements: out[first + i] = factor * from[i]
 template <class acc>
 void store_row(Dtype dtype, void* data, int64_t first, const acc* from, int64_t size, acc factor = 1) {
-  const Vec<acc> factors(factor);
-  constexpr int64_t lanes = Vec<acc>::size();
-  const auto store_half = [&](auto* typed) {
-    using scalar = std::remove_pointer_t<decltype(typed)>;
-    for (int64_t i = 0; i < size; i += 2 * lanes) {
-      const int64_t low = std::min(lanes, size - i);
-      const int64_t high = std::min(lanes, size - i - low);
-      const Vec<acc> a = Vec<acc>::loadu(from + i, low) * factors;
-      const Vec<acc> b = high > 0 ? Vec<acc>::loadu(from + i + low, high) * factors : Vec<acc>(0);
-      rounded<scalar>(a, b).store(typed + first + i, static_cast<int>(low + high));
+  with_type<acc>(dtype, [&](auto example) {
+    using scalar = decltype(example);
+    scalar* const to = static_cast<scalar*>(data) + first;
+    if constexpr (std::is_same_v<scalar, acc>) {
+      scale_row(to, from, size, factor);
+    } else {
+      const Vec<acc> factors(factor);
+      constexpr int64_t lanes = Vec<acc>::size();
+      for (int64_t i = 0; i < size; i += 2 * lanes) {
+        const int64_t low = std::min(lanes, size - i);
+        const int64_t high = std::min(lanes, size - i - low);
+        const Vec<acc> a = Vec<acc>::loadu(from + i, low) * factors;
+        const Vec<acc> b = high > 0 ? Vec<acc>::loadu(from + i + low, high) * factors : Vec<acc>(0);
+        rounded<scalar>(a, b).store(to + i, static_cast<int>(low + high));
+      }
     }
-  };
-  if constexpr (std::is_same_v<acc, float>) {
-    if (dtype == Dtype::BFloat16) {
-      return store_half(static_cast<c10::BFloat16*>(data));
-    }
-    if (dtype == Dtype::Half) {
-      return store_half(static_cast<c10::Half*>(data));
-    }
-  }
-  scale_row(static_cast<acc*>(data) + first, from, size, factor);
+  });
 }
 
 // out[first .. first + size] = 0. All the dtypes have an all-zero-bits 0.
