@@ -80,35 +80,57 @@ def test_a_memory_is_copied_only_if_something_is_to_be_hidden(behind: float, pre
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("T", [5, 33, 70], ids="T={}".format)
+@pytest.mark.parametrize("T", [1, 5, 33, 70], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_a_key_that_every_query_masks_is_not_seen(dtype: torch.dtype, T: int, value: float, each_backend: str) -> None:
+@pytest.mark.parametrize("method", [*METHODS, "keyed_dot"])
+def test_a_step_that_every_query_masks_is_not_seen(
+    method: str, dtype: torch.dtype, T: int, value: float, each_backend: str
+) -> None:
     """By a mask [B, T, S], too. The gradients of its neighbour, with which it had shared a reciprocal, were NaN."""
-    problem = Case("additive", B=3, T=T, S=70, D=20, dtype=dtype, masking="pairs").problem()
+    problem = Case(method, B=3, T=T, S=70, D=20, dtype=dtype, masking="pairs").problem()
     problem.options["mask"][..., 8] = False
-    keys = problem.tensors["keys"].clone()
-    keys[:, 8] = value
-    hidden = problem.with_tensors(keys=keys)
-    assert all(result.isfinite().all() for result in hidden.results().values())
-    assert_accurate(hidden)
+    for name in SOURCE_SIDE:
+        if name in problem.tensors:
+            tensor = problem.tensors[name].clone()
+            tensor[:, 8] = value
+            problem = problem.with_tensors(**{name: tensor})
+    assert all(result.isfinite().all() for result in problem.results().values())
+    assert_accurate(problem)
 
 
 @pytest.mark.parametrize("masking", ["none", "lengths", "pairs"])
 @pytest.mark.parametrize("T", [1, 5, 33], ids="T={}".format)
 @pytest.mark.parametrize("S", [1, 70, 300], ids="S={}".format)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_scores_that_all_overflow_attend_nothing(
-    dtype: torch.dtype, S: int, T: int, masking: str, each_backend: str
+    dtype: torch.dtype, loss: str, S: int, T: int, masking: str, each_backend: str
 ) -> None:
     """As in PyTorch's own attention: where every score is -inf, the weights, the context and all gradients are 0."""
-    problem = Case("dot", B=2, T=T, S=S, D=20, dtype=dtype, masking=masking).problem()
+    problem = Case("dot", B=2, T=T, S=S, D=20, dtype=dtype, masking=masking, loss=loss).problem()
     query = torch.full_like(problem.tensors["query"], 1e-15)
     query[:, -1] = -1e30
     huge = problem.with_tensors(query=query, memory=problem.tensors["memory"].abs() * 1e15 + 1e15)
     results = huge.results()
     assert all(result.isfinite().all() for result in results.values())
-    for name in ("weights", "context", "grad query"):
+    for name in {"weights", "context", "grad query"} & results.keys():
         assert (results[name][:, -1] == 0).all(), name
+
+
+@pytest.mark.parametrize("need_weights", [True, False], ids=["", "no weights"])
+@pytest.mark.parametrize("T", [1, 5], ids="T={}".format)
+@pytest.mark.parametrize(("S", "A"), [(5, 20), (70, 64), (70, 256)], ids=str)
+def test_additive_scores_that_all_overflow_attend_nothing(
+    S: int, A: int, T: int, need_weights: bool, each_backend: str
+) -> None:
+    """By their scale."""
+    case = Case("additive", T=T, S=S, D=A, Dm=A, loss="both" if need_weights else "no_weights", scale=1e38)
+    problem = case.problem()
+    sunk = {name: torch.full_like(tensor, -3.0) for name, tensor in problem.tensors.items() if name != "values"}
+    results = problem.with_tensors(**sunk | {"v": torch.full((A,), 9.0)}).results()
+    for name in results.keys() - {"grad values"}:
+        assert (results[name] == 0).all(), name
+    assert results["grad values"].isfinite().all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -160,3 +182,53 @@ def test_masks_agree(method: str, each_backend: str) -> None:
     )
     for other in others:
         torch.testing.assert_close(other, first)
+
+
+@pytest.mark.parametrize("masking", ["lengths", "rows", "pairs"])
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("T", [1, 3, 20], ids="T={}".format)
+@pytest.mark.parametrize("need_weights", [True, False], ids=["", "no weights"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_query_that_is_no_number(
+    method: str, need_weights: bool, T: int, threads: int, masking: str, each_backend: str
+) -> None:
+    """Nor are its context and the weights of what it attends; what is hidden keeps a 0, where whole parts are, too."""
+    torch.set_num_threads(threads)
+    S = 2048
+    problem = Case(method, B=1, T=T, S=S, D=64, Dm=64, loss="both" if need_weights else "no_weights").problem()
+    allowed = torch.arange(S) < S // 2 if masking == "lengths" else torch.arange(S) >= S // 2
+    problem.options["lengths"] = torch.tensor([S // 2]) if masking == "lengths" else None
+    problem.options["mask"] = {"lengths": None, "rows": allowed[None], "pairs": allowed.expand(1, T, S)}[masking]
+    clean = problem.results()
+    query = problem.tensors["query"].clone()
+    query[0, -1] = math.nan
+    results = problem.with_tensors(query=query).results()
+    assert results["context"][0, -1].isnan().all()
+    torch.testing.assert_close(results["context"][0, :-1], clean["context"][0, :-1])
+    if need_weights:
+        assert torch.equal(results["weights"][0, -1].isnan(), allowed)
+        assert (results["weights"][0, -1, ~allowed] == 0).all()
+        torch.testing.assert_close(results["weights"][0, :-1], clean["weights"][0, :-1])
+    of_values = "grad values" if method == "additive" else "grad memory"
+    assert (results[of_values][0, ~allowed] == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("T", [1, 3, 20], ids="T={}".format)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_is_no_number(method: str, T: int, threads: int, each_backend: str) -> None:
+    """Whoever attends it has no context that is one, whatever else is attended, and in however many parts."""
+    torch.set_num_threads(threads)
+    S = 2048
+    problem = Case(method, B=1, T=T, S=S, D=64, Dm=64).problem()
+    allowed = torch.arange(S) >= S - 3
+    allowed[S // 2 + 5] = True
+    problem.options["mask"] = allowed[None]
+    for name in SOURCE_SIDE:
+        if name in problem.tensors and name != "values":
+            tensor = problem.tensors[name].clone()
+            tensor[0, S // 2 + 5] = math.nan
+            problem = problem.with_tensors(**{name: tensor})
+    results = problem.results()
+    assert results["context"].isnan().all()
+    assert torch.equal(results["weights"].isnan(), allowed.expand(1, T, S))

@@ -37,6 +37,15 @@ void mask_scores(
   }
 }
 
+// The weights of a query whose scores come to no number: nor do they, but for those of what it does not attend, which would be no 0
+// times such a sum.
+template <class acc>
+void spoil_weights(acc* row, const Problem& problem, int64_t b, int64_t t, const Tile& tile) {
+  for (int64_t j = 0; j < tile.count; ++j) {
+    row[j] = is_attended(problem, b, t, tile.steps[j]) ? std::numeric_limits<acc>::quiet_NaN() : acc(0);
+  }
+}
+
 // A tensor's row of all steps, from element `first` on: what is written to it may be rounded.
 struct StepsRow {
   Dtype dtype;
@@ -239,7 +248,10 @@ struct AttentionForward {
     const Run rows{item.queries * split / f.plan.splits, item.queries * (split + 1) / f.plan.splits};
     Slot slot(f, slots);
     for (int64_t z = 1; z < f.plan.splits; ++z) {
-      absorb(slot, Slot(f, slots + z * slot_size), rows, problem.memory_size);
+      const Slot other(f, slots + z * slot_size);
+      for (int64_t t = rows.first; t < rows.end; ++t) {
+        part_of(slot, t).absorb(part_of(other, t), problem.memory_size);
+      }
     }
     scale_context(f, item, rows, slot);
     for (int64_t z = 0; f.weights != nullptr && z < f.plan.splits; ++z) {
@@ -359,21 +371,8 @@ struct AttentionForward {
     }
   }
 
-  static void absorb(Slot& slot, const Slot& other, const Run& rows, int64_t size) {
-    for (int64_t t = rows.first; t < rows.end; ++t) {
-      const acc row_max = std::max(slot.row_max[t], other.row_max[t]);
-      if (row_max == kNothing<acc>) {
-        continue;
-      }
-      const acc kept = std::exp(slot.row_max[t] - row_max);
-      const acc entering = std::exp(other.row_max[t] - row_max);
-      acc* context = slot.context + t * slot.context_stride;
-      const acc* other_context = other.context + t * slot.context_stride;
-      scale_row(context, context, size, kept);
-      add_row(context, entering, other_context, size);
-      slot.row_sum[t] = slot.row_sum[t] * kept + other.row_sum[t] * entering;
-      slot.row_max[t] = row_max;
-    }
+  static Part<acc> part_of(const Slot& slot, int64_t t) {
+    return {slot.row_max[t], slot.row_sum[t], slot.context + t * slot.context_stride};
   }
 
   // Of an item's steps: what is kept of a tile is relative to the maximum of its time.
@@ -385,10 +384,15 @@ struct AttentionForward {
         int64_t written = part.first_step;
         for (int64_t i = 0; i < *slot.used; ++i) {
           const acc tile_max = slot.tile_max[t * slot.kept + i];
-          const acc factor = row_sum[t] == 0          ? acc(0)
-                             : tile_max == row_max[t] ? 1 / row_sum[t]
-                                                      : std::exp(tile_max - row_max[t]) / row_sum[t];
-          row.scatter(slot.tile_scores + t * slot.stride + i * f.plan.tile, slot.tiles[i], written, factor);
+          acc* weights = slot.tile_scores + t * slot.stride + i * f.plan.tile;
+          acc factor = row_sum[t] == 0          ? acc(0)
+                       : tile_max == row_max[t] ? 1 / row_sum[t]
+                                                : std::exp(tile_max - row_max[t]) / row_sum[t];
+          if (std::isnan(factor)) {
+            spoil_weights(weights, f.problem, part.batch, part.first_query + t, slot.tiles[i]);
+            factor = 1;
+          }
+          row.scatter(weights, slot.tiles[i], written, factor);
           written = slot.tiles[i].steps[slot.tiles[i].count - 1] + 1;
         }
         row.zero(written, part.end_step);
@@ -777,6 +781,10 @@ struct AttentionBackward {
     acc sums[kChunk];
     for (int64_t t = 0; t < count; ++t) {
       sums[t] = recompute_softmax(weights + t * stride, tile.count, logsumexp[t]);
+      if (std::isnan(sums[t])) {
+        spoil_weights(weights + t * stride, f.problem, item.batch, first_query + t, tile);
+        sums[t] = 1;
+      }
     }
     for (int64_t t = 0; has_whole_rows(f) && t < count; ++t) {
       scale_row(weights + t * stride, weights + t * stride, tile.count, 1 / sums[t]);

@@ -651,7 +651,9 @@ struct OneQueryForward {
     Slot slot(f, slots);
     const acc first_max = *slot.row_max;
     for (int64_t z = 1; z < f.plan.splits; ++z) {
-      absorb(slot, Slot(f, slots + z * slot_size), f.problem.memory_size);
+      const Slot other(f, slots + z * slot_size);
+      Part<acc>{*slot.row_max, *slot.row_sum, slot.context}.absorb(
+          {*other.row_max, *other.row_sum, other.context}, f.problem.memory_size);
     }
     const acc row_max = *slot.row_max, factor = inverse(*slot.row_sum);
     store_context(f, f.plan.item(f.problem, first), slot, factor);
@@ -664,19 +666,6 @@ struct OneQueryForward {
   }
 
  private:
-  static void absorb(Slot& slot, const Slot& other, int64_t size) {
-    const acc row_max = std::max(*slot.row_max, *other.row_max);
-    if (row_max == kNothing<acc>) {
-      return;
-    }
-    const acc kept = std::exp(*slot.row_max - row_max);
-    const acc entering = std::exp(*other.row_max - row_max);
-    scale_row(slot.context, slot.context, size, kept);
-    add_row(slot.context, entering, other.context, size);
-    *slot.row_sum = *slot.row_sum * kept + *other.row_sum * entering;
-    *slot.row_max = row_max;
-  }
-
   static acc inverse(acc row_sum) {
     return row_sum == 0 ? acc(0) : 1 / row_sum;
   }
@@ -688,10 +677,17 @@ struct OneQueryForward {
   }
 
   static void store_weights(const Forward& f, const Item& item, const Slot& slot, acc factor) {
-    if (f.weights != nullptr) {
-      const int64_t first = item.batch * f.problem.steps + item.first_step;
-      store(f.problem.dtype, f.weights, f.exact_weights, first, slot.weights, item.end_step - item.first_step, factor);
+    if (f.weights == nullptr) {
+      return;
     }
+    const int64_t steps = item.end_step - item.first_step, first = item.batch * f.problem.steps + item.first_step;
+    if (std::isnan(factor)) {  // times which the zeros of what is not attended would be none
+      for (int64_t j = 0; j < steps; ++j) {
+        slot.weights[j] = is_attended(f.problem, item.batch, 0, item.first_step + j) ? factor : acc(0);
+      }
+      factor = 1;
+    }
+    store(f.problem.dtype, f.weights, f.exact_weights, first, slot.weights, steps, factor);
   }
 
   // Rounded, and as it was accumulated where that is wanted and it is not there yet.

@@ -55,6 +55,11 @@ inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) 
   return static_cast<const bool*>(mask.data)[b * mask.batch + t * mask.row + s * mask.element];
 }
 
+// The same within the source's length, with or without a mask.
+inline bool is_attended(const Problem& problem, int64_t b, int64_t t, int64_t s) {
+  return (problem.lengths == nullptr || s < problem.lengths[b]) && (problem.mask.data == nullptr || may_attend(problem, b, t, s));
+}
+
 // The source steps that some query of an item may attend, tile by tile. What stands in the others is never read.
 class SourceWalk {
  public:

@@ -1,8 +1,10 @@
 // What a softmax takes, over whole vectors of scores.
 #pragma once
 
+#include "products.h"
 #include "vec.h"
 
+#include <cmath>
 #include <limits>
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
@@ -27,6 +29,27 @@ acc exponentials(acc* row, int64_t count, acc subtract) {
   }
   return sum(total);
 }
+
+// What a part of a row's steps came to: the largest score, the sum of the exponentials relative to it, and of the rows they weigh.
+template <class acc>
+struct Part {
+  acc& max;
+  acc& sum;
+  acc* context;
+
+  // Another part's joins it. No number stays none.
+  void absorb(const Part& other, int64_t size) const {
+    const acc most = max == kNothing<acc> ? other.max : std::max(max, other.max);
+    if (most == kNothing<acc>) {
+      return;
+    }
+    const acc kept = std::exp(max - most), entering = std::exp(other.max - most);
+    scale_row(context, context, size, kept);
+    add_row(context, entering, other.context, size);
+    sum = sum * kept + other.sum * entering;
+    max = most;
+  }
+};
 
 // A tile's weights out of its scores, filled up to whole vectors, and their log-sum-exp; returns their sum, which is never 0. The
 // log-sum-exp is rounded, and so would be the sum, by as much as it is large: weights that are all there are want dividing by it.
