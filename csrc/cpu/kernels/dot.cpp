@@ -69,6 +69,9 @@ class DotGradient : public DotScore<element> {
     if (f.grad_keys != nullptr) {
       grad_keys_.emplace(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size);
     }
+    if (kIsPaired<element>) {
+      average_ = arena.take<acc>(padded<acc>(f.problem.key_size));
+    }
   }
 
   static bool query_in_place(const Problem&) {
@@ -86,6 +89,9 @@ class DotGradient : public DotScore<element> {
     this->load_keys(b, tile, memory);
     if (grad_keys_) {
       grad_keys_->begin(tile, written);
+    }
+    if (kIsPaired<element> && f_.grad_query != nullptr) {
+      average(this->keys_, tile.count);
     }
   }
 
@@ -111,8 +117,14 @@ class DotGradient : public DotScore<element> {
       int64_t steps,
       Result<acc> grad_query,
       Workspace<element>& work) {
-    if (f_.grad_query != nullptr) {
-      multiply(grad_query, count, Coefficients<acc>{grad_scores, stride, 1}, this->keys_, steps, this->size_, &work);
+    if (f_.grad_query == nullptr) {
+      return;
+    }
+    multiply(grad_query, count, Coefficients<acc>{grad_scores, stride, 1}, this->keys_, steps, this->size_, &work);
+    if constexpr (kIsPaired<element>) {
+      for (int64_t t = 0; t < count; ++t) {
+        add_row(grad_query.to + t * grad_query.stride, -gained_by_rounding(grad_scores + t * stride, steps), average_, this->size_);
+      }
     }
   }
 
@@ -135,8 +147,25 @@ class DotGradient : public DotScore<element> {
   }
 
  private:
+  // Pairs are rounded, and what their rounding adds to the sum of a query's de multiplies what all keys have in common: which is
+  // in their average, and taken off again.
+  void average(const element* const* keys, int64_t count) {
+    constexpr int64_t at_once = 4;
+    for (int64_t first = 0; first < count; first += at_once) {
+      const int64_t end = std::min(first + at_once, count);
+      for_vectors<acc>(this->size_, [&](int64_t d, auto some) {
+        Vec<acc> total = first > 0 ? Vec<acc>::loadu(average_ + d, some) : Vec<acc>(0);
+        for (int64_t s = first; s < end; ++s) {
+          total = total + Vec<acc>(acc(1) / count) * Factors<element>::numbers(keys[s], d, some);
+        }
+        total.store(average_ + d, static_cast<int>(some));
+      });
+    }
+  }
+
   const Backward& f_;
   std::optional<TileGradient<acc>> grad_keys_;  // where the memory is not its own keys
+  acc* average_ = nullptr;                      // of pairs, a tile's
 };
 
 // Of one query over a memory that is its own keys, both ways.

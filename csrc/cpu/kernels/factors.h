@@ -123,6 +123,17 @@ inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
   }
 }
 
+// By how much the sum of a row's numbers grows as they are rounded.
+inline float gained_by_rounding(const float* row, int64_t count) {
+  Vec<float> gained(0);
+  for_vectors<float>(count, [&](int64_t i, auto some) {
+    const Vec<float> x = Vec<float>::loadu(row + i, some);
+    const __m256i halves = std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x));
+    gained = gained + (Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))) - x);
+  });
+  return sum(gained);
+}
+
 #if defined(__AMX_BF16__)
 // (x_i, y_i) as sums of bfloat16, of eight bits each: every part of the 16 pairs `apart` from the one before. What products leave
 // out is small, and errs to either side where a part is rounded: the first of two, but not to infinity, and the second of three.
