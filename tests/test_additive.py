@@ -28,6 +28,18 @@ def test_large_v(T: int) -> None:
     assert_accurate(problem.with_tensors(query=query / 2 + 9, keys=keys / 2 + 9, v=1e30 * v))
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("T", [1, 3, 17, 70], ids="T={}".format)
+@pytest.mark.parametrize("spread", [1, 4], ids="{:g}".format)
+@pytest.mark.parametrize("largest", [0.03, 1], ids="v<{:g}".format)
+def test_v_of_one_sign(largest: float, spread: float, T: int) -> None:
+    """As tutorials draw it. What all steps' scores have in common is many times what they differ by."""
+    problem = Case("additive", T=T, S=40, D=1024, Dm=8).problem()
+    query, keys = (spread * problem.tensors[name] for name in ("query", "keys"))
+    v = largest * torch.rand(1024, generator=torch.Generator().manual_seed(0))
+    assert_accurate(problem.with_tensors(query=query, keys=keys, v=v))
+
+
 @pytest.mark.parametrize("S", [17, 130], ids="S={}".format)
 @pytest.mark.parametrize("T", [64, 128, 129, 300], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

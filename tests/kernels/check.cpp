@@ -499,14 +499,8 @@ bool check(uint64_t seed) {
   if (f.weights != nullptr) {
     checker.compare("weights", weights.values(), truth.weights, c.dtype, score_slack);
   }
-  Doubles expected_logsumexp = truth.logsumexp;
-  for (int64_t i = 0; c.is_additive() && i < c.B * c.T; ++i) {  // without the sum of v, which cancels
-    for (int64_t a = 0; a < c.D; ++a) {
-      expected_logsumexp[i] -= c.scale * c.v.at(0, 0, a);
-    }
-  }
-  checker.compare("logsumexp", logsumexp.values(), expected_logsumexp, c.exact_type, 4, 1);
-  if (rounds) {
+  checker.compare("logsumexp", logsumexp.values(), truth.logsumexp, c.exact_type, 4, 1);
+  if (rounds && keeps_context) {
     checker.compare("exact context", exact_context.values(), truth.context, c.products_type(), score_slack);
   }
 

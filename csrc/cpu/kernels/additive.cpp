@@ -1,10 +1,9 @@
 // Additive scores, e_ts = scale v . tanh(q_t + k_s), without a tanh.
 //
 // With E = exp(2q) exp(2k), tanh(q + k) = 1 - 2 / (1 + E). The exponentials are taken once per feature of a query and of a key, so
-// that the loop over (t, s, feature) is a multiply-add, a reciprocal and an addition; sum(v) is the same for every step and cancels
-// in the softmax:
+// that the loop over (t, s, feature) is a multiply-add, a reciprocal and an addition; sums begin with -sum(v) / 2:
 //
-//   forward    e_ts ~ -2 scale sum_a 1 / x_tsa,  x = (1 + E) / v
+//   forward    e_ts = -2 scale (sum_a 1 / x_tsa - sum(v) / 2),  x = (1 + E) / v
 //   backward   h = 2 / (1 + E) - 1 = -tanh,  u_ts = de_ts h_ts,  y_ts = de_ts - u_ts h_ts = de_ts tanh'
 //              dq_t = v sum_s y_ts,  dk_s = v sum_t y_ts,  dv = -sum_ts u_ts
 //
@@ -143,12 +142,23 @@ template <int shared, class acc>
   }
 }
 
-// sum_a v_a / denominator(a), by lanes: denominator(a, filled) is of a vector of features, of which so many are there, and v ends
-// in zeros.
-template <int shared, class acc, class Denominator>
-[[gnu::always_inline]] inline Vec<acc> sum_of_quotients(const acc* v, int64_t size, const Denominator& denominator) {
-  constexpr int64_t lanes = Vec<acc>::size();
+// -sum(v) / 2 by lanes, of whole vectors, for sums of v / (1 + E) to begin with: those of v of one sign would grow, and lose to
+// rounding what the steps differ by. What is not finite stays out.
+template <class acc>
+Vec<acc> half_off(const acc* v, int64_t size) {
   Vec<acc> total(0);
+  for (int64_t a = 0; a < size; a += Vec<acc>::size()) {
+    total = total - Vec<acc>(0.5) * Vec<acc>::loadu(v + a);
+  }
+  return std::isfinite(sum(total)) ? total : Vec<acc>(0);
+}
+
+// total + sum_a v_a / denominator(a), by lanes: denominator(a, filled) is of a vector of features, of which so many are there, and
+// v ends in zeros.
+template <int shared, class acc, class Denominator>
+[[gnu::always_inline]] inline Vec<acc> sum_of_quotients(
+    Vec<acc> total, const acc* v, int64_t size, const Denominator& denominator) {
+  constexpr int64_t lanes = Vec<acc>::size();
   const auto add = [&](int64_t a, auto block, int64_t last) {
     Vec<acc> numerators[block.value], denominators[block.value];
 #pragma GCC unroll 4
@@ -414,7 +424,10 @@ class AdditiveScore {
       const auto v = Vec<acc>::loadu(v_ + a);
       (Vec<acc>(unit_) / Vec<acc>::blendv(v, Vec<acc>(floor), v.abs() < Vec<acc>(floor))).store(inverse_v_ + a);
     }
-    std::fill(inverse_v_ + size_, inverse_v_ + Exponentials<acc>::shared_size(size_), acc(1));
+    const int64_t shared_end = Exponentials<acc>::shared_size(size_);
+    std::fill(inverse_v_ + size_, inverse_v_ + shared_end, acc(1));
+    std::fill(v_ + size_, v_ + shared_end, unit_);  // to which those ones belong
+    half_off_ = half_off(v_, shared_end) * Vec<acc>(1 / unit_);
   }
 
   template <int shared>
@@ -429,7 +442,7 @@ class AdditiveScore {
         Vec<acc> sums[rows.value][columns.value];
         for (int i = 0; i < rows.value; ++i) {
           for (int j = 0; j < columns.value; ++j) {
-            sums[i][j] = Vec<acc>(0);
+            sums[i][j] = half_off_;
           }
         }
         for (int64_t a = 0; a < end; a += shared * lanes) {
@@ -464,11 +477,12 @@ class AdditiveScore {
 
   template <int shared>
   void direct_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
+    const Vec<acc> begin = half_off(v_, whole_vectors<acc>(size_));
     for (int64_t t = 0; t < count; ++t) {
       const acc* q = query_.addresses()[first + t];
       for (int64_t j = 0; j < steps; ++j) {
         const acc* k = keys_.addresses()[j];
-        const auto total = sum_of_quotients<shared>(v_, size_, [&](int64_t a, int64_t filled) {
+        const auto total = sum_of_quotients<shared>(begin, v_, size_, [&](int64_t a, int64_t filled) {
           return direct_denominator<acc>(Vec<acc>::loadu(q + a, filled), Vec<acc>::loadu(k + a, filled), range_of<acc>(shared));
         });
         out[t * out_stride + j] = -2 * scale_ * sum(total);
@@ -480,7 +494,8 @@ class AdditiveScore {
   acc* inverse_v_;  // times unit_; ends in ones
   Exponentials<acc> query_over_v_;
   acc unit_ = 1;
-  acc spread_ = 0;  // of log |v|
+  acc spread_ = 0;        // of log |v|
+  Vec<acc> half_off_{0};  // in units
 };
 
 template <class element>
@@ -852,6 +867,7 @@ class OneQueryAdditive {
     }
     load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
     std::fill(v_ + size_, v_ + shared_size_, acc(0));
+    half_off_ = half_off(v_, shared_size_);
     v_is_moderate_ = std::all_of(v_, v_ + size_, [](acc v) { return is_moderate(std::abs(v)); });
   }
 
@@ -962,13 +978,14 @@ class OneQueryAdditive {
         Vec<acc> totals[1][rows.value];
         for (int r = 0; r < rows.value; ++r) {
           const auto* key = static_cast<const scalar*>(keys.address(first + r));
-          totals[0][r] = sum_of_quotients<shared>(v_, end, [&](int64_t a, int64_t filled) __attribute__((always_inline)) {
-            if (fetches) {
-              keys.template fetch_next_line<scalar>(first + r, a);
-              memory.template fetch_next_line<of_memory>(first + r, a);
-            }
-            return denominator<factored, shared>(key, a, filled);
-          });
+          totals[0][r] =
+              sum_of_quotients<shared>(half_off_, v_, end, [&](int64_t a, int64_t filled) __attribute__((always_inline)) {
+                if (fetches) {
+                  keys.template fetch_next_line<scalar>(first + r, a);
+                  memory.template fetch_next_line<of_memory>(first + r, a);
+                }
+                return denominator<factored, shared>(key, a, filled);
+              });
           if (fetches) {
             memory.fetch_rest_of_next(first + r, end);
           }
@@ -1070,6 +1087,7 @@ class OneQueryAdditive {
   acc* grad_v_;  // not yet times -1
   std::optional<GradientRows<acc>> grad_keys_;
   const acc* query_ = nullptr;
+  Vec<acc> half_off_{0};
   bool v_is_moderate_ = true;
   acc query_range_ = 0;
   acc range_ = 0;  // the largest |2q| + |2k|, infinite where nothing is prepared
