@@ -390,7 +390,7 @@ void dot_products(
     acc factor,
     Workspace<element>& work) {
   if constexpr (kTakesTiles<element>) {
-    if (work.by_tiles && a_count >= kPanelRows) {
+    if (work.by_tiles && a_count >= kPanelRows && size > 0) {
       return dot_products_by_tiles(out, stride, a, a_count, b, b_count, size, factor, work);
     }
   }
