@@ -17,6 +17,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+# Where packages are: those of a PYTHON that is a virtual environment are not the system's.
+PACKAGES := import sysconfig; print(*map(sysconfig.get_path, ("platlib", "purelib")), sep="\n")
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 .PHONY: demo test bench peers targets gpu-check build lint clean
@@ -50,7 +52,8 @@ build: $(VENV)/ready
 $(VENV)/ready: setup.py pyproject.toml
 	@if [ ! -x $(PY) ]; then \
 	  if $(PYTHON) -c '$(HAS_TORCH)' 2> /dev/null; then \
-	    echo "Creating $(VENV) on $(PYTHON) with its PyTorch"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    echo "Creating $(VENV) on $(PYTHON) with its PyTorch"; $(PYTHON) -m venv --system-site-packages $(VENV) && \
+	    $(PYTHON) -c '$(PACKAGES)' > $$($(PY) -c '$(PACKAGES)' | tail -n 1)/outer.pth; \
 	  else \
 	    echo "Creating $(VENV) on $(PYTHON) with $(TORCH)"; $(PYTHON) -m venv $(VENV); \
 	  fi; \

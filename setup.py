@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -106,11 +106,10 @@ class Build(BuildExtension):
     def build_extension(self, extension: Extension) -> None:
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
         self.build_temp = str(Path("build", tag, extension.name))
+        # setuptools knows nothing of the kernels' objects and headers: it is always linked.
+        self.force = True
         if extension.name == "attn_ext._C":
-            # Side by side: a change to one kernel file is one compilation in each.
-            with ThreadPoolExecutor() as pool:
-                for objects in pool.map(partial(self.compile_kernels, extension), CPU_CAPABILITIES):
-                    extension.extra_objects += objects
+            extension.extra_objects += self.compile_kernels(extension)
         super().build_extension(extension)
 
     def copy_extensions_to_source(self) -> None:
@@ -119,18 +118,33 @@ class Build(BuildExtension):
             library.unlink()
         super().copy_extensions_to_source()
 
-    def compile_kernels(self, extension: Extension, capability: str) -> list[str]:
-        defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-        folder = Path(self.build_temp, capability)
-        folder.mkdir(parents=True, exist_ok=True)
-        return self.compiler.compile(
-            sources("csrc/cpu/kernels", "*.cpp"),
-            output_dir=str(folder),
-            include_dirs=extension.include_dirs,
-            extra_postargs={"cxx": [*CXX_FLAGS, *defines, *CPU_CAPABILITIES[capability]]},
-        )
+    def compile_kernels(self, extension: Extension) -> list[str]:
+        """Side by side, MAX_JOBS at a time: a change to one kernel file is one compilation for each capability."""
+
+        def compile_one(source_and_capability: tuple[str, str]) -> list[str]:
+            source, capability = source_and_capability
+            defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+            folder = Path(self.build_temp, capability, Path(source).stem)  # of its own: ninja leaves a file there
+            folder.mkdir(parents=True, exist_ok=True)
+            return self.compiler.compile(
+                [source],
+                output_dir=str(folder),
+                include_dirs=extension.include_dirs,
+                extra_postargs={"cxx": [*CXX_FLAGS, *defines, *CPU_CAPABILITIES[capability]]},
+            )
+
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            compiled = pool.map(compile_one, product(sources("csrc/cpu/kernels", "*.cpp"), CPU_CAPABILITIES))
+            return [object for objects in compiled for object in objects]
 
 
+def find_ninja() -> None:
+    """The one that pip installed beside this interpreter need not be on the PATH, where PyTorch looks for it."""
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+
+find_ninja()
 with_cuda, reason = cuda_decision()
 cuda_fact = f"{'yes' if with_cuda else 'no'}: {reason}"
 print(f"attn_ext: CUDA {cuda_fact}")

@@ -6,8 +6,10 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 import warnings
 from functools import cache
+from pathlib import Path
 from types import ModuleType, TracebackType
 
 import torch
@@ -22,6 +24,7 @@ calls: ModuleType
 fused_devices: tuple[str, ...] = ("cpu", "meta")
 multiplies = False
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+BUILD_IN_PLACE = "python setup.py build_ext --inplace"
 
 
 class use_backend:  # noqa: N801 - a function to its users
@@ -106,11 +109,25 @@ def unavailable() -> str | None:
     return _load()
 
 
+_loading = threading.Lock()
+
+
 @cache
 def _load() -> str | None:
+    with _loading:  # PyTorch's libraries of ops are not for two threads at once
+        return _load_library()
+
+
+def _load_library() -> str | None:
     facts = build_facts()
     spec = importlib.util.find_spec("attn_ext._C")
     if facts is None or spec is None or spec.origin is None:
+        source = Path(__file__).resolve().parents[1]
+        if (source / "setup.py").exists():
+            return (
+                f"the extension is not compiled in {source}, from where attn_ext is imported. To build it, run there: "
+                f"{BUILD_IN_PLACE}. If it is installed, too, Python finds that one from any other folder"
+            )
         return f"the extension is not compiled. To build it, run in attn_ext's source folder: {REBUILD}"
     built_for, running = facts["torch_version"], torch.__version__
     # The C++ interface of PyTorch holds within a release; builds of one release for other devices share it.

@@ -160,6 +160,17 @@ def test_nothing_compiled(copy_without_extension: Path) -> None:
     assert_falls_back(copy_without_extension, why, extension="not compiled")
 
 
+def test_nothing_compiled_in_the_source_folder(copy_without_extension: Path) -> None:
+    """Python finds the sources there before what is installed: the advice to install would lead in a circle."""
+    (copy_without_extension / "setup.py").touch()
+    why = (
+        f"the extension is not compiled in {copy_without_extension}, from where attn_ext is imported. To build it, run"
+        " there: python setup.py build_ext --inplace. If it is installed, too, Python finds that one from any other"
+        " folder"
+    )
+    assert_falls_back(copy_without_extension, why, extension="not compiled")
+
+
 def test_built_for_another_pytorch(copy_for_another_pytorch: Path) -> None:
     """Both versions are named."""
     built_for, running = "1.13.0+cu117", torch.__version__
