@@ -168,13 +168,14 @@ class AttentionDecoder(nn.Module):
             return self._advance(targets, state, encoder_outputs, lengths)
 
         memory = self._memory(encoder_outputs, lengths)
+        arguments.mask(memory.mask)
         outputs = []
         predicted = targets[:, :1]  # so that the first draw is between the start symbol and itself
-        for tokens in targets.split(1, dim=1):  # [B, 1]
+        for t, tokens in enumerate(targets.split(1, dim=1)):  # [B, 1]
             if teacher_forcing_ratio < 1:
                 is_forced = torch.rand(tokens.shape, device=tokens.device) < teacher_forcing_ratio
                 tokens = torch.where(is_forced, tokens, predicted)
-            log_probs, state, weights = self._advance(tokens, state, memory)
+            log_probs, state, weights = self._advance(tokens, state, memory.of_step(t))
             predicted = log_probs.argmax(dim=-1)
             outputs.append((log_probs, weights))
         log_probs, weights = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
@@ -219,10 +220,10 @@ class AttentionDecoder(nn.Module):
         lengths = self._check_memory(arguments, encoder_outputs, lengths)
         state = self._check_hidden(arguments, "hidden", hidden)
         memory = self._memory(encoder_outputs, lengths)
-        if beam_size > 1 and memory.mask is not None and memory.mask.dim() == 3:
+        if memory.mask is not None and memory.mask.dim() == 3:
             raise ValueError(
-                f"AttentionDecoder: encoder_outputs has a mask of shape {list(memory.mask.shape)}, whose T would be "
-                "the beams, which go on in each other's places; needed is a mask [B, S]"
+                f"AttentionDecoder: encoder_outputs has a mask of shape {list(memory.mask.shape)}, but how many steps "
+                "there are is to be seen; needed is a mask [B, S]"
             )
 
         device, batch_size = self.embedding.weight.device, arguments.sizes["B"]
@@ -322,6 +323,7 @@ class AttentionDecoder(nn.Module):
         """The lengths, as a tensor."""
         if isinstance(encoder_outputs, AttentionMemory):
             checks.choice(arguments.caller, "encoder_outputs.method", encoder_outputs.method, [self.attention.method])
+            encoder_outputs.check_maker(arguments.caller, "encoder_outputs", self.attention._identity)
             encoder_outputs.refuse_second_opinion(
                 arguments.caller, "encoder_outputs", self.attention.method, lengths=lengths
             )

@@ -74,8 +74,10 @@ class AttentionMemory:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> None:
-        self._of_its_dtype = ", as torch.autocast made it" if autocast.enabled(memory) else ""
+        given = memory
         memory, weight, v, bias = autocast.cast(memory, weight, v, bias)
+        self._of_its_dtype = ", as torch.autocast made it" if memory is not given else ""
+        self._maker: object = None
         arguments = checks.Arguments("AttentionMemory")
         functional.check_memory(arguments, memory, method, weight, v, bias)
         self.memory = memory
@@ -162,6 +164,14 @@ class AttentionMemory:
         """The memory against a call's other arguments, which name it `name`."""
         arguments.floating(name, self.memory, dims, self._of_its_dtype)
 
+    def check_maker(self, caller: str, name: str, maker: object) -> None:
+        """ValueError where another module made it."""
+        if not self.is_for(maker):
+            raise ValueError(
+                f"{caller}: {name} is an AttentionMemory that another module made, of its own parameters; "
+                "needed is one that this module's memory() made, or the encoder outputs"
+            )
+
     def _is_step(self, query: Tensor) -> bool:
         """Whether `query` goes to the ops for a loop's steps, which the memory is prepared for."""
         if not self._is_prepared:
@@ -192,6 +202,26 @@ class AttentionMemory:
             need_weights,
             self._node,
         )
+
+    def made_by(self, maker: object) -> AttentionMemory:
+        """This memory, for the calls of `maker` alone: of another module's parameters nothing would come into them."""
+        self._maker = maker
+        return self
+
+    def is_for(self, maker: object) -> bool:
+        return self._maker is None or self._maker is maker
+
+    def of_step(self, t: int) -> AttentionMemory:
+        """This memory as step `t` of a loop attends it: under its own row of a mask [B, T, S]."""
+        if self.mask is None or self.mask.dim() == 2:
+            return self
+        step = object.__new__(AttentionMemory)
+        step.__dict__.update(self.__dict__)
+        step.mask = self.mask[:, t : t + 1]
+        return step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maker": None}  # who holds a copy, knows what it is of
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         kept = (self.memory, self.keys, self.v, self.weight)

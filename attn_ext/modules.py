@@ -73,6 +73,7 @@ class LuongAttention(nn.Module):
         self.memory_size = memory_size
         self.attention_size: int | None = None
         self.scale = checks.Arguments(caller).scale(scale)
+        self._identity = object()  # not this module's copies'
         self.Wa, va = None, None
         if method == "general":
             self.Wa = NonDynamicallyQuantizableLinear(hidden_size, memory_size, bias=False, device=device, dtype=dtype)
@@ -137,9 +138,11 @@ class LuongAttention(nn.Module):
             # In the names of this call, if the sizes are what is wrong.
             self._check_sizes(encoder_outputs.memory if is_memory else encoder_outputs, hidden)
             raise
-        if encoder_outputs.method != self.method or lengths is not None or mask is not None:
+        is_for_this = encoder_outputs.is_for(self._identity)
+        if encoder_outputs.method != self.method or not is_for_this or lengths is not None or mask is not None:
             caller = type(self).__name__
             checks.choice(caller, "the memory's method", encoder_outputs.method, [self.method])
+            encoder_outputs.check_maker(caller, "encoder_outputs", self._identity)
             encoder_outputs.refuse_second_opinion(caller, "encoder_outputs", self.method, lengths=lengths, mask=mask)
         return encoder_outputs.attend(hidden, need_weights=need_weights)
 
@@ -148,10 +151,10 @@ class LuongAttention(nn.Module):
     ) -> AttentionMemory:
         """What every decoder step of a batch shares, prepared once: pass it in place of `encoder_outputs`.
 
-        It belongs to this forward pass: after an optimizer step, make a new one.
+        It belongs to this module, and to this forward pass: after an optimizer step, make a new one.
         """
         self._check_sizes(encoder_outputs)
-        return AttentionMemory(
+        memory = AttentionMemory(
             encoder_outputs,
             self.method,
             **self._parameters_of_method(),
@@ -159,6 +162,7 @@ class LuongAttention(nn.Module):
             mask=mask,
             scale=self.scale,
         )
+        return memory.made_by(self._identity)
 
     def _check_sizes(self, encoder_outputs: Tensor, hidden: Tensor | None = None) -> None:
         arguments = checks.Arguments(type(self).__name__)

@@ -263,6 +263,9 @@ def test_masks_are_of_the_memory_not_of_beams() -> None:
     mask = torch.ones(B, 3, S, dtype=torch.bool)
     options = {"start_symbol": START, "max_length": 3}
     text = r"encoder_outputs has a mask of shape \[3, 3, 6\].*; needed is a mask \[B, S\]"
-    with pytest.raises(ValueError, match=text):
-        decoder.generate(None, decoder.attention.memory(encoder_outputs(), mask=mask), beam_size=3, **options)
+    for beam_size in (1, 3):
+        with pytest.raises(ValueError, match=text):
+            decoder.generate(
+                None, decoder.attention.memory(encoder_outputs(), mask=mask), beam_size=beam_size, **options
+            )
     decoder.generate(None, decoder.attention.memory(encoder_outputs(), mask=mask[:, 0]), beam_size=3, **options)

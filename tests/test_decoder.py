@@ -383,6 +383,42 @@ def test_memory_instead_of_encoder_outputs(method: str, input_feeding: bool, eac
     assert torch.equal(decoder.generate(hidden, memory, **options)[0], expected_tokens)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_for_every_step(method: str, each_backend: str) -> None:
+    """[B, T, S] over the steps of the targets, at once and one by one, to the same numbers and gradients."""
+    arguments = inputs(decoder := build(method))
+    targets, hidden, encoder_outputs = arguments.values()
+    mask = torch.rand(B, T, S, generator=torch.Generator().manual_seed(2)) < 0.6
+    whole, *_ = decoder(targets, hidden, decoder.attention.memory(encoder_outputs, mask=mask))
+    memory, state, parts = decoder.attention.memory(encoder_outputs, mask=mask), hidden, []
+    for t in range(T):
+        log_probs, state, weights = decoder.forward_step(targets[:, t : t + 1], state, memory.of_step(t))
+        assert (weights[:, 0][~mask[:, t]] == 0).all()
+        parts.append(log_probs)
+    assert_near(torch.stack(parts, 1), whole)
+    expected = gradients(whole.sum(), decoder, arguments)
+    for name, grad in gradients(torch.stack(parts, 1).sum(), decoder, arguments).items():
+        assert_near(grad, expected[name])
+    _, _, weights = decoder(targets, hidden, memory, teacher_forcing_ratio=0.5)
+    assert (weights[~mask] == 0).all()
+    fed = build(method, input_feeding=True)
+    _, _, weights = fed(targets, hidden, fed.attention.memory(encoder_outputs, mask=mask))
+    assert (weights[~mask] == 0).all()
+    short = fed.attention.memory(encoder_outputs, mask=mask[:, 1:])
+    text = rf"^AttentionDecoder: mask has shape \[3, {T - 1}, 7\], needed is \[B, T, S\]"
+    with pytest.raises(ValueError, match=text):
+        fed(targets, hidden, short)
+
+
+def test_a_memory_of_another_decoder() -> None:
+    """Its parameters would be attended with, and trained, unnoticed."""
+    decoder, other = build("general"), build("general")
+    targets, hidden, encoder_outputs = inputs(decoder).values()
+    text = "^AttentionDecoder: encoder_outputs is an AttentionMemory that another module made"
+    with pytest.raises(ValueError, match=text):
+        decoder(targets, hidden, other.attention.memory(encoder_outputs))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("input_feeding", [False, True])
 @pytest.mark.parametrize(("batch_size", "steps"), [(0, T), (B, 0), (0, 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -161,3 +162,21 @@ def test_repr() -> None:
     assert "'general', hidden_size=8, memory_size=12" in repr(build("general"))
     assert "'concat', hidden_size=8, memory_size=12, attention_size=10\n" in repr(build("concat"))
     assert "attention_size=10, scale=0.5\n" in repr(build("concat with bias"))
+
+
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
+def test_a_memory_of_another_module(method: str, each_backend: str) -> None:
+    """Its parameters would be attended with, and trained, unnoticed. A copy of a memory may be attended by any."""
+    module, other = attn_ext.LuongAttention(method, 4), attn_ext.LuongAttention(method, 4)
+    hidden, encoder_outputs = torch.randn(2, 4), torch.randn(2, 5, 4)
+    text = "^LuongAttention: encoder_outputs is an AttentionMemory that another module made"
+    for made_by in (other, copy.deepcopy(module)):
+        with pytest.raises(ValueError, match=text):
+            module(hidden, made_by.memory(encoder_outputs))
+    expected, _ = module(hidden, encoder_outputs)
+    with torch.no_grad():
+        memory = module.memory(encoder_outputs)
+    for mine in (memory, pickle.loads(pickle.dumps(memory)), copy.deepcopy(memory)):
+        torch.testing.assert_close(module(hidden, mine)[0], expected)
+    by_hand = attn_ext.AttentionMemory(encoder_outputs, method, **module._parameters_of_method())
+    torch.testing.assert_close(module(hidden, by_hand)[0], expected)
