@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -135,8 +136,8 @@ class Arguments:
     def scale(self, value: float | None) -> float:
         if value is None:
             return 1.0
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{self.caller}: scale must be a number or None, got {type(value).__name__}")
+        if not _is_number(value):
+            raise TypeError(f"{self.caller}: scale must be a number or None, got {_kind(value)}")
         try:
             scale = float(value)
         except OverflowError:
@@ -155,14 +156,14 @@ def choice(caller: str, name: str, value: object, allowed: Sequence[str]) -> Non
 def flag(caller: str, name: str, value: object) -> None:
     """`value` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{caller}: {name} must be True or False, got {type(value).__name__}")
+        raise TypeError(f"{caller}: {name} must be True or False, got {_kind(value)}")
 
 
 def integer(caller: str, name: str, value: object) -> int:
     """`value` as an int: whatever is one, NumPy's too, but a bool."""
     number = _as_int(value)
     if number is None:
-        raise TypeError(f"{caller}: {name} must be an integer, got {type(value).__name__}")
+        raise TypeError(f"{caller}: {name} must be an integer, got {_kind(value)}")
     return number
 
 
@@ -204,5 +205,16 @@ def _as_int(value: object) -> int | None:
 
 
 def _number(caller: str, name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{caller}: {name} must be a number, got {type(value).__name__}")
+    if not _is_number(value):
+        raise TypeError(f"{caller}: {name} must be a number, got {_kind(value)}")
+
+
+def _is_number(value: object) -> bool:
+    """NumPy's are, too, but no bool."""
+    return not isinstance(value, bool) and isinstance(value, (int, float, numbers.Real))
+
+
+def _kind(value: object) -> str:
+    """A type's name: NumPy's bool is another than Python's."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -422,6 +422,9 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
       return grads;
     }
     const variable_list saved = ctx->get_saved_variables();
+    if (saved[kQueryWeight].defined()) {
+      refuse_batches(incoming);
+    }
     step_backward(ctx, saved, grad_context, grad_weights, grads);
     if (at::GradMode::is_enabled()) {
       variable_list origins(incoming);

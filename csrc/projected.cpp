@@ -155,6 +155,7 @@ struct Node : torch::autograd::Function<Node> {
     if (!grads[0].defined() && !grads[1].defined()) {
       return results;
     }
+    refuse_batches(grads);
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
     const Options options{ctx->saved_data["by_keys"].toBool(), lengths, mask, ctx->saved_data["scale"].toDouble()};

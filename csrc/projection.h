@@ -196,6 +196,17 @@ inline Tensor project_memory(const Tensor& memory, const Tensor& weight, const O
   return project(memory, weight, bias, seen_rows(memory, hidden, is_time_major(memory)));
 }
 
+// Where PyTorch maps over gradients (is_grads_batched, vectorize): a weight's is written in place, which that cannot follow.
+inline void refuse_batches(at::TensorList grads) {
+  constexpr c10::DispatchKeySet batched({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+  for (const Tensor& grad : grads) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !grad.defined() || !grad.key_set().has_any(batched),
+        "general and concat take one gradient at a time: several at once (is_grads_batched, vectorize) are the reference's,"
+        " within use_backend('reference')");
+  }
+}
+
 // What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`; of rows that are hidden, 0.
 inline Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const SomeRows& some = {}) {
   return as(input.scalar_type(), project(rows_of(grad), weight.t(), {}, some)).view_symint(input.sym_sizes());

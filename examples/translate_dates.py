@@ -391,6 +391,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint; otherwise it is replaced")
     parser.add_argument("--plot", type=Path, default=Path("out/translate_dates.png"), metavar="PATH")
     options = parser.parse_args(arguments)
+    there_are = (LAST_DAY - FIRST_DAY).days + 1
+    if options.training_days + options.test_days > there_are:
+        parser.error(f"--training-days and --test-days: {there_are} days are to be had in all")
     if options.resume and not options.checkpoint.is_file():
         parser.error(f"--resume: there is no checkpoint {options.checkpoint}")
     if options.batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))):

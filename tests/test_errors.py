@@ -238,7 +238,11 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: dot(scale=float("nan")), ValueError, "dot_attention: scale is nan, needed is a finite number"),
     (lambda: dot(scale=10**400), ValueError, f"dot_attention: scale is {10**400}, needed is a finite number"),
     (lambda: dot(scale=True), TypeError, "dot_attention: scale must be a number or None, got bool"),
-    (lambda: dot(scale=torch.tensor(1.0)), TypeError, "dot_attention: scale must be a number or None, got Tensor"),
+    (
+        lambda: dot(scale=torch.tensor(1.0)),
+        TypeError,
+        "dot_attention: scale must be a number or None, got torch.Tensor",
+    ),
     (lambda: dot(need_weights=1), TypeError, "dot_attention: need_weights must be True or False, got int"),
     # the method and what belongs to it
     (

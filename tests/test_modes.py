@@ -224,6 +224,29 @@ def test_transforms_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("method", ["dot", "general", "concat"])
+@pytest.mark.parametrize("T", [1, 3], ids="T={}".format)
+def test_gradients_in_batches(method: str, T: int, each_backend: str) -> None:
+    """Several gradients of one result at once, which PyTorch maps over: those of a loop's memory too."""
+    tensors = Case(method, T=T, dtype=torch.float64).problem().tensors
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    options = {name: tensor for name, tensor in leaves.items() if name not in ("query", "memory")}
+    memory = attn_ext.AttentionMemory(leaves["memory"], method, **options)
+    is_refused = each_backend == "fused" and method != "dot"
+    for context, _ in (
+        attn_ext.luong_attention(leaves["query"], leaves["memory"], method, **options),
+        memory.attend(leaves["query"]),
+    ):
+        vectors = torch.randn(3, *context.shape, dtype=torch.float64)
+        inputs = list(leaves.values())
+        with pytest.raises(NotImplementedError, match="use_backend") if is_refused else nullcontext():
+            batch = torch.autograd.grad(context, inputs, vectors, is_grads_batched=True, retain_graph=True)
+        if is_refused:
+            continue
+        each = [torch.autograd.grad(context, inputs, vector, retain_graph=True) for vector in vectors]
+        torch.testing.assert_close(batch, tuple(torch.stack(parts) for parts in zip(*each, strict=True)))
+
+
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
 def test_export(method: str, each_backend: str) -> None:
     """One program for all batches and lengths."""
     module = attn_ext.LuongAttention(method, 4)
