@@ -104,14 +104,19 @@ class Call {
   // q k^T, or v . tanh(q + k), of every query and step.
   void scores(Tensor& to) const;
 
-  // The memory's rows, or the keys', as products with weights of 0 may meet them.
+  // The memory's rows, or the keys', as products with weights of 0 may meet them: 0 where no query attends.
   Tensor attended(const Tensor& rows) const {
-    if (problem_.lengths == nullptr && (problem_.mask.data == nullptr || problem_.mask_per_query)) {
+    if (problem_.lengths == nullptr && problem_.mask.data == nullptr) {
       return rows;
     }
     Problem problem = problem_;
     problem.memory = view_of(rows);
     problem.memory_size = rows.size(2);
+    const Tensor by_any = problem_.mask_per_query ? inputs_.mask->any(1) : Tensor();
+    if (by_any.defined()) {
+      problem.mask = view_of(by_any);
+      problem.mask_per_query = false;
+    }
     Tensor of_these = empty(rows.sizes());
     attended_rows({problem, of_these.mutable_data_ptr()}, stream_);
     return of_these;

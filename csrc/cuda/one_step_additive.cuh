@@ -317,7 +317,7 @@ __device__ __forceinline__ void grad_scores_of(
     additive_scores_of<scalar>(problem, place, may_attend, keys_by_vectors, shared);
     sync_threads();  // the scores are there
   }
-  const acc logsumexp = weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
+  const acc logsumexp = weights == nullptr ? shift_of(static_cast<const acc*>(call.logsumexp)[place.b]) : acc(0);
   for (int s = threadIdx.x; s < count; s += kStepBlock) {
     const bool attends = may_attend(place.begin + s);
     shared.scores[s] = !attends ? acc(0) : weights != nullptr ? weights[s] : exponential(shared.scores[s] - logsumexp);

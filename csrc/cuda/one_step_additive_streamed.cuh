@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kB
   const acc scale = static_cast<acc>(problem.scale);
   // What a step reads and writes is found anew each time: addresses kept would take the registers of the sums.
   const bool has_weights = call.weights != nullptr, has_grad_weights = call.grad_weights.data != nullptr;
-  const acc logsumexp = has_weights ? acc(0) : static_cast<const acc*>(call.logsumexp)[place.b];
+  const acc logsumexp = has_weights ? acc(0) : shift_of(static_cast<const acc*>(call.logsumexp)[place.b]);
   const scalar* grad_context = call.grad_context.data == nullptr ? nullptr : row_of<scalar>(call.grad_context, place.b, 0);
   const auto grad_row = [&](void* rows_of_all, int s, int size) {
     return static_cast<scalar*>(rows_of_all) + (first + s) * size + teams.column(0);

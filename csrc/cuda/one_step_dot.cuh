@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1) dif
   const acc delta = has_grad ? columns.dot(grad, static_cast<const acc*>(call.context) + place.b * columns.size) : acc(0);
   acc* of_block = of_warps + columns.warps();  // for registers are short: the log-sum-exp, and delta in its two parts
   if (threadIdx.x == 0) {
-    of_block[0] = call.weights == nullptr ? static_cast<const acc*>(call.logsumexp)[place.b] : acc(0);
+    of_block[0] = call.weights == nullptr ? shift_of(static_cast<const acc*>(call.logsumexp)[place.b]) : acc(0);
     of_block[1] = delta_weights;
     of_block[2] = delta;
   }

@@ -167,6 +167,12 @@ __device__ __forceinline__ acc inverse_of_sum(acc total) {
   return total == 0 ? 0 : 1 / total;
 }
 
+// A weight out of its exponential: 0 of what is not attended, also where the sum is no number.
+template <class acc>
+__device__ __forceinline__ acc part_of_sum(acc exponential, acc inverse) {
+  return exponential == 0 ? acc(0) : exponential * inverse;
+}
+
 template <class scalar, int held, int width>
 __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_rows(const Softmax call) {
   using acc = accumulated_t<scalar>;
@@ -205,7 +211,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_rows(const S
     const acc factor = inverse_of_sum(total);
 #pragma unroll
     for (int i = 0; i < held; ++i) {
-      x[i] *= factor;
+      x[i] = part_of_sum(x[i], factor);
     }
     at.store(weights, x);
     at.store(rounded, x);
@@ -222,7 +228,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_rows(const S
     total = Team::sum(total);
     const acc factor = inverse_of_sum(total);
     for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
-      const acc weight = exponential_of_negative(score(s) - shift) * factor;
+      const acc weight = part_of_sum(exponential_of_negative(score(s) - shift), factor);
       store_if_wanted(weights, s, weight);
       store_if_wanted(rounded, s, weight);
     }
@@ -246,7 +252,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
   const acc scale = static_cast<acc>(problem.scale);
   const bool recomputes = call.weights == nullptr;
   const acc* weights = static_cast<const acc*>(recomputes ? call.scores : call.weights) + first;
-  const acc logsumexp = recomputes ? static_cast<const acc*>(call.logsumexp)[row] : 0;
+  const acc logsumexp = recomputes ? shift_of(static_cast<const acc*>(call.logsumexp)[row]) : 0;
   // The forward's score to the bit: where all the weight is on one step, it is 1. The sum of the weights is as far from 1 as their
   // log-sum-exp is rounded, which grows with it: they are divided by it.
   const auto recomputed_weight = [&](acc score) { return exponential_of_negative(product(scale, score) - logsumexp); };
@@ -289,7 +295,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
       const acc factor = inverse_of_sum(Team::sum(total));
 #pragma unroll
       for (int i = 0; i < held; ++i) {
-        weight[i] *= factor;
+        weight[i] = part_of_sum(weight[i], factor);
       }
     }
 #pragma unroll
