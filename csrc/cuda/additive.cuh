@@ -1,6 +1,7 @@
 // What the additive kernels share. With E = exp(2q) exp(2k) and r = 1 / (1 + E), tanh(q + k) = 1 - 2r:
 //
-//   forward    e_ts ~ -2 sum_a v_a r_tsa: sum(v) is the same for every step and cancels in the softmax
+//   forward    e_ts = -2 sum_a v_a (r_tsa - 1/2); the sum without the halves, sum(v) less, does as well: it is the same for every
+//              step and cancels in the softmax
 //   backward   h = r - 1/2 = -tanh / 2, y = 1/4 - h^2 = tanh' / 4:
 //              dq_t = 4v sum_s de_ts y_ts,  dk_s = 4v sum_t de_ts y_ts,  dv = -2 sum_ts de_ts h_ts
 //

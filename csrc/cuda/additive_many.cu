@@ -42,7 +42,7 @@ ScoresFactors factors_in(Workspace& workspace, const Problem& problem) {
     return RowsFactors{blocks, workspace.take<float>(tiles * kFactorTile), workspace.take<Factoring>(tiles)};
   };
   const RowsFactors queries = of_side(problem.queries), keys = of_side(problem.steps);
-  return {chunks, queries, keys, workspace.take<float>(chunks * kFeatures), workspace.take<Factoring>(chunks)};
+  return {chunks, queries, keys, workspace.take<float>(chunks * kChunkOfV), workspace.take<Factoring>(chunks)};
 }
 
 template <class Tile>

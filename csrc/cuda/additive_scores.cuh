@@ -30,6 +30,9 @@ constexpr float kNoFeature = 0x1p-9f;
 // How a chunk of features can be summed; of several rows, the last in this order.
 enum Factoring : uint16_t { kByFour, kByTwo, kDirect };
 
+// What is kept of a chunk's v: kFeatures numbers, half of what v sums up to, and what makes it whole vectors.
+constexpr int kChunkOfV = kFeatures + 4;
+
 // A chunk of so many rows, of queries or of keys, has its factors together: [kFeatures][kFactorRows].
 constexpr int kFactorRows = kWarp;
 constexpr int kFactorTile = kFeatures * kFactorRows;
@@ -46,7 +49,7 @@ struct ScoresFactors {
   int64_t chunks;
   RowsFactors queries;  // exp(2q), of a pair's larger v over it
   RowsFactors keys;     // exp(2k)
-  float* v;             // [chunks, kFeatures]: of each pair v0 and 1/v1, the queries and keys in this order too
+  float* v;             // [chunks, kChunkOfV]: of each pair v0 and 1/v1, the queries and keys in this order too
   Factoring* of_v;      // [chunks]
 };
 
@@ -131,8 +134,15 @@ __global__ void __launch_bounds__(kAdditiveThreads)
     side.factoring[place] = direct ? kDirect : by_two ? kByTwo : kByFour;
   }
   if (b == 0 && at == 0) {
-    factors.v[first_feature + (v.is_swapped(lane & ~1) ? lane ^ 1 : lane)] = v.value;
+    float* of_chunk = factors.v + chunk * kChunkOfV;
+    of_chunk[v.is_swapped(lane & ~1) ? lane ^ 1 : lane] = v.value;
+    float half = its_own / 2;
+#pragma unroll
+    for (int apart = 1; apart < kWarp; apart *= 2) {
+      half += shuffle_xor(half, apart);  // neighbours first: features that are none add up to 0
+    }
     if (lane == 0) {
+      of_chunk[kFeatures] = half;
       factors.of_v[chunk] = v.factoring;
     }
   }
@@ -148,12 +158,12 @@ struct ScoresTile {
   static constexpr int kQueries = kAdditiveThreads / kAcross * kRows;
   static constexpr int kSteps = kAcross * kColumns;
   static constexpr int kStride = kQueries + kSteps + 4;  // so that a feature's row as it is does not come to few banks
-  static constexpr size_t kBuffer = kFeatures * (kStride + 1) * sizeof(acc);
+  static constexpr size_t kBuffer = (kFeatures * kStride + kChunkOfV) * sizeof(acc);
   // Two, one on its way and where it comes from; what is taken directly alone is loaded where it is summed.
   static constexpr size_t kShared = kFactors<acc> ? 2 * kBuffer + 2 * kAdditiveThreads * sizeof(Vector16) : kBuffer;
 
   acc* rows;  // [kFeatures][kStride]: of a feature, all queries' and all steps'
-  acc* v;     // [kFeatures]; factored: of a pair of features v0 and 1/v1
+  acc* v;     // [kFeatures]; factored: of a pair of features v0 and 1/v1; behind them, half of all v
 
   __device__ __forceinline__ ScoresTile(char* shared, int buffer)
       : rows(reinterpret_cast<acc*>(shared + buffer * kBuffer)), v(rows + kFeatures * kStride) {}
@@ -195,6 +205,19 @@ struct ScoresTile {
             sums[i0 + i][j] += numerator[0] * reciprocal_approx(denominator[0]);
           }
         }
+      }
+    }
+  }
+
+  // Of the chunk that was added: r is about a half, and v of one sign would let the sums grow, whose rounding then exceeds that of
+  // what the steps differ by.
+  __device__ __forceinline__ void centre(acc (&sums)[kRows][kColumns]) const {
+    const acc half = v[kFeatures];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        sums[i][j] -= half;
       }
     }
   }
@@ -372,8 +395,8 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
     const auto start = [&](const Tile& to, int64_t chunk) {
       queries.start(to.rows);
       keys.start(to.rows + Tile::kQueries);
-      if (threadIdx.x < kFeatures / 4) {
-        copy_async16(to.v + 4 * threadIdx.x, factors.v + chunk * kFeatures + 4 * threadIdx.x);
+      if (threadIdx.x < kChunkOfV / 4) {
+        copy_async16(to.v + 4 * threadIdx.x, factors.v + chunk * kChunkOfV + 4 * threadIdx.x);
       }
       commit_copies();
     };
@@ -401,6 +424,7 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4)
         sync_threads();  // the chunk as it is
         tile.add_direct(sums, row, column);
       }
+      tile.centre(sums);
     }
   } else {
     const Tile tile(shared_memory(), 0);

@@ -101,9 +101,9 @@ void one_step_additive_backward(const OneStepBackward& call, Stream stream);
 
 // additive_many.cu: of some queries and some steps
 
-// scores = v . tanh(q + k), not yet scaled and, but for double, without sum(v): it is the same for all steps and cancels in the
-// softmax. From one_step_additive's scores, and from both log-sum-exps, it is missing too. Anything where a query may not attend:
-// of what lies behind lengths, some is not written, but of no 16 bytes that begin before.
+// scores = v . tanh(q + k), not yet scaled. (From one_step_additive's, and from its log-sum-exp, sum(v) is missing but for double:
+// it is the same for all steps and cancels in the softmax.) Anything where a query may not attend: of what lies behind lengths,
+// some is not written, but of no 16 bytes that begin before.
 struct AdditiveScores {
   Problem problem;
   void* workspace;  // additive_scores_workspace bytes
