@@ -117,8 +117,11 @@ void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
   call.height = part_of(call.rows, 1);
   call.width = part_of(call.columns, kLeastBlock);
   while (call.items() < 2 * at::get_num_threads() && std::max(call.height, call.width) > kLeastBlock) {
-    int64_t& longer = call.width >= call.height ? call.width : call.height;
-    longer = ceil_div(longer / 2, kLeastBlock) * kLeastBlock;
+    if (call.width >= call.height) {
+      call.width = ceil_div(call.width / 2, kLeastBlock) * kLeastBlock;
+    } else {  // as even as can be: no thread is to wait for another
+      call.height = std::max(ceil_div(call.height, 2), kLeastBlock);
+    }
   }
   use_huge_pages(out);
   const Work work{call.items(), call.batch * call.rows * call.depth * call.columns};
