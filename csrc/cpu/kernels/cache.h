@@ -176,9 +176,13 @@ inline void stream_row(Dtype dtype, void* data, int64_t first, const acc* from, 
   });
 }
 
+// store_row(), past every cache where that is asked for and the row is whole lines: those that two rows share would cost more than
+// the others save.
 template <class acc>
 inline void write_row(bool streams, Dtype dtype, void* data, int64_t first, const acc* from, int64_t size) {
-  streams ? stream_row(dtype, data, first, from, size) : store_row(dtype, data, first, from, size);
+  const auto begin = reinterpret_cast<uintptr_t>(data) + first * width_of(dtype);
+  const bool has_whole_lines = begin % kLine == 0 && size * width_of(dtype) % kLine == 0;
+  streams&& has_whole_lines ? stream_row(dtype, data, first, from, size) : store_row(dtype, data, first, from, size);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY
