@@ -47,6 +47,14 @@ def dot_cases() -> Iterator[tuple[str, Tensor, Tensor]]:
         yield f"rows alike but in 4 of {A} features, S={steps}", query, memory
 
 
+def halves_cases() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The same, of memories whose rows have more in common than they differ by."""
+    torch.manual_seed(0)
+    query, differing, common = A**-0.5 * torch.randn(B, T, A), 0.3 * torch.randn(B, S, A), torch.randn(A)
+    for times in (0, 1, 10):
+        yield f"rows that differ by 0.3, and have {times} in common", query, differing + times * common
+
+
 def results(op: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *inputs: Tensor) -> list[Tensor]:
     """In float64: the log of the weights, the context, and the gradients of the inputs."""
     inputs = tuple(tensor.to(dtype).requires_grad_() for tensor in inputs)
@@ -57,13 +65,18 @@ def results(op: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *input
 
 
 def print_rows(
-    name: str, tensors: tuple[str, ...], ops: dict[str, Callable[..., tuple[Tensor, Tensor]]], *inputs: Tensor
+    name: str,
+    tensors: tuple[str, ...],
+    ops: dict[str, Callable[..., tuple[Tensor, Tensor]]],
+    *inputs: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """The largest error of each tensor, a row for each op; the last is the one whose float64 is the truth."""
+    inputs = tuple(tensor.to(dtype) for tensor in inputs)
     exact = results(list(ops.values())[-1], torch.float64, *inputs)
     for label, op in ops.items():
         cells = [f"| {name} | {label}"]
-        for tensor, result, truth in zip(tensors, results(op, torch.float32, *inputs), exact, strict=True):
+        for tensor, result, truth in zip(tensors, results(op, dtype, *inputs), exact, strict=True):
             size = 1.0 if tensor == "scores" else truth.abs().max().item()
             cells.append(f"{(result - truth).abs().max().item() / size:.1e}")
         print(" | ".join(cells) + " |")
@@ -81,9 +94,16 @@ def main() -> None:
         v, values = torch.randn(A) * A**-0.5, torch.randn(B, S, A)
         ops = {"fused": attn_ext.additive_attention, "tanh": reference.additive_attention}
         print_rows(name, ADDITIVE, ops, query, keys, v, values)
+    torch.manual_seed(0)
+    query, keys, v, values = torch.randn(B, T, A), torch.randn(B, S, A), torch.rand(A), torch.randn(B, S, A)
+    print_rows("normal, v uniform in 0 to 1", ADDITIVE, ops, query, keys, v, values)
+    ops = {"fused": attn_ext.dot_attention, "reference": reference.dot_attention}
     print_head("dot", DOT)
     for name, query, memory in dot_cases():
-        print_rows(name, DOT, {"fused": attn_ext.dot_attention, "reference": reference.dot_attention}, query, memory)
+        print_rows(name, DOT, ops, query, memory)
+    print_head("dot, bfloat16", DOT)
+    for name, query, memory in halves_cases():
+        print_rows(name, DOT, ops, query, memory, dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":

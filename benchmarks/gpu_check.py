@@ -145,7 +145,7 @@ def tests(limit: float) -> Stage:
 
 
 def sanitizers(limit: float) -> Stage:
-    """All at once: most of their time is Python's start, and six processes fit on a GPU."""
+    """All at once: most of their time is Python's start, and seven processes fit on a GPU."""
     tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if tool is None:
         return Stage("sanitizers", "not run: there is no compute-sanitizer")
