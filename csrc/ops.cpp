@@ -406,9 +406,8 @@ bool takes_context(Method method, const Tensor& query, const Tensor& memory) {
 // where they were not rounded there is none. A backward takes them. Of several queries of a few steps it need not have the context.
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
-      "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights, bool[2] "
-      "need_exact)"
-      " -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
+      "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights,"
+      " bool[2] need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
       "dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor memory, Tensor? lengths,"
       " Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp, bool[2] wanted)"

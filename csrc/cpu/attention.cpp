@@ -59,7 +59,7 @@ Tensor contiguous(const OptionalTensor& tensor) {
   return tensor ? tensor->contiguous() : Tensor();
 }
 
-// One thread, or a backward that knows no better, has nothing to split.
+// Whether a backward on so many threads reads the context; on one, nothing is split, and what is read then has to be there.
 bool takes_context(const Problem& sizes, int64_t threads) {
   return !backward_plan(sizes, threads, true, true).has_whole_rows(sizes);
 }
