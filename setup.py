@@ -21,6 +21,8 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+CUDA_ARCHITECTURES_BEFORE_12_8 = "7.5;8.0;8.6;8.9;9.0+PTX"  # all that such a toolkit knows
+OLDEST_TOOLKIT = (12, 3)  # which has cudaFuncGetName
 
 # The kernels' compilations. PyTorch's own names for CPU capabilities, and the flags it compiles them with, and
 # two beyond them, for which its headers are AVX512's.
@@ -61,8 +63,12 @@ def cuda_decision() -> tuple[bool, str]:
         obstacle = "no CUDA toolkit was found (set CUDA_HOME, or put nvcc on the PATH)"
     elif (toolkit := toolkit_version()) is None:
         obstacle = f"{CUDA_HOME} has no working nvcc"
-    elif toolkit.split(".")[0] != built_for.split(".")[0]:
-        obstacle = f"the CUDA toolkit is {toolkit}, but PyTorch {torch.__version__} is built for CUDA {built_for}"
+    elif toolkit[0] != int(built_for.split(".")[0]):
+        found = ".".join(map(str, toolkit))
+        obstacle = f"the CUDA toolkit is {found}, but PyTorch {torch.__version__} is built for CUDA {built_for}"
+    elif toolkit < OLDEST_TOOLKIT:
+        found, needed = (".".join(map(str, version)) for version in (toolkit, OLDEST_TOOLKIT))
+        obstacle = f"the CUDA toolkit is {found}, needed is {needed} or later"
     elif not any(Path(path, "cuda_runtime.h").exists() for path in include_paths("cuda")):
         # An nvcc on the PATH may be a script that calls the toolkit's.
         obstacle = f"{CUDA_HOME} has nvcc but no cuda_runtime.h (set CUDA_HOME to the toolkit's folder)"
@@ -72,17 +78,18 @@ def cuda_decision() -> tuple[bool, str]:
         return True, "FORCE_CUDA is set"
     if obstacle is not None:
         return False, obstacle
-    return True, f"PyTorch {torch.__version__} is built for CUDA {built_for}, and the toolkit is {toolkit_version()}"
+    found = ".".join(map(str, toolkit_version() or ()))
+    return True, f"PyTorch {torch.__version__} is built for CUDA {built_for}, and the toolkit is {found}"
 
 
-def toolkit_version() -> str | None:
+def toolkit_version() -> tuple[int, int] | None:
     nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
     try:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    found = re.search(r"release (\d+\.\d+)", text)
-    return found.group(1) if found else None
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def choose_cuda_architectures() -> str:
@@ -92,8 +99,10 @@ def choose_cuda_architectures() -> str:
         return asked
     if torch.cuda.is_available() and not flag("FORCE_CUDA"):
         return "the visible GPUs"
-    os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
-    return CUDA_ARCHITECTURES
+    toolkit = toolkit_version()
+    architectures = CUDA_ARCHITECTURES_BEFORE_12_8 if toolkit is not None and toolkit < (12, 8) else CUDA_ARCHITECTURES
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    return architectures
 
 
 def sources(folder: str, pattern: str) -> list[str]:

@@ -56,20 +56,42 @@ def test_info_of_the_reference() -> None:
     assert lines["cpu tensors run"] == "reference, as chosen"
 
 
+def said_with_toolkit(folder: Path, toolkit: str, pytorch: str, has_headers: bool) -> str:
+    """What setup.py says of a CUDA toolkit in `folder`, and a PyTorch for another CUDA perhaps."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {toolkit}, V{toolkit}.0'\n")
+    nvcc.chmod(0o755)
+    if has_headers:
+        (folder / "include").mkdir()
+        (folder / "include" / "cuda_runtime.h").touch()
+    program = f"""
+import runpy, sys, torch, torch.utils.cpp_extension as extension
+torch.version.cuda, extension.CUDA_HOME, sys.argv = {pytorch!r}, {str(folder)!r}, ["setup.py", "--version"]
+runpy.run_path("setup.py")
+"""
+    return python(
+        "-c", program, cwd=PACKAGE.parent, ATTN_EXT_CPU_ONLY="", FORCE_CUDA="", TORCH_CUDA_ARCH_LIST=""
+    ).stdout
+
+
 @pytest.mark.parametrize("has_headers", [False, True])
 def test_an_nvcc_without_its_toolkit_is_no_cuda(tmp_path: Path, has_headers: bool) -> None:
     """The CPU is built for all the same: an nvcc on the PATH may be a script that calls one somewhere else."""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.0'\n")
-    nvcc.chmod(0o755)
-    if has_headers:
-        (tmp_path / "include").mkdir()
-        (tmp_path / "include" / "cuda_runtime.h").touch()
-    program = f"""
-import runpy, sys, torch, torch.utils.cpp_extension as extension
-torch.version.cuda, extension.CUDA_HOME, sys.argv = "13.0", {str(tmp_path)!r}, ["setup.py", "--version"]
-runpy.run_path("setup.py")
-"""
-    said = python("-c", program, cwd=PACKAGE.parent, ATTN_EXT_CPU_ONLY="", FORCE_CUDA="").stdout
+    said = said_with_toolkit(tmp_path, "13.0", "13.0", has_headers)
     assert "attn_ext: CUDA yes" in said if has_headers else "has nvcc but no cuda_runtime.h" in said
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "pytorch", "expected"),
+    [
+        ("13.0", "13.0", "CUDA targets are 7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("12.8", "12.6", "CUDA targets are 7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("12.6", "12.6", "CUDA targets are 7.5;8.0;8.6;8.9;9.0+PTX"),
+        ("12.2", "12.6", "CUDA no: the CUDA toolkit is 12.2, needed is 12.3 or later"),
+        ("12.10", "13.0", "CUDA no: the CUDA toolkit is 12.10, but PyTorch"),
+    ],
+)
+def test_what_a_toolkit_builds_for(tmp_path: Path, toolkit: str, pytorch: str, expected: str) -> None:
+    """Where no GPU is visible, all architectures that it knows."""
+    assert f"attn_ext: {expected}" in said_with_toolkit(tmp_path, toolkit, pytorch, has_headers=True)
