@@ -45,9 +45,9 @@ inline int64_t work_of_step(const Problem& problem) {
   return problem.queries * (score + problem.memory_size);
 }
 
-// A tile of memory stays in the second-level cache from the scores to the context: 256 KiB of it, half as much where a few queries
-// pass by keys too. Many queries' dot products find in that cache the panels that they pack, however long
-// the tile is: it is as long as they are deep.
+// A tile of memory stays in the second-level cache from the scores to the context: 256 KiB of floats, half as much where a few
+// queries pass by keys too. Many queries' dot products find in that cache the panels that they pack, however long the tile is: it
+// is as long as they are deep.
 inline int64_t tile_of(const Problem& problem, int64_t chunk) {
   const bool many = chunk >= kMany;
   if (many && problem.method != Method::Additive) {

@@ -23,7 +23,7 @@ constexpr int64_t kChunk = 128;
 // One query takes at most so many source steps at a time.
 constexpr int64_t kGroupRows = 128;
 
-// Rows of a product's result from which on it takes its other factor from packed panels, which makes deep products the fast ones.
+// Queries that are many: their products are worth deep tiles, transposed coefficients and, but with AMX, packed panels.
 constexpr int64_t kMany = 64;
 
 // One item of work: a chunk of the queries of one batch element against one split of its source steps.
