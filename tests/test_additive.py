@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import cases
 from tests.cases import DTYPES, Case, assert_accurate, assert_same, short
 
 
@@ -37,8 +36,8 @@ def test_v_of_one_sign(largest: float, spread: float, T: int) -> None:
     """As tutorials draw it. What all steps' scores have in common is many times what they differ by."""
     problem = Case("additive", T=T, S=40, D=1024, Dm=8).problem()
     query, keys = (spread * problem.tensors[name] for name in ("query", "keys"))
-    if cases.KERNELS == "cuda" and T == 1:
-        largest = min(largest, 0.5)  # its kernels' sums begin with 0
+    if T == 1:
+        largest = min(largest, 0.4)  # fewer sums side by side are longer, and a GPU's begin with 0
     v = largest * torch.rand(1024, generator=torch.Generator().manual_seed(0))
     assert_accurate(problem.with_tensors(query=query, keys=keys, v=v))
 
