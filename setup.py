@@ -142,8 +142,9 @@ class Build(BuildExtension):
                 extra_postargs={"cxx": [*CXX_FLAGS, *defines, *CPU_CAPABILITIES[capability]]},
             )
 
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
+        asked = os.environ.get("MAX_JOBS", "")  # what is no number PyTorch passes over, too
+        jobs = int(asked) if asked.isdigit() else os.cpu_count() or 1
+        with ThreadPoolExecutor(max(jobs, 1)) as pool:
             compiled = pool.map(compile_one, product(sources("csrc/cpu/kernels", "*.cpp"), CPU_CAPABILITIES))
             return [object for objects in compiled for object in objects]
 
