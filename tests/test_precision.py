@@ -131,6 +131,22 @@ def test_dot_rows_with_much_in_common(T: int, S: int, need_weights: bool) -> Non
 
 
 @pytest.mark.cpu
+@pytest.mark.numerics
+@pytest.mark.parametrize("loss", ["context", "no_weights"])
+@pytest.mark.parametrize("T", [1, 16, 130], ids="T={}".format)
+@pytest.mark.parametrize(("method", "S"), [("dot", 40), ("dot", 300), ("keyed_dot", 40)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_rows_of_halves_with_much_in_common(dtype: torch.dtype, method: str, T: int, S: int, loss: str) -> None:
+    """Products of halves round the gradients of the scores: what that adds to their sum is taken off the query's."""
+    problem = Case(method, T=T, S=S, D=64, Dm=64, dtype=dtype, loss=loss).problem()
+    common = 3 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    alike = {
+        name: (0.3 * tensor.float() + common).to(dtype) for name, tensor in problem.tensors.items() if name != "query"
+    }
+    assert_accurate(problem.with_tensors(**alike))
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
 @pytest.mark.parametrize("size", [(5, 33), (40, 64), (130, 250)], ids=str)
 @pytest.mark.parametrize("method", ["dot", "keyed_dot", "general", "additive", "concat"])
