@@ -182,7 +182,11 @@ template <class acc>
 inline void write_row(bool streams, Dtype dtype, void* data, int64_t first, const acc* from, int64_t size) {
   const auto begin = reinterpret_cast<uintptr_t>(data) + first * width_of(dtype);
   const bool has_whole_lines = begin % kLine == 0 && size * width_of(dtype) % kLine == 0;
-  streams&& has_whole_lines ? stream_row(dtype, data, first, from, size) : store_row(dtype, data, first, from, size);
+  if (streams && has_whole_lines) {
+    stream_row(dtype, data, first, from, size);
+  } else {
+    store_row(dtype, data, first, from, size);
+  }
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY
