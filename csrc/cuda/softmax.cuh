@@ -3,6 +3,9 @@
 //   forward    a_s = exp(e_s - max) / sum_s exp(e_s - max),  e = scale scores
 //   backward   de_s = scale a_s (da_s - sum_s a_s da_s)
 //
+// sum_s de_s is 0, and what rounding to halves adds to it would be multiplied by whatever the keys have in common: one of the row
+// takes it back.
+//
 // A row of up to 32 elements a lane is a warp's, which holds it in registers: one read, one write, no barrier. A longer one is a
 // block's, which reads it again for each pass over it. Bound by memory; neighbours in a row are neighbours in a warp.
 #pragma once
@@ -173,6 +176,19 @@ __device__ __forceinline__ acc part_of_sum(acc exponential, acc inverse) {
   return exponential == 0 ? acc(0) : exponential * inverse;
 }
 
+// What takes back an excess: of the rounded x, the smallest that does not change its sign by it, whose next rounding is the least.
+__device__ __forceinline__ float smallest_to_take(float excess, float x, float smallest) {
+  return fabsf(x) >= fabsf(excess) && fabsf(x) < smallest ? fabsf(x) : smallest;
+}
+
+// Whether a thread's is the smallest of the row's, one thread's only. Where none took the excess it is infinite. A half leaves
+// thirteen bits of a float to the rank.
+template <class Team>
+__device__ __forceinline__ bool is_smallest(float of_thread) {
+  const float ranked = of_thread < kInfinity<float> ? float_of(bits_of(of_thread) | Team::rank()) : of_thread;
+  return -Team::max(-ranked) == ranked && ranked < kInfinity<float>;
+}
+
 template <class scalar, int held, int width>
 __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_rows(const Softmax call) {
   using acc = accumulated_t<scalar>;
@@ -310,7 +326,30 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
       grad[i] = grad_score(weight[i], grad[i], delta);
     }
     at.store(grad_scores, grad);
-    at.store(rounded_grads, grad);
+    if constexpr (rounds) {
+      if (rounded_grads == nullptr) {
+        return;
+      }
+      acc excess = 0, smallest = kInfinity<acc>;
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        grad[i] = to_acc(from_acc<scalar>(grad[i]));
+        excess += grad[i];
+      }
+      excess = Team::sum(excess);
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        smallest = smallest_to_take(excess, grad[i], smallest);
+      }
+      bool takes = is_smallest<Team>(smallest);
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        const bool takes_it = takes && fabsf(grad[i]) == smallest;
+        grad[i] -= takes_it ? excess : acc(0);
+        takes = takes && !takes_it;
+      }
+      at.store(rounded_grads, grad);
+    }
   } else {
     acc factor = 1;
     const auto weight_of = [&](int64_t s) {
@@ -335,12 +374,30 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
       delta += weight_of(s) * grad_of(s);
     }
     delta = Team::sum(delta);
+    acc excess = 0;
     for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
       const acc weight = weight_of(s), grad = grad_score(weight, grad_of(s), delta);
       store_if_wanted(recomputed, s, weight);
       store_if_wanted(grad_scores, s, grad);
       store_if_wanted(rounded, s, weight);
       store_if_wanted(rounded_grads, s, grad);
+      excess += to_acc(from_acc<scalar>(grad));
+    }
+    if constexpr (rounds) {
+      if (rounded_grads == nullptr) {
+        return;
+      }
+      excess = Team::sum(excess);
+      acc smallest = kInfinity<acc>;
+      int64_t at = 0;
+      for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
+        const acc before = smallest;
+        smallest = smallest_to_take(excess, to_acc(rounded_grads[s]), before);
+        at = smallest < before ? s : at;
+      }
+      if (is_smallest<Team>(smallest)) {
+        rounded_grads[at] = from_acc<scalar>(to_acc(rounded_grads[at]) - excess);
+      }
     }
   }
 }
