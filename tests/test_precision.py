@@ -134,7 +134,10 @@ def test_dot_rows_with_much_in_common(T: int, S: int, need_weights: bool) -> Non
 @pytest.mark.numerics
 @pytest.mark.parametrize("loss", ["context", "no_weights"])
 @pytest.mark.parametrize("T", [1, 16, 130], ids="T={}".format)
-@pytest.mark.parametrize(("method", "S"), [("dot", 40), ("dot", 300), ("dot", 1100), ("keyed_dot", 40)])
+@pytest.mark.parametrize(
+    ("method", "S"),
+    [("dot", 40), ("dot", 300), ("dot", 1100), ("keyed_dot", 40), ("keyed_dot", 300), ("keyed_dot", 1100)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_rows_of_halves_with_much_in_common(dtype: torch.dtype, method: str, T: int, S: int, loss: str) -> None:
     """Products of halves round the gradients of the scores: what that adds to their sum is taken off the query's."""

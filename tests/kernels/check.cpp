@@ -483,6 +483,7 @@ bool check(uint64_t seed) {
   f.logsumexp = logsumexp.data();
   f.exact_context = !rounds ? f.context : keeps_context ? exact_context.data() : nullptr;
   f.exact_weights = f.weights == nullptr ? nullptr : rounds ? exact_weights.data() : f.weights;
+  f.is_read_back = keeps_context;
 
   const int64_t prepared = prepared_size(c.D);
   Array prepared_keys(c.exact_type, c.B, c.S, prepared);

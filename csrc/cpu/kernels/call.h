@@ -88,6 +88,7 @@ struct Forward {
   void* logsumexp;      // [B, T] acc
   void* exact_context;  // of halves, the same as they were accumulated; acc, or null: not wanted
   void* exact_weights;  // likewise
+  bool is_read_back;    // a backward reads the context
 };
 
 struct Backward {

@@ -69,8 +69,9 @@ class DotGradient : public DotScore<element> {
     if (f.grad_keys != nullptr) {
       grad_keys_.emplace(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size);
     }
-    if (kIsPaired<element>) {
+    if (f.grad_query != nullptr && (kIsPaired<element> || keeps_excess(f))) {
       average_ = arena.take<acc>(padded<acc>(f.problem.key_size));
+      has_average_ = arena.take<bool>(1);
     }
   }
 
@@ -78,8 +79,21 @@ class DotGradient : public DotScore<element> {
     return true;
   }
 
+  // Whether the excess of the gradients of a query's scores is left in its own, since no context is the keys' (see many_queries.h).
+  static bool keeps_excess(const Backward& f) {
+    return f.problem.method == Method::KeyedDot && !f.plan.has_whole_rows(f.problem);
+  }
+
+  // Of some of the item's keys; null where there were none.
+  const acc* average() const {
+    return *has_average_ ? average_ : nullptr;
+  }
+
   void begin(const Item& item) {
     this->load_queries(item.batch, item.first_query, item.queries);
+    if (average_ != nullptr) {
+      *has_average_ = false;
+    }
     if (grad_keys_) {
       grad_keys_->begin_item(item);
     }
@@ -90,8 +104,8 @@ class DotGradient : public DotScore<element> {
     if (grad_keys_) {
       grad_keys_->begin(tile, written);
     }
-    if (kIsPaired<element> && f_.grad_query != nullptr) {
-      average(this->keys_, tile.count);
+    if (average_ != nullptr && (kIsPaired<element> || !*has_average_)) {
+      find_average(this->keys_, tile.count);
     }
   }
 
@@ -149,7 +163,8 @@ class DotGradient : public DotScore<element> {
  private:
   // Pairs are rounded, and what their rounding adds to the sum of a query's de multiplies what all keys have in common: which is
   // in their average, and taken off again.
-  void average(const element* const* keys, int64_t count) {
+  void find_average(const element* const* keys, int64_t count) {
+    *has_average_ = true;
     constexpr int64_t at_once = 4;
     for (int64_t first = 0; first < count; first += at_once) {
       const int64_t end = std::min(first + at_once, count);
@@ -165,7 +180,8 @@ class DotGradient : public DotScore<element> {
 
   const Backward& f_;
   std::optional<TileGradient<acc>> grad_keys_;  // where the memory is not its own keys
-  acc* average_ = nullptr;                      // of pairs, a tile's
+  acc* average_ = nullptr;                      // of a tile's keys: of pairs the tile's at hand
+  bool* has_average_ = nullptr;
 };
 
 // Of one query over a memory that is its own keys, both ways.

@@ -6,7 +6,7 @@
 //
 // sum_s de_ts is 0, but delta_t is rounded apart from the da_ts: an excess r_t is left, a share a_ts r_t of it in every de_ts. What
 // the rows of the memory have in common multiplies it in dq_t = sum_s de_ts m_s, where it can outweigh the rest; it is r_t c_t
-// there, and is taken off.
+// there, and is taken off. Of keys of their own it is r_t times their average, as far as they have it in common.
 //
 // Each tile of memory is read once and serves the scores and the context (forward), or all of its gradients (backward), while it
 // is in cache. It is bound by the products in products.h, which meanwhile fetch what comes next. One query, which is bound by the
@@ -136,7 +136,9 @@ struct AttentionForward {
   struct Slot {
     Slot(const Forward& f, char* base)
         : arena(base),
-          context_stride(padded<acc>(f.problem.memory_size)),
+          counts_gained(kIsPaired<element> && f.is_read_back),
+          context_size(f.problem.memory_size + counts_gained),
+          context_stride(padded<acc>(context_size)),
           kept(f.weights == nullptr ? 1 : f.plan.split_tiles),
           stride(padded<acc>(kept * f.plan.tile)),
           rounds(f.problem.dtype != kAccumulated<acc>),
@@ -153,6 +155,8 @@ struct AttentionForward {
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
 
     Arena arena;
+    bool counts_gained;
+    int64_t context_size;  // the memory's, and what rounding has added to the sum of the weights, if that counts
     int64_t context_stride;
     int64_t kept;    // tiles whose exponentials are: all, until they can be divided by their sums; without weights one
     int64_t stride;  // of tile_scores
@@ -160,7 +164,7 @@ struct AttentionForward {
     acc* row_max;
     acc* row_sum;
     acc* factors;      // of a product's rows
-    acc* context;      // not yet divided by row_sum
+    acc* context;      // not yet divided by the sum of the weights
     Tile* tiles;       // those that are kept, and the next one
     acc* tile_max;     // [chunk][kept] row_max when the tile's exponentials were taken
     int64_t* used;     // so many tiles have steps
@@ -198,9 +202,9 @@ struct AttentionForward {
       mask_scores(scores, stride, problem, item.batch, item.first_query, item.queries, tile);
       // The last product of an item that stands alone goes where it belongs.
       const bool final = !more && f.plan.splits == 1;
-      enter(slot, scores, item.queries, tile.count, tiles == 0, problem.memory_size);
+      enter(slot, scores, item.queries, tile.count, tiles == 0);
       for (int64_t t = 0; t < item.queries; ++t) {
-        slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / slot.row_sum[t] : acc(1);
+        slot.factors[t] = final && slot.row_sum[t] != 0 ? 1 / sum_of_context(slot, t) : acc(1);
       }
       for (int64_t t = 0; t < item.queries; ++t) {
         slot.tile_max[t * slot.kept + place] = slot.row_max[t];
@@ -225,7 +229,7 @@ struct AttentionForward {
       multiply(context, item.queries, coefficients, slot.memory.addresses(), tile.count, problem.memory_size, &slot.work);
     }
     for (int64_t t = 0; tiles == 0 && t < item.queries; ++t) {
-      std::fill_n(slot.context + t * slot.context_stride, problem.memory_size, acc(0));
+      std::fill_n(slot.context + t * slot.context_stride, slot.context_size, acc(0));
     }
     if (f.plan.splits == 1) {
       if (tiles == 0) {
@@ -250,7 +254,7 @@ struct AttentionForward {
     for (int64_t z = 1; z < f.plan.splits; ++z) {
       const Slot other(f, slots + z * slot_size);
       for (int64_t t = rows.first; t < rows.end; ++t) {
-        part_of(slot, t).absorb(part_of(other, t), problem.memory_size);
+        part_of(slot, t).absorb(part_of(other, t), slot.context_size);
       }
     }
     scale_context(f, item, rows, slot);
@@ -274,13 +278,23 @@ struct AttentionForward {
     spread(slot.work, item.queries, tile.count, f.problem.memory_size);
   }
 
+  // The sum of the weights that the context is of. Pairs' are rounded, and what the memory's rows have in common is in it as often
+  // as the rounded sum up to: of the exact sum it would be wrong by far more than the differences that a backward wants it for.
+  static acc sum_of_context(const Slot& slot, int64_t t) {
+    return slot.counts_gained ? slot.row_sum[t] + gained(slot, t) : slot.row_sum[t];
+  }
+
+  static acc& gained(const Slot& slot, int64_t t) {
+    return slot.context[t * slot.context_stride + slot.context_size - 1];
+  }
+
   // What was summed, divided by its weights' sums.
   static void scale_context(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
     const int64_t size = f.problem.memory_size;
     for (int64_t t = rows.first; t < rows.end; ++t) {
       acc* row = slot.context + t * slot.context_stride;
       acc* to = f.exact_context == nullptr ? row : context_of(f, item) + t * size;
-      scale_row(to, row, size, slot.row_sum[t] == 0 ? acc(0) : 1 / slot.row_sum[t]);
+      scale_row(to, row, size, slot.row_sum[t] == 0 ? acc(0) : 1 / sum_of_context(slot, t));
     }
   }
 
@@ -339,7 +353,7 @@ struct AttentionForward {
 
   // Rows of tile scores enter the running softmax: they become exp(e - row_max), and what was summed before is rescaled. Every pass
   // has a loop of its own, since a row's result waits for its maximum, and that for a chain of them: the next rows' need not.
-  static void enter(Slot& slot, acc* scores, int64_t queries, int64_t steps, bool first, int64_t size) {
+  static void enter(Slot& slot, acc* scores, int64_t queries, int64_t steps, bool first) {
     const int64_t stride = slot.stride;
     if (steps == 1 && first) {
       // exp(0), which is no number where the score is none or infinite.
@@ -347,6 +361,9 @@ struct AttentionForward {
         acc& score = scores[t * stride];
         slot.row_max[t] = score;
         slot.row_sum[t] = score = score == kNothing<acc> ? acc(0) : score - score + 1;
+        if (slot.counts_gained) {
+          gained(slot, t) = 0;
+        }
       }
       return;
     }
@@ -358,7 +375,7 @@ struct AttentionForward {
         const acc correction = std::exp(before - row_max);
         slot.row_sum[t] *= correction;
         acc* context = slot.context + t * slot.context_stride;
-        scale_row(context, context, size, correction);
+        scale_row(context, context, slot.context_size, correction);
       }
     }
     for (int64_t t = 0; t < queries; ++t) {
@@ -367,6 +384,11 @@ struct AttentionForward {
         std::fill_n(row, count, acc(0));
       } else {
         slot.row_sum[t] += exponentials(row, count, slot.row_max[t]);
+      }
+      if constexpr (kIsPaired<element>) {
+        if (slot.counts_gained) {
+          gained(slot, t) = (first ? acc(0) : gained(slot, t)) + gained_by_rounding(row, steps);
+        }
       }
     }
   }
@@ -590,6 +612,9 @@ struct AttentionBackward {
         add_row(slot.grad_query + t * slot.query_stride, -slot.excess[t], slot.context.addresses()[t], problem.key_size);
       }
     }
+    if (f.plan.splits == 1) {
+      take_off_excess_of_splits(f, 0, item.queries, slot, 0);
+    }
     if (f.plan.splits == 1 && !slot.query_in_place) {
       merge_queries(f, item, 0, item.queries, slot, 0);
     }
@@ -607,7 +632,9 @@ struct AttentionBackward {
     const int64_t chunk = index / plan.splits % plan.chunks;
     if (plan.splits > 1) {
       const Slot first(f, slots + (index - split) * slot_size);
-      merge_queries(f, item, item.queries * split / plan.splits, item.queries * (split + 1) / plan.splits, first, slot_size);
+      const int64_t begin = item.queries * split / plan.splits, end = item.queries * (split + 1) / plan.splits;
+      take_off_excess_of_splits(f, begin, end, first, slot_size);
+      merge_queries(f, item, begin, end, first, slot_size);
     }
     if (plan.chunks > 1) {
       const Slot first(f, slots + (index - chunk * plan.splits) * slot_size);
@@ -620,6 +647,27 @@ struct AttentionBackward {
   }
 
  private:
+  // From rows begin .. end of an item's chunk, of keys of their own: one average for all splits, whose excesses are far larger than
+  // their sum. `first` is the slot of the first split.
+  static void take_off_excess_of_splits(const Backward& f, int64_t begin, int64_t end, const Slot& first, size_t slot_size) {
+    if constexpr (Gradient::kMultipliesKeys) {
+      if (f.grad_query == nullptr || !Gradient::keeps_excess(f)) {
+        return;
+      }
+      const acc* average = first.gradient.average();
+      for (int64_t z = 1; z < f.plan.splits; ++z) {
+        const Slot other(f, first.arena.base() + z * slot_size);
+        for (int64_t t = begin; t < end; ++t) {
+          first.excess[t] += other.excess[t];
+        }
+        average = average != nullptr ? average : other.gradient.average();
+      }
+      for (int64_t t = begin; average != nullptr && t < end; ++t) {
+        add_row(first.grad_query + t * first.query_stride, -first.excess[t], average, f.problem.key_size);
+      }
+    }
+  }
+
   // Rows begin .. end of an item's chunk; `first` is the slot of its first split.
   static void merge_queries(const Backward& f, const Item& item, int64_t begin, int64_t end, const Slot& first, size_t slot_size) {
     const Problem& problem = f.problem;

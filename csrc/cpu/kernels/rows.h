@@ -21,6 +21,10 @@ class Arena {
     return piece;
   }
 
+  char* base() const {
+    return base_;
+  }
+
   size_t used() const {
     return used_;
   }
