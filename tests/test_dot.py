@@ -161,3 +161,13 @@ def test_the_largest_number(T: int) -> None:
 def test_results_that_go_past_the_caches(B: int, T: int, S: int, D: int, masking: str) -> None:
     """A context and gradients of more than 16 MiB, of few source steps or of few queries."""
     assert_accurate(Case("dot", B=B, T=T, S=S, D=D, masking=masking).problem())
+
+
+def test_float16_that_is_to_sum_up_in_itself() -> None:
+    """PyTorch's setting for GPUs, with which it has no product of halves into float32."""
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    try:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = True
+        assert_accurate(Case("dot", T=20, S=30, D=16, dtype=torch.float16).problem())
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = before

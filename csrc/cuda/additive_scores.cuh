@@ -141,8 +141,10 @@ __global__ void __launch_bounds__(kAdditiveThreads)
     for (int apart = 1; apart < kWarp; apart *= 2) {
       half += shuffle_xor(half, apart);  // neighbours first: features that are none add up to 0
     }
+    if (lane < kChunkOfV - kFeatures) {
+      of_chunk[kFeatures + lane] = half;  // the first is read, all are copied
+    }
     if (lane == 0) {
-      of_chunk[kFeatures] = half;
       factors.of_v[chunk] = v.factoring;
     }
   }

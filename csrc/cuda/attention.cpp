@@ -14,6 +14,7 @@
 #include "splits.h"
 #include "stream.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
@@ -148,6 +149,13 @@ class Call {
   Tensor partials_;
 };
 
+// Whether PyTorch has products of such halves with a result of float32: of bfloat16 where the GPU has them, of float16 unless they
+// are asked to sum up in their own type.
+bool multiply_into_float(const Tensor& halves) {
+  return halves.scalar_type() == at::kBFloat16 ? major_capability(halves.device()) >= 8
+                                               : !at::globalContext().allowFP16AccumulationCuBLAS();
+}
+
 // result = a b, or result += a b, each [B, ...]. Halves' products may have a result of float32: all their bits.
 void multiply(Tensor& result, const Tensor& a, const Tensor& b, bool adds = false) {
   const auto type = result.scalar_type();
@@ -160,8 +168,10 @@ void multiply(Tensor& result, const Tensor& a, const Tensor& b, bool adds = fals
     }
   } else if (type == a.scalar_type()) {
     adds ? at::baddbmm_out(result, result, a, b) : at::bmm_out(result, a, b);
-  } else {
+  } else if (multiply_into_float(a)) {
     adds ? at::baddbmm_out(result, result, a, b, type) : at::bmm_out(result, a, b, type);
+  } else {
+    multiply(result, a.to(type), b.to(type), adds);
   }
 }
 

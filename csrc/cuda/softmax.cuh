@@ -3,8 +3,8 @@
 //   forward    a_s = exp(e_s - max) / sum_s exp(e_s - max),  e = scale scores
 //   backward   de_s = scale a_s (da_s - sum_s a_s da_s)
 //
-// sum_s de_s is 0, and what rounding to halves adds to it would be multiplied by whatever the keys have in common: one of the row
-// takes it back.
+// sum_s de_s is 0, and what rounding to halves adds to it would be multiplied by whatever the keys have in common: each of a
+// thread's takes back what the one before it was rounded by, and one of a warp's what is left.
 //
 // A row of up to 32 elements a lane is a warp's, which holds it in registers: one read, one write, no barrier. A longer one is a
 // block's, which reads it again for each pass over it. Bound by memory; neighbours in a row are neighbours in a warp.
@@ -176,17 +176,28 @@ __device__ __forceinline__ acc part_of_sum(acc exponential, acc inverse) {
   return exponential == 0 ? acc(0) : exponential * inverse;
 }
 
+// Rounded, less the excess, which becomes what that rounds it by; but a 0 takes nothing, and what is rounded to infinity leaves
+// none.
+template <class scalar>
+__device__ __forceinline__ float rounded_less(float x, float& excess) {
+  if (x == 0) {
+    return x;
+  }
+  const float wanted = x - excess, rounded = to_acc(from_acc<scalar>(wanted));
+  excess = fabsf(rounded - wanted) < kInfinity<float> ? rounded - wanted : 0.0f;
+  return rounded;
+}
+
 // What takes back an excess: of the rounded x, the smallest that does not change its sign by it, whose next rounding is the least.
 __device__ __forceinline__ float smallest_to_take(float excess, float x, float smallest) {
   return fabsf(x) >= fabsf(excess) && fabsf(x) < smallest ? fabsf(x) : smallest;
 }
 
-// Whether a thread's is the smallest of the row's, one thread's only. Where none took the excess it is infinite. A half leaves
-// thirteen bits of a float to the rank.
-template <class Team>
-__device__ __forceinline__ bool is_smallest(float of_thread) {
-  const float ranked = of_thread < kInfinity<float> ? float_of(bits_of(of_thread) | Team::rank()) : of_thread;
-  return -Team::max(-ranked) == ranked && ranked < kInfinity<float>;
+// Whether a lane's is the smallest of the warp's, one lane's only. Where none took the excess it is infinite. A half leaves
+// thirteen bits of a float to the lane.
+__device__ __forceinline__ bool is_smallest(float of_lane) {
+  const float ranked = of_lane < kInfinity<float> ? float_of(bits_of(of_lane) | threadIdx.x % kWarp) : of_lane;
+  return -warp_max(-ranked) == ranked && ranked < kInfinity<float>;
 }
 
 template <class scalar, int held, int width>
@@ -333,15 +344,14 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
       acc excess = 0, smallest = kInfinity<acc>;
 #pragma unroll
       for (int i = 0; i < held; ++i) {
-        grad[i] = to_acc(from_acc<scalar>(grad[i]));
-        excess += grad[i];
+        grad[i] = rounded_less<scalar>(grad[i], excess);
       }
-      excess = Team::sum(excess);
+      excess = warp_sum(excess);
 #pragma unroll
       for (int i = 0; i < held; ++i) {
         smallest = smallest_to_take(excess, grad[i], smallest);
       }
-      bool takes = is_smallest<Team>(smallest);
+      bool takes = is_smallest(smallest);
 #pragma unroll
       for (int i = 0; i < held; ++i) {
         const bool takes_it = takes && fabsf(grad[i]) == smallest;
@@ -353,7 +363,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
   } else {
     acc factor = 1;
     const auto weight_of = [&](int64_t s) {
-      return !may_attend(s) ? acc(0) : recomputes ? factor * recomputed_weight(weights[s]) : weights[s];
+      return !may_attend(s) ? acc(0) : recomputes ? part_of_sum(recomputed_weight(weights[s]), factor) : weights[s];
     };
     if (recomputes) {
       acc total = 0;
@@ -380,14 +390,15 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
       store_if_wanted(recomputed, s, weight);
       store_if_wanted(grad_scores, s, grad);
       store_if_wanted(rounded, s, weight);
-      store_if_wanted(rounded_grads, s, grad);
-      excess += to_acc(from_acc<scalar>(grad));
+      if constexpr (rounds) {
+        store_if_wanted(rounded_grads, s, rounded_less<scalar>(grad, excess));
+      }
     }
     if constexpr (rounds) {
       if (rounded_grads == nullptr) {
         return;
       }
-      excess = Team::sum(excess);
+      excess = warp_sum(excess);
       acc smallest = kInfinity<acc>;
       int64_t at = 0;
       for (int64_t s = Team::rank(); s < problem.steps; s += kRowBlock) {
@@ -395,7 +406,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
         smallest = smallest_to_take(excess, to_acc(rounded_grads[s]), before);
         at = smallest < before ? s : at;
       }
-      if (is_smallest<Team>(smallest)) {
+      if (is_smallest(smallest)) {
         rounded_grads[at] = from_acc<scalar>(to_acc(rounded_grads[at]) - excess);
       }
     }

@@ -9,10 +9,22 @@ Stream current_stream(c10::Device device) {
   return c10::cuda::getCurrentCUDAStream(device.index());
 }
 
+namespace {
+
+int64_t attribute(cudaDeviceAttr which, c10::Device device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device.index()));
+  return value;
+}
+
+}  // namespace
+
 int64_t multiprocessors(c10::Device device) {
-  int count = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()));
-  return count;
+  return attribute(cudaDevAttrMultiProcessorCount, device);
+}
+
+int64_t major_capability(c10::Device device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device);
 }
 
 }  // namespace attn_ext::cuda

@@ -11,4 +11,7 @@ Stream current_stream(c10::Device device);
 
 int64_t multiprocessors(c10::Device device);
 
+// The first number of its compute capability.
+int64_t major_capability(c10::Device device);
+
 }  // namespace attn_ext::cuda

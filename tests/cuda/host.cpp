@@ -85,8 +85,14 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
   cuda::entry_points.prepare_keys(keys, prepared);
 }
 
-// CUDA alone has these.
+// CUDA alone has these, and refuses them so.
+void refuse_own_sums(const Tensor& a) {
+  const bool sums_up_in_itself = a.scalar_type() == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS();
+  TORCH_CHECK(!sums_up_in_itself, "not supported with allowFP16AccumulationCuBLAS");
+}
+
 Tensor& bmm_out_dtype(const Tensor& a, const Tensor& b, at::ScalarType type, Tensor& out) {
+  refuse_own_sums(a);
   return at::bmm_out(out, a.to(type), b.to(type));
 }
 
@@ -98,6 +104,7 @@ Tensor& baddbmm_out_dtype(
     const at::Scalar& beta,
     const at::Scalar& alpha,
     Tensor& out) {
+  refuse_own_sums(a);
   return at::baddbmm_out(out, added, a.to(type), b.to(type), beta, alpha);
 }
 
@@ -112,6 +119,10 @@ cuda::Stream cuda::current_stream(c10::Device) {
 // Few, so that a test's few blocks are enough to split over.
 int64_t cuda::multiprocessors(c10::Device) {
   return 4;
+}
+
+int64_t cuda::major_capability(c10::Device) {
+  return 9;
 }
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) {
