@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 import attn_ext
 from tests.cases import DTYPES, FACTORS, LOSSES, Case, Problem, assert_accurate, short
@@ -130,7 +133,6 @@ def test_dot_rows_with_much_in_common(T: int, S: int, need_weights: bool) -> Non
     assert error <= 2 * own_error + rounding
 
 
-@pytest.mark.cpu
 @pytest.mark.numerics
 @pytest.mark.parametrize("loss", ["context", "no_weights"])
 @pytest.mark.parametrize("T", [1, 16, 130], ids="T={}".format)
@@ -147,6 +149,44 @@ def test_rows_of_halves_with_much_in_common(dtype: torch.dtype, method: str, T: 
         name: (0.3 * tensor.float() + common).to(dtype) for name, tensor in problem.tensors.items() if name != "query"
     }
     assert_accurate(problem.with_tensors(**alike))
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("common", [0.0, 3.0], ids="common={:g}".format)
+@pytest.mark.parametrize("spread", [1.0, 0.05], ids="spread={:g}".format)
+@pytest.mark.parametrize("S", [120, 300, 600], ids="S={}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_additive_halves_of_slopes_alike(dtype: torch.dtype, S: int, spread: float, common: float) -> None:
+    """Near 0 all slopes of tanh are 1, and what the scores' gradients do not sum up to is all of the query's."""
+    problem = Case("additive", T=16, S=S, D=32, Dm=32, dtype=dtype, loss="no_weights").problem()
+    query, keys, values, v = problem.tensors.values()
+    common_part = common * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    assert_accurate(
+        problem.with_tensors(
+            query=spread * query, keys=spread * keys, values=(values.float() + common_part).to(dtype), v=v
+        )
+    )
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("method", ["dot", "keyed_dot"])
+@pytest.mark.parametrize("S", [40, 300], ids="S={}".format)
+@pytest.mark.parametrize("T", [2, 16, 40], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_a_row_hidden_from_a_query_is_nothing_to_it(dtype: torch.dtype, T: int, S: int, method: str) -> None:
+    """Bit by bit, though it is large and others attend it."""
+    problem = Case(method, T=T, S=S, D=32, Dm=32, dtype=dtype, loss="no_weights").problem()
+    mask = torch.ones(2, T, S, dtype=torch.bool)
+    mask[:, 1:, 5] = False
+    problem = replace(problem, options=problem.options | {"mask": mask})
+
+    def gradient(factor: float) -> Tensor:
+        rows = {name: tensor.clone() for name, tensor in problem.tensors.items() if name != "query"}
+        for tensor in rows.values():
+            tensor[:, 5] *= factor
+        return problem.with_tensors(**rows).results()["grad query"][:, 1:]
+
+    assert torch.equal(gradient(1.0), gradient(1000.0))
 
 
 @pytest.mark.cpu

@@ -117,7 +117,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   const bool rounds = outputs.context.scalar_type() != outputs.logsumexp.scalar_type();
   call.exact_context = rounds ? data_of(outputs.exact_context) : call.context;
   call.exact_weights = rounds ? data_of(outputs.exact_weights) : call.weights;
-  call.is_read_back = takes_context(call.problem);
+  call.is_read_back = call.exact_context != nullptr && takes_context(call.problem);
   for (const Tensor* output : {&outputs.context, &outputs.weights, &outputs.exact_context, &outputs.exact_weights}) {
     use_huge_pages(*output);
   }

@@ -88,7 +88,7 @@ struct Forward {
   void* logsumexp;      // [B, T] acc
   void* exact_context;  // of halves, the same as they were accumulated; acc, or null: not wanted
   void* exact_weights;  // likewise
-  bool is_read_back;    // a backward reads the context
+  bool is_read_back;    // a backward may read the context, as it was accumulated
 };
 
 struct Backward {

@@ -69,31 +69,14 @@ class DotGradient : public DotScore<element> {
     if (f.grad_keys != nullptr) {
       grad_keys_.emplace(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size);
     }
-    if (f.grad_query != nullptr && (kIsPaired<element> || keeps_excess(f))) {
-      average_ = arena.take<acc>(padded<acc>(f.problem.key_size));
-      has_average_ = arena.take<bool>(1);
-    }
   }
 
   static bool query_in_place(const Problem&) {
     return true;
   }
 
-  // Whether the excess of the gradients of a query's scores is left in its own, since no context is the keys' (see many_queries.h).
-  static bool keeps_excess(const Backward& f) {
-    return f.problem.method == Method::KeyedDot && !f.plan.has_whole_rows(f.problem);
-  }
-
-  // Of some of the item's keys; null where there were none.
-  const acc* average() const {
-    return *has_average_ ? average_ : nullptr;
-  }
-
   void begin(const Item& item) {
     this->load_queries(item.batch, item.first_query, item.queries);
-    if (average_ != nullptr) {
-      *has_average_ = false;
-    }
     if (grad_keys_) {
       grad_keys_->begin_item(item);
     }
@@ -103,9 +86,6 @@ class DotGradient : public DotScore<element> {
     this->load_keys(b, tile, memory);
     if (grad_keys_) {
       grad_keys_->begin(tile, written);
-    }
-    if (average_ != nullptr && (kIsPaired<element> || !*has_average_)) {
-      find_average(this->keys_, tile.count);
     }
   }
 
@@ -124,22 +104,17 @@ class DotGradient : public DotScore<element> {
   }
 
   void add(
-      const acc* grad_scores,
-      int64_t stride,
-      int64_t,
-      int64_t count,
-      int64_t steps,
-      Result<acc> grad_query,
-      Workspace<element>& work) {
+      acc* grad_scores, int64_t stride, int64_t, int64_t count, int64_t steps, Result<acc> grad_query, Workspace<element>& work) {
     if (f_.grad_query == nullptr) {
       return;
     }
-    multiply(grad_query, count, Coefficients<acc>{grad_scores, stride, 1}, this->keys_, steps, this->size_, &work);
     if constexpr (kIsPaired<element>) {
+      // What rounding adds to the sum of a query's de would multiply what all keys have in common.
       for (int64_t t = 0; t < count; ++t) {
-        add_row(grad_query.to + t * grad_query.stride, -gained_by_rounding(grad_scores + t * stride, steps), average_, this->size_);
+        keep_sum(grad_scores + t * stride, steps);
       }
     }
+    multiply(grad_query, count, Coefficients<acc>{grad_scores, stride, 1}, this->keys_, steps, this->size_, &work);
   }
 
   void end_tile(const Tile& tile) {
@@ -161,27 +136,8 @@ class DotGradient : public DotScore<element> {
   }
 
  private:
-  // Pairs are rounded, and what their rounding adds to the sum of a query's de multiplies what all keys have in common: which is
-  // in their average, and taken off again.
-  void find_average(const element* const* keys, int64_t count) {
-    *has_average_ = true;
-    constexpr int64_t at_once = 4;
-    for (int64_t first = 0; first < count; first += at_once) {
-      const int64_t end = std::min(first + at_once, count);
-      for_vectors<acc>(this->size_, [&](int64_t d, auto some) {
-        Vec<acc> total = first > 0 ? Vec<acc>::loadu(average_ + d, some) : Vec<acc>(0);
-        for (int64_t s = first; s < end; ++s) {
-          total = total + Vec<acc>(acc(1) / count) * Factors<element>::numbers(keys[s], d, some);
-        }
-        total.store(average_ + d, static_cast<int>(some));
-      });
-    }
-  }
-
   const Backward& f_;
   std::optional<TileGradient<acc>> grad_keys_;  // where the memory is not its own keys
-  acc* average_ = nullptr;                      // of a tile's keys: of pairs the tile's at hand
-  bool* has_average_ = nullptr;
 };
 
 // Of one query over a memory that is its own keys, both ways.

@@ -123,15 +123,48 @@ inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
   }
 }
 
+// Numbers as a pair has them.
+inline Vec<float> as_paired(const Vec<float>& x) {
+  const __m256i halves = std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 // By how much the sum of a row's numbers grows as they are rounded.
 inline float gained_by_rounding(const float* row, int64_t count) {
   Vec<float> gained(0);
   for_vectors<float>(count, [&](int64_t i, auto some) {
     const Vec<float> x = Vec<float>::loadu(row + i, some);
-    const __m256i halves = std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x));
-    gained = gained + (Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))) - x);
+    gained = gained + (as_paired(x) - x);
   });
   return sum(gained);
+}
+
+// What a row's numbers lose by it.
+inline void lost_by_rounding(float* to, const float* row, int64_t count) {
+  for_vectors<float>(count, [&](int64_t i, auto some) {
+    const Vec<float> x = Vec<float>::loadu(row + i, some);
+    (x - as_paired(x)).store(to + i, static_cast<int>(some));
+  });
+}
+
+// Lets a row's sum be, rounded, what it is: the smallest number that does not change its sign by it, whose next rounding is the
+// least, takes back what is gained.
+inline void keep_sum(float* row, int64_t count) {
+  const float gained = gained_by_rounding(row, count);
+  constexpr float none = std::numeric_limits<float>::infinity();
+  Vec<float> least(none);
+  for_vectors<float>(count, [&](int64_t i, auto some) {
+    const Vec<float> x = as_paired(Vec<float>::loadu(row + i, some)).abs();
+    least = at::vec::minimum(least, Vec<float>::blendv(Vec<float>(none), x, x >= Vec<float>(std::abs(gained)) & x > Vec<float>(0)));
+  });
+  const float smallest = at::vec::vec_reduce_all<float>([](const auto& a, const auto& b) { return at::vec::minimum(a, b); }, least);
+  for (int64_t i = 0; smallest < none && i < count; ++i) {
+    const float x = static_cast<float>(c10::BFloat16(row[i]));
+    if (std::abs(x) == smallest) {
+      row[i] = x - gained;
+      return;
+    }
+  }
 }
 
 #if defined(__AMX_BF16__)

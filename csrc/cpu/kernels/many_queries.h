@@ -6,7 +6,7 @@
 //
 // sum_s de_ts is 0, but delta_t is rounded apart from the da_ts: an excess r_t is left, a share a_ts r_t of it in every de_ts. What
 // the rows of the memory have in common multiplies it in dq_t = sum_s de_ts m_s, where it can outweigh the rest; it is r_t c_t
-// there, and is taken off. Of keys of their own it is r_t times their average, as far as they have it in common.
+// there, and is taken off.
 //
 // Each tile of memory is read once and serves the scores and the context (forward), or all of its gradients (backward), while it
 // is in cache. It is bound by the products in products.h, which meanwhile fetch what comes next. One query, which is bound by the
@@ -150,6 +150,8 @@ struct AttentionForward {
           tile_max(arena.take<acc>(f.plan.chunk * kept)),
           used(arena.take<int64_t>(1)),
           tile_scores(arena.take<acc>(f.plan.chunk * stride)),
+          residuals_stride(padded<acc>(f.plan.tile)),
+          residuals(counts_gained && f.problem.method != Method::Dot ? arena.take<acc>(f.plan.chunk * residuals_stride) : nullptr),
           work(arena, f.problem.factors, f.plan.chunk, Score::takes_tiles(f.problem, f.plan)),
           memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
           score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
@@ -169,6 +171,8 @@ struct AttentionForward {
     acc* tile_max;     // [chunk][kept] row_max when the tile's exponentials were taken
     int64_t* used;     // so many tiles have steps
     acc* tile_scores;  // [chunk][stride], those of the tiles that are kept one behind the other
+    int64_t residuals_stride;
+    acc* residuals;  // [chunk][residuals_stride] what a tile's exponentials lose as they are rounded, or null
     Workspace<element> work;
     Rows<element> memory;
     Score score;
@@ -213,16 +217,21 @@ struct AttentionForward {
       if (final && f.weights != nullptr) {
         store_weights(f, item, all, slot, slot.row_max, slot.row_sum);
       }
+      if (slot.residuals != nullptr) {
+        const Coefficients<acc> residuals{slot.residuals, slot.residuals_stride, 1};
+        const Result<acc> context(slot.context, slot.context_stride, tiles > 0);
+        multiply(context, item.queries, residuals, slot.memory.addresses(), tile.count, problem.memory_size, &slot.work);
+      }
       const Coefficients<acc> coefficients{scores, stride, 1};
       const bool in_place = final && f.exact_context != nullptr;
-      if (in_place && f.plan.streams_queries && tiles == 0 && !slot.rounds) {
+      if (in_place && f.plan.streams_queries && tiles == 0 && !slot.rounds && slot.residuals == nullptr) {
         stream_context(f, item, slot, coefficients, tile.count);
         continue;
       }
       const Result<acc> context{
           in_place ? context_of(f, item) : slot.context,
           in_place ? problem.memory_size : slot.context_stride,
-          tiles > 0 ? slot.context : nullptr,
+          tiles > 0 || slot.residuals != nullptr ? slot.context : nullptr,
           slot.context_stride,
           slot.factors,
           1};
@@ -364,6 +373,9 @@ struct AttentionForward {
         if (slot.counts_gained) {
           gained(slot, t) = 0;
         }
+        if (slot.residuals != nullptr) {
+          slot.residuals[t * slot.residuals_stride] = 0;
+        }
       }
       return;
     }
@@ -386,6 +398,11 @@ struct AttentionForward {
         slot.row_sum[t] += exponentials(row, count, slot.row_max[t]);
       }
       if constexpr (kIsPaired<element>) {
+        if (slot.residuals != nullptr) {
+          acc* residuals = slot.residuals + t * slot.residuals_stride;
+          lost_by_rounding(residuals, row, steps);
+          row = residuals;
+        }
         if (slot.counts_gained) {
           gained(slot, t) = (first ? acc(0) : gained(slot, t)) + gained_by_rounding(row, steps);
         }
@@ -612,9 +629,6 @@ struct AttentionBackward {
         add_row(slot.grad_query + t * slot.query_stride, -slot.excess[t], slot.context.addresses()[t], problem.key_size);
       }
     }
-    if (f.plan.splits == 1) {
-      take_off_excess_of_splits(f, 0, item.queries, slot, 0);
-    }
     if (f.plan.splits == 1 && !slot.query_in_place) {
       merge_queries(f, item, 0, item.queries, slot, 0);
     }
@@ -632,9 +646,7 @@ struct AttentionBackward {
     const int64_t chunk = index / plan.splits % plan.chunks;
     if (plan.splits > 1) {
       const Slot first(f, slots + (index - split) * slot_size);
-      const int64_t begin = item.queries * split / plan.splits, end = item.queries * (split + 1) / plan.splits;
-      take_off_excess_of_splits(f, begin, end, first, slot_size);
-      merge_queries(f, item, begin, end, first, slot_size);
+      merge_queries(f, item, item.queries * split / plan.splits, item.queries * (split + 1) / plan.splits, first, slot_size);
     }
     if (plan.chunks > 1) {
       const Slot first(f, slots + (index - chunk * plan.splits) * slot_size);
@@ -647,27 +659,6 @@ struct AttentionBackward {
   }
 
  private:
-  // From rows begin .. end of an item's chunk, of keys of their own: one average for all splits, whose excesses are far larger than
-  // their sum. `first` is the slot of the first split.
-  static void take_off_excess_of_splits(const Backward& f, int64_t begin, int64_t end, const Slot& first, size_t slot_size) {
-    if constexpr (Gradient::kMultipliesKeys) {
-      if (f.grad_query == nullptr || !Gradient::keeps_excess(f)) {
-        return;
-      }
-      const acc* average = first.gradient.average();
-      for (int64_t z = 1; z < f.plan.splits; ++z) {
-        const Slot other(f, first.arena.base() + z * slot_size);
-        for (int64_t t = begin; t < end; ++t) {
-          first.excess[t] += other.excess[t];
-        }
-        average = average != nullptr ? average : other.gradient.average();
-      }
-      for (int64_t t = begin; average != nullptr && t < end; ++t) {
-        add_row(first.grad_query + t * first.query_stride, -first.excess[t], average, f.problem.key_size);
-      }
-    }
-  }
-
   // Rows begin .. end of an item's chunk; `first` is the slot of its first split.
   static void merge_queries(const Backward& f, const Item& item, int64_t begin, int64_t end, const Slot& first, size_t slot_size) {
     const Problem& problem = f.problem;

@@ -21,10 +21,6 @@ class Arena {
     return piece;
   }
 
-  char* base() const {
-    return base_;
-  }
-
   size_t used() const {
     return used_;
   }
