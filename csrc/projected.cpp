@@ -1,6 +1,6 @@
 // General and concat attention with their projections as one node of the graph.
 //
-//   general   (W q) . m = q . (W^T m)                 dot on W q, or keyed dot on the keys W^T m
+//   general   (W q) . m = q . (W^T m)                 dot on W q, or keyed dot on the keys W^T m, halves' of m - average
 //   concat    v . tanh(Wq q + Wk m + bias)            additive on both, with [Wq Wk] = W
 //
 // Between nodes of their own, the projections' gradients would be tensors of memory's size and small calls' time: here the memory's
@@ -35,6 +35,11 @@ struct Options {
   }
 };
 
+// What is projected to keys.
+Tensor rows_of_keys(const Tensor& memory, const Options& options) {
+  return options.by_keys ? centred(memory, options.hidden()) : memory;
+}
+
 // A call's tensors as they meet: the query and, if there are any, the keys, projected.
 struct Projected {
   Tensor query, keys;
@@ -43,7 +48,7 @@ struct Projected {
       const Tensor& query, const Tensor& memory, const Parts& parts, const OptionalTensor& bias, const Options& options) {
     return {
         parts.of_query.defined() ? project(query, parts.of_query) : query,
-        parts.of_keys.defined() ? project_memory(memory, parts.of_keys, bias, options.hidden()) : Tensor()};
+        parts.of_keys.defined() ? project_memory(rows_of_keys(memory, options), parts.of_keys, bias, options.hidden()) : Tensor()};
   }
 };
 
@@ -217,7 +222,7 @@ struct Node : torch::autograd::Function<Node> {
         write_grad_of_weight(into.of_query, computed.query, query);
       }
       if (into.of_keys.defined()) {
-        write_grad_of_key_weight(into.of_keys, computed.keys, memory, options.hidden(), seen);
+        write_grad_of_key_weight(into.of_keys, computed.keys, rows_of_keys(memory, options), options.hidden(), seen);
       }
     }
     if (wanted[kMemory]) {

@@ -115,19 +115,39 @@ struct Hidden {
   }
 };
 
-// The memory with 0 in the rows that no query may attend.
-inline Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
+// Which rows no query may attend, [B, S]; undefined where nothing says so.
+inline Tensor hidden_rows(const Tensor& memory, const Hidden& hidden) {
   const auto& [lengths, mask] = hidden;
-  Tensor without;
+  Tensor rows;
   if (mask) {
-    without = (mask->dim() == 3 ? mask->any(1) : *mask).logical_not();
+    rows = (mask->dim() == 3 ? mask->any(1) : *mask).logical_not();
   }
   if (lengths) {
     const Tensor steps = at::arange(memory.sym_size(1), lengths->options());
     const Tensor behind = steps.ge(lengths->unsqueeze(1));
-    without = without.defined() ? without.logical_or_(behind) : behind;
+    rows = rows.defined() ? rows.logical_or_(behind) : behind;
   }
-  return without.defined() ? memory.masked_fill(without.unsqueeze(2), 0) : memory;
+  return rows;
+}
+
+// The memory with 0 in those.
+inline Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
+  const Tensor rows = hidden_rows(memory, hidden);
+  return rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
+}
+
+// A memory of halves less the average of what can be attended of it, which adds the same to all scores of a query, and so nothing
+// to its weights: keys of halves would be rounded as what they have in common is.
+inline Tensor centred(const Tensor& memory, const Hidden& hidden) {
+  if (!at::isReducedFloatingType(memory.scalar_type()) || (hidden.anything() && !hidden.fit(memory))) {
+    return memory;
+  }
+  const Tensor rows = hidden_rows(memory, hidden);
+  if (!rows.defined()) {
+    return as(memory.scalar_type(), at::sub(memory, at::mean(memory, 1, true, at::kFloat)));
+  }
+  const Tensor seen = memory.masked_fill(rows.unsqueeze(2), 0), count = rows.logical_not().sum(1, true).unsqueeze(2);
+  return as(memory.scalar_type(), at::sub(seen, at::div(at::sum(seen, 1, true, at::kFloat), count.clamp_min(1))));
 }
 
 using cpu::SomeRows;
