@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, is_autocast_enabled
 from torch.compiler import is_compiling, is_exporting
+from torch.jit import is_tracing
 from torch.overrides import has_torch_function
 
 from attn_ext import autocast, backend, checks, reference
@@ -343,7 +344,7 @@ def _has_its_parameters(
 
 def goes_unchecked(query: Tensor, *others: Tensor | None) -> bool:
     """Whether the ops may see a call as it is: nothing is traced, overridden or cast, and they are the backend."""
-    if is_compiling() or has_torch_function((query, *others)):
+    if is_compiling() or is_tracing() or has_torch_function((query, *others)):
         return False
     # A device writes its type's name anew at each look, which takes as long as all of these conditions.
     device_type = "cpu" if query.is_cpu else query.device.type

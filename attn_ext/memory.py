@@ -112,7 +112,9 @@ class AttentionMemory:
             weight, bias = functional.of_products(memory, weight, bias)
             factors = weight.detach()  # a step hangs on the node, which has its gradient
             self._query_weight = factors if v is None else reference.split_weight(factors, memory)[0]
-        node, keys, prepared_keys = _OPS.memory_node.default(memory, weight, v, bias, self.lengths, self.mask)
+        # A subclass would have an alias of the node, which no step could hang on.
+        with torch._C.DisableTorchFunctionSubclass():
+            node, keys, prepared_keys = _OPS.memory_node.default(memory, weight, v, bias, self.lengths, self.mask)
         if self._is_in_graph:
             self._node = node
         if v is not None:

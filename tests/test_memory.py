@@ -746,3 +746,17 @@ def test_steps_on_streams_of_their_own(name: str) -> None:
 
     expected = gradients([torch.cuda.current_stream()] * 3)
     torch.testing.assert_close(gradients([torch.cuda.Stream() for _ in range(3)]), expected)
+
+
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
+def test_a_subclass_for_a_memory(method: str, each_backend: str) -> None:
+    class Features(Tensor):
+        pass
+
+    module = LuongAttention(method, 6)
+    query, memory = torch.randn(2, 6), torch.randn(2, 5, 6)
+    expected = torch.autograd.grad(module(query, memory.requires_grad_())[0].sum(), memory)[0]
+    features = memory.detach().as_subclass(Features).requires_grad_()
+    context, _ = module(query, module.memory(features))
+    context.sum().backward()
+    torch.testing.assert_close(features.grad.as_subclass(Tensor), expected)

@@ -166,6 +166,24 @@ def test_compile_of_a_decoder_step(each_backend: str) -> None:
     torch.testing.assert_close(compiled(hidden, encoder_outputs), step(hidden, encoder_outputs))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("method", ["general", "concat"])
+def test_jit_trace(method: str, each_backend: str) -> None:
+    module = attn_ext.LuongAttention(method, 6)
+    inputs = torch.randn(2, 3, 6), torch.randn(2, 5, 6)
+    module(*inputs)
+
+    def attend(query: Tensor, memory: Tensor) -> Tensor:
+        return module(query, memory)[0]
+
+    with pytest.raises(RuntimeError, match="requires grad as a constant"):  # the tracer's own; nothing else is tried
+        torch.jit.trace(attend, inputs)
+    module.requires_grad_(False)
+    traced = torch.jit.trace(attend, inputs)
+    others = torch.randn(4, 7, 6), torch.randn(4, 9, 6)
+    torch.testing.assert_close(traced(*others), attend(*others))
+
+
 @pytest.mark.fused
 def test_transforms_that_are_not_there_say_so() -> None:
     """Derivatives that PyTorch would take by other means than autograd's backward: refused, never left out."""
