@@ -39,7 +39,7 @@ class AttentionMemory:
     Where any of what it is made of requires a gradient, the memory is one node of the graph that all its steps hang on:
     of several backwards over them, all but the last need retain_graph=True, or each needs a memory of its own, as the
     chunks of truncated backpropagation and steps in reentrant checkpoints do. Made under torch.no_grad() it has no
-    node, and its keys have no part in the gradients of concat's parameters.
+    node, and its keys have no part in the gradients of concat's parameters, nor in the memory's.
 
     The beams of a beam search are queries of one memory: [B, K, Dq] for K hypotheses a sentence.
 
