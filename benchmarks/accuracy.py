@@ -104,6 +104,14 @@ def main() -> None:
     print_head("dot, bfloat16", DOT)
     for name, query, memory in halves_cases():
         print_rows(name, DOT, ops, query, memory, dtype=torch.bfloat16)
+    print_head("additive, bfloat16", ADDITIVE)
+    ops = {"fused": attn_ext.additive_attention, "tanh": reference.additive_attention}
+    for steps in (S, 6 * S):
+        for spread in (1, 0.05):
+            query, keys = spread * torch.randn(B, T, A), spread * torch.randn(B, steps, A)
+            v, values = torch.randn(A) * A**-0.5, torch.randn(B, steps, A)
+            name = f"normal, standard deviation {spread}, S={steps}"
+            print_rows(name, ADDITIVE, ops, query, keys, v, values, dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":
