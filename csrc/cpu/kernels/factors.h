@@ -158,10 +158,12 @@ inline void keep_sum(float* row, int64_t count) {
     least = at::vec::minimum(least, Vec<float>::blendv(Vec<float>(none), x, x >= Vec<float>(std::abs(gained)) & x > Vec<float>(0)));
   });
   const float smallest = at::vec::vec_reduce_all<float>([](const auto& a, const auto& b) { return at::vec::minimum(a, b); }, least);
-  for (int64_t i = 0; smallest < none && i < count; ++i) {
-    const float x = static_cast<float>(c10::BFloat16(row[i]));
-    if (std::abs(x) == smallest) {
-      row[i] = x - gained;
+  for (int64_t i = 0; smallest < none && i < count; i += 16) {
+    const Vec<float> x = as_paired(Vec<float>::loadu(row + i, std::min<int64_t>(16, count - i)));
+    const __mmask16 found = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(smallest), _CMP_EQ_OQ);
+    if (found != 0) {
+      float& taken = row[i + std::countr_zero(static_cast<uint16_t>(found))];
+      taken = static_cast<float>(c10::BFloat16(taken)) - gained;
       return;
     }
   }
