@@ -137,17 +137,19 @@ inline Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
 }
 
 // A memory of halves less the average of what can be attended of it, which adds the same to all scores of a query, and so nothing
-// to its weights: keys of halves would be rounded as what they have in common is.
+// to its weights: keys of halves would be rounded as what they have in common is. Features that have little in common stay as they
+// are, which no rounding of a difference is.
 inline Tensor centred(const Tensor& memory, const Hidden& hidden) {
   if (!at::isReducedFloatingType(memory.scalar_type()) || (hidden.anything() && !hidden.fit(memory))) {
     return memory;
   }
   const Tensor rows = hidden_rows(memory, hidden);
-  if (!rows.defined()) {
-    return as(memory.scalar_type(), at::sub(memory, at::mean(memory, 1, true, at::kFloat)));
-  }
-  const Tensor seen = memory.masked_fill(rows.unsqueeze(2), 0), count = rows.logical_not().sum(1, true).unsqueeze(2);
-  return as(memory.scalar_type(), at::sub(seen, at::div(at::sum(seen, 1, true, at::kFloat), count.clamp_min(1))));
+  const Tensor seen = rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
+  const auto sum = [](const Tensor& tensor) { return at::sum(tensor, 1, true, at::kFloat); };
+  const Tensor sums = sum(seen), has_much = sums.abs().mul_(2).ge(sum(seen.abs()));
+  const Tensor average =
+      rows.defined() ? sums.div(rows.logical_not().sum(1, true).unsqueeze(2).clamp_min(1)) : at::mean(memory, 1, true, at::kFloat);
+  return as(memory.scalar_type(), at::sub(seen, average.mul(has_much)));
 }
 
 using cpu::SomeRows;

@@ -156,7 +156,7 @@ class Problem:
             return self.results()
 
 
-def assert_accurate(problem: Problem, roundings: int = 1) -> None:
+def assert_accurate(problem: Problem) -> None:
     """Against the float64 reference, at most twice the reference's own error at this dtype, plus rounding noise."""
     results = problem.results()
     truth = problem.to(torch.float64).reference_results()
@@ -172,16 +172,16 @@ def assert_accurate(problem: Problem, roundings: int = 1) -> None:
         error = _largest(result.double() - truth[name])
         own_error = _largest(own_results[name].double() - own_truth[name]) * resolution
         times = 2 if own_dtype == problem.dtype else 3  # in float64 the truth has that error, too
-        allowed = times * own_error + rounding_noise(problem.dtype, _largest(truth[name]), roundings)
+        allowed = times * own_error + rounding_noise(problem.dtype, _largest(truth[name]))
         assert error <= allowed, (
             f"{name}: error {error:.2e}, allowed {allowed:.2e}, the reference's own {own_error:.2e}"
         )
 
 
-def rounding_noise(dtype: torch.dtype, largest: float, roundings: int = 1) -> float:
-    """The result's roundings, and a few of the sums behind it, whose terms are of order 1 where they cancel."""
+def rounding_noise(dtype: torch.dtype, largest: float) -> float:
+    """One rounding of the result, and a few of the sums behind it, whose terms are of order 1 where they cancel."""
     accumulation = torch.promote_types(dtype, torch.float32)  # halves sum in float32
-    noise = roundings * torch.finfo(dtype).eps * largest + 32 * torch.finfo(accumulation).eps * (1 + largest)
+    noise = torch.finfo(dtype).eps * largest + 32 * torch.finfo(accumulation).eps * (1 + largest)
     if KERNELS == "cuda" and dtype != accumulation:
         noise += torch.finfo(dtype).eps / 4  # a GPU's products take weights, and their gradients, as halves
     return noise

@@ -157,7 +157,7 @@ def test_halves_are_rounded_where_they_are_written(
 ) -> None:
     """From what float32 accumulates, which comes with them where it is asked for; to the same bits either way.
 
-    But a CPU's context of rounded weights, which is not as exact where no backward is to read it.
+    But a CPU's context of rounded weights over several tiles, which is not as exact where no backward is to read it.
     """
     *tensors, lengths, mask, scale, _, _ = arguments(
         Case(method, B=2, T=T, S=S, D=40, dtype=dtype, masking=masking), "forward"
@@ -187,7 +187,7 @@ def test_halves_are_rounded_where_they_are_written(
     for need_weights in (True, False):
         for need_exact in itertools.product((True, False), repeat=2):
             context, weights, _, some = op(method, "forward")(*tensors, lengths, mask, scale, need_weights, need_exact)
-            if from_rounded and not on_gpu and not need_exact[0]:
+            if from_rounded and not on_gpu and S == 600 and not need_exact[0]:
                 torch.testing.assert_close(context, rounded[0], rtol=2**-7, atol=2**-8)
             else:
                 assert torch.equal(context, rounded[0])

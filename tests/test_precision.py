@@ -159,12 +159,10 @@ def test_rows_of_halves_with_much_in_common(dtype: torch.dtype, method: str, T: 
 def test_additive_halves_of_slopes_alike(dtype: torch.dtype, S: int, spread: float, common: float) -> None:
     """Near 0 all slopes of tanh are 1, and what the scores' gradients do not sum up to is all of the query's."""
     problem = Case("additive", T=16, S=S, D=32, Dm=32, dtype=dtype, loss="no_weights").problem()
-    query, keys, values, v = problem.tensors.values()
+    query, keys, values, _ = problem.tensors.values()
     common_part = common * torch.randn(32, generator=torch.Generator().manual_seed(0))
     assert_accurate(
-        problem.with_tensors(
-            query=spread * query, keys=spread * keys, values=(values.float() + common_part).to(dtype), v=v
-        )
+        problem.with_tensors(query=spread * query, keys=spread * keys, values=(values.float() + common_part).to(dtype))
     )
 
 

@@ -151,7 +151,7 @@ class Call {
 
 // Whether PyTorch has products of such halves with a result of float32: of bfloat16 where the GPU has them, of float16 unless they
 // are asked to sum up in their own type.
-bool multiply_into_float(const Tensor& halves) {
+bool multiplies_into_float(const Tensor& halves) {
   return halves.scalar_type() == at::kBFloat16 ? major_capability(halves.device()) >= 8
                                                : !at::globalContext().allowFP16AccumulationCuBLAS();
 }
@@ -168,7 +168,7 @@ void multiply(Tensor& result, const Tensor& a, const Tensor& b, bool adds = fals
     }
   } else if (type == a.scalar_type()) {
     adds ? at::baddbmm_out(result, result, a, b) : at::bmm_out(result, a, b);
-  } else if (multiply_into_float(a)) {
+  } else if (multiplies_into_float(a)) {
     adds ? at::baddbmm_out(result, result, a, b, type) : at::bmm_out(result, a, b, type);
   } else {
     multiply(result, a.to(type), b.to(type), adds);

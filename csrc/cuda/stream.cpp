@@ -4,11 +4,6 @@
 #include <c10/cuda/CUDAStream.h>
 
 namespace attn_ext::cuda {
-
-Stream current_stream(c10::Device device) {
-  return c10::cuda::getCurrentCUDAStream(device.index());
-}
-
 namespace {
 
 int64_t attribute(cudaDeviceAttr which, c10::Device device) {
@@ -18,6 +13,10 @@ int64_t attribute(cudaDeviceAttr which, c10::Device device) {
 }
 
 }  // namespace
+
+Stream current_stream(c10::Device device) {
+  return c10::cuda::getCurrentCUDAStream(device.index());
+}
 
 int64_t multiprocessors(c10::Device device) {
   return attribute(cudaDevAttrMultiProcessorCount, device);
