@@ -145,11 +145,10 @@ inline Tensor centred(const Tensor& memory, const Hidden& hidden) {
   }
   const Tensor rows = hidden_rows(memory, hidden);
   const Tensor seen = rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
-  const auto sum = [](const Tensor& tensor) { return at::sum(tensor, 1, true, at::kFloat); };
-  const Tensor sums = sum(seen), has_much = sums.abs().mul_(2).ge(sum(seen.abs()));
-  const Tensor average =
-      rows.defined() ? sums.div(rows.logical_not().sum(1, true).unsqueeze(2).clamp_min(1)) : at::mean(memory, 1, true, at::kFloat);
-  return as(memory.scalar_type(), at::sub(seen, average.mul(has_much)));
+  const Tensor wide = seen.to(at::kFloat), sums = wide.sum(1, true), has_much = sums.abs().mul(2).ge(wide.abs().sum(1, true));
+  const Tensor average = rows.defined() ? sums.div(rows.logical_not().sum(1, true).unsqueeze(2).clamp_min(1))
+                                        : sums.div(at::Scalar(memory.sym_size(1)));
+  return at::sub(seen, as(memory.scalar_type(), average.mul(has_much)));  // halves: nearly the average will do
 }
 
 using cpu::SomeRows;
