@@ -48,6 +48,29 @@ def test_one_step_in_splits(dtype: torch.dtype, S: int, D: int, loss: str) -> No
     assert_same(problem.results(), problem.results())
 
 
+# 18 MB in halves, of which nothing stays in a cache: rows that are streamed as they are and, of an odd size, are not.
+LARGE = [(9, 1003, 1024), (24, 1499, 256), (9, 1003, 1001)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("B", "S", "D"), LARGE, ids="{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_one_step_of_a_large_memory(dtype: torch.dtype, B: int, S: int, D: int, loss: str) -> None:
+    """On a CPU what is left to do with some rows is done beside the reading of the next."""
+    problem = Case("dot", B=B, T=1, S=S, D=D, dtype=dtype, masking="lengths+rows", loss=loss).problem()
+    assert_accurate(problem)
+
+
+@pytest.mark.parametrize(("B", "S", "D"), LARGE, ids="{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_one_step_of_a_large_memory_without_its_gradient(dtype: torch.dtype, B: int, S: int, D: int) -> None:
+    problem = Case("dot", B=B, T=1, S=S, D=D, dtype=dtype, masking="lengths+rows").problem()
+    query = problem.tensors["query"].requires_grad_()
+    outputs = attn_ext.dot_attention(query, problem.tensors["memory"], **problem.options)
+    (grad_query,) = torch.autograd.grad(outputs, query, list(problem.grad_outputs.values()))
+    torch.testing.assert_close(grad_query, problem.results()["grad query"])
+
+
 @pytest.mark.parametrize("D", [24, 1032], ids="D={}".format)
 def test_one_step_without_its_dimension(D: int) -> None:
     problem = Case("dot", T=1, S=37, D=D, masking="lengths").problem()

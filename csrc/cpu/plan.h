@@ -3,6 +3,8 @@
 
 #include "kernels/call.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 namespace attn_ext::cpu {
@@ -32,13 +34,23 @@ constexpr double kWaitForMerges = 1.5;
 constexpr int64_t kFarMemory = int64_t{1} << 19;
 constexpr int64_t kLarge = int64_t{1} << 24;
 
-// Bytes of a group of one query's rows; and of one that comes from afar and is only read, twice: the second time it is to be from
-// the first-level cache.
+// Bytes of a group of one query's rows, and of one that comes from afar and is only read, twice: the second time it is to be from
+// the first-level cache, where that has the room.
 constexpr int64_t kGroupBytes = 1 << 17;
 constexpr int64_t kTwiceReadBytes = 1 << 15;
 
 // Queries, or source steps, whose products are over before the lines of a large result have come from afar to be written.
 constexpr int64_t kShallow = 32;
+
+// Whether the first-level cache keeps so many bytes beside what else is in use.
+inline bool has_room_for(int64_t bytes) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  return size > bytes;
+#else
+  return false;
+#endif
+}
 
 inline int64_t work_of_step(const Problem& problem) {
   const int64_t score = problem.method == Method::Additive ? kTanhCost * problem.key_size : problem.key_size;
@@ -97,9 +109,10 @@ inline Plan plan_of(
   const int64_t bytes = problem.batch * problem.steps * row * width_of(problem.dtype);
   plan.fetches = bytes >= kFarMemory;
   plan.streams = writes_rows && problem.queries <= kShallow && bytes >= kLarge;
+  plan.overlaps = problem.is_one_query() && problem.method == Method::Dot && bytes >= kLarge;
   if (problem.is_one_query()) {
-    const bool is_read_twice = problem.method == Method::Dot && plan.fetches && !writes_rows;
-    plan.group = group_of(problem, is_read_twice ? kTwiceReadBytes : kGroupBytes);
+    const bool is_read_twice = problem.method == Method::Dot && plan.fetches && !writes_rows && has_room_for(kTwiceReadBytes);
+    plan.group = group_of(problem, is_read_twice || plan.overlaps ? kTwiceReadBytes : kGroupBytes);
   }
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;

@@ -214,6 +214,7 @@ Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   plan.split_size = plan.split_tiles * plan.tile - random.of({int64_t{0}, random.upto(0, plan.tile - 1)});
   plan.splits = std::max<int64_t>(ceil_div(p.steps, plan.split_size), 1);
   plan.fetches = random.chance(0.5);
+  plan.overlaps = random.chance(0.5);
   plan.streams = random.chance(0.5);
   plan.streams_queries = random.chance(0.5);
   return plan;

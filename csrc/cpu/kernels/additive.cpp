@@ -905,16 +905,15 @@ class OneQueryAdditive {
     std::fill_n(grad_v_, size_, acc(0));
   }
 
-  // Of a memory and keys that no cache holds.
-  bool takes_all_at_once(const RowGroup<acc>&, const GradientRows<acc>& grad_memory, const acc* grad_context) const {
+  // The memory's gradient is taken with that of keys, neither of which a cache holds, and its next rows are fetched with theirs.
+  bool fetches_beside_gradients(const RowGroup<acc>&, const GradientRows<acc>& grad_memory, const acc* grad_context) const {
     return problem_.dtype == kAccumulated<acc> && grad_context != nullptr && grad_memory.streams() && grad_keys_->streams();
   }
 
-  void add_all_gradients(const GroupGradients<acc>& group) {
-    is_factored() ? add<true, kAll>(group) : add<false, kAll>(group);
-  }
-
   void add_gradients(const GroupGradients<acc>& group) {
+    if (fetches_beside_gradients(group.memory, group.grad_memory, group.grad_context)) {
+      return is_factored() ? add<true, kAll>(group) : add<false, kAll>(group);
+    }
     group.combine_memory(nullptr);
     if (!grad_keys_->wanted() && f_->grad_v == nullptr) {
       is_factored() ? add<true, kQuery>(group) : add<false, kQuery>(group);

@@ -49,6 +49,7 @@ struct Plan {
   int64_t splits;        // items along S
   int64_t split_tiles;   // tiles per item, at most
   bool fetches;          // what few queries read may be far: what comes next is asked for ahead
+  bool overlaps;         // it is: one query leaves what is to be done with a group's rows for the next group's reading
   bool streams;          // results too large to stay near go past the caches: the gradients of few queries' keys and memory,
   bool streams_queries;  // and few steps' contexts and gradients of queries
 

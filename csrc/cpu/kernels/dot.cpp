@@ -157,22 +157,20 @@ class OneQueryDot {
 
   void load_keys(int64_t, const Tile&, const Upcoming&) {}
 
-  void scores(acc* out, const RowGroup<acc>& memory) const {
+  void scores(acc* out, RowGroup<acc>& memory) const {
     memory.dot_products(out, query_, scale_);
   }
 
   void begin_gradients(const Item&) {}
 
-  // Of a memory that no cache holds; from within a cache, what a sum's registers save is more.
-  static bool takes_all_at_once(const RowGroup<acc>& memory, const GradientRows<acc>& grad_memory, const acc*) {
-    return grad_memory.streams() && memory.in_place();
-  }
-
-  void add_all_gradients(const GroupGradients<acc>& group) const {
-    group.grad_memory.combine_and_add(group.tile, group.coefficients, group.grad_context, query_, group.memory, group.grad_query);
+  static bool fetches_beside_gradients(const RowGroup<acc>& memory, const GradientRows<acc>& grad_memory, const acc*) {
+    return memory.overlaps() && grad_memory.streams() && !memory.leaves_gradients();
   }
 
   void add_gradients(const GroupGradients<acc>& group) const {
+    if (group.memory.overlaps()) {
+      return group.add_later(query_);
+    }
     group.combine_memory(query_);
     if (wants_query_) {
       group.memory.add_to(group.grad_query, group.grad_scores());

@@ -7,8 +7,8 @@
 //
 // It is bound by the memory's bandwidth. Rows are read one after the other, as they lie, and whoever reads a row first has later
 // ones fetched, line by line: the prefetchers in hardware stop at each page's end. A gradient that no cache holds is written past
-// all of them, which spares its lines' being read; and it is written while the next group's rows are fetched and the score's own
-// gradients are taken, for what is read, written and computed in turns adds up.
+// all of them, which spares its lines' being read. And what is read, written and computed in turns adds up: of a large memory, what
+// is left to do with a group's rows once their coefficients are known is done beside the next group's, row by row.
 #pragma once
 
 #include "cache.h"
@@ -23,11 +23,11 @@ inline bool is_one_group(const Problem& problem, const Plan& plan) {
 }
 
 // How far ahead of what is read lines are fetched.
-constexpr int64_t kAheadBytes = 1 << 13;
+constexpr int64_t kAheadBytes = 1 << 14;
 
-// Rows up to which four are read at once, which saves their sums' ends; of longer ones, one stream of lines is faster than four,
-// whose places in the caches may be the same.
-constexpr int64_t kShortRow = 1 << 10;
+// Rows below which four are read at once, which saves their sums' ends; of others, one stream of lines is faster than four, whose
+// places in the caches may be the same. From half as long ones on something else may go on beside their products.
+constexpr int64_t kLongRow = 1 << 10;
 
 // What is worked on after a group: of the same batch element or, behind its last, of the next one.
 struct Upcoming {
@@ -114,6 +114,115 @@ inline void with_bool(bool condition, const F& f) {
   condition ? f(std::true_type()) : f(std::false_type());
 }
 
+// What is left to do with a row, two vectors of features at a time: it is added to a sum and, where it `streams`, its gradient is
+// written past the caches.
+template <class acc, class scalar, bool streams>
+struct RestOfRow {
+  const scalar* row;
+  acc* sum;
+  Vec<acc> factor;
+  scalar* gradient = nullptr;
+  const acc *g = nullptr, *q = nullptr;
+  Vec<acc> weight{0};
+
+  template <class Count>
+  [[gnu::always_inline]] void operator()(int64_t d, Count count) const {
+    Vec<acc> sums[2], x[2];
+    load_two(sums, sum + d, count);
+    load_two(x, row + d, count);
+    sums[0] = at::vec::fmadd(factor, x[0], sums[0]);
+    sums[1] = at::vec::fmadd(factor, x[1], sums[1]);
+    store_two<false>(sum + d, sums, count);
+    if constexpr (streams) {
+      Vec<acc> of_g[2], of_q[2];
+      load_two(of_g, g + d, count);
+      load_two(of_q, q + d, count);
+      x[0] = at::vec::fmadd(factor, of_q[0], weight * of_g[0]);
+      x[1] = at::vec::fmadd(factor, of_q[1], weight * of_g[1]);
+      store_two<true>(gradient + d, x, count);
+    }
+  }
+};
+
+// What is left to do with a group's rows: sum += sum_r factors[r] row_r and, where there is a place for them, gradients
+// weights[r] g + factors[r] q. The sum is kept in scratch for a few groups.
+template <class acc>
+class Rest {
+ public:
+  Rest(Arena& arena, int64_t size, bool is_used) : size_(size), part_(is_used ? arena.take<acc>(padded<acc>(size)) : nullptr) {}
+
+  void begin(acc* sum, const void* const* rows, const acc* factors, int64_t count) {
+    if (in_part_ == 0) {
+      std::fill_n(part_, size_, acc(0));
+    }
+    in_part_ += count;
+    sum_ = sum;
+    done_ = 0;
+    count_ = count;
+    streams_ = false;
+    std::copy_n(rows, count, rows_);
+    std::copy_n(factors, count, factors_);
+  }
+
+  // place(r) is where row r's gradient belongs.
+  template <class Place>
+  void add_gradients(const acc* weights, const acc* g, const acc* q, const Place& place) {
+    streams_ = true;
+    g_ = g;
+    q_ = q;
+    std::copy_n(weights, count_, weights_);
+    for (int64_t r = 0; r < count_; ++r) {
+      gradients_[r] = place(r);
+    }
+  }
+
+  bool streams() const {
+    return streams_;
+  }
+
+  // Rows.
+  int64_t left() const {
+    return count_ - done_;
+  }
+
+  // The next row, which whoever asks for it takes.
+  template <class scalar, bool streams>
+  RestOfRow<acc, scalar, streams> take() {
+    const int64_t r = done_++;
+    RestOfRow<acc, scalar, streams> taken{static_cast<const scalar*>(rows_[r]), part_, Vec<acc>(factors_[r])};
+    if constexpr (streams) {
+      taken.gradient = static_cast<scalar*>(gradients_[r]);
+      taken.g = g_;
+      taken.q = q_;
+      taken.weight = Vec<acc>(weights_[r]);
+    }
+    return taken;
+  }
+
+  // Once there is none.
+  void add_part(int64_t least = 1) {
+    if (in_part_ >= least) {
+      add_row(sum_, acc(1), part_, size_);
+      in_part_ = 0;
+    }
+  }
+
+ private:
+  int64_t size_;
+  acc* part_;
+  int64_t in_part_ = 0;  // rows
+  acc* sum_ = nullptr;
+  int64_t done_ = 0;
+  int64_t count_ = 0;
+  bool streams_ = false;
+  const acc* g_ = nullptr;
+  const acc* q_ = nullptr;
+  const void* rows_[kGroupRows];
+  void* gradients_[kGroupRows];
+  acc factors_[kGroupRows];
+  acc weights_[kGroupRows];
+};
+
 // A group's rows of a tensor: where they stand and as they are, or copied where their elements stand apart.
 template <class acc>
 class RowGroup {
@@ -123,14 +232,19 @@ class RowGroup {
         fetches_(plan.fetches),
         view_(view),
         size_(size),
-        ahead_(
-            plan.streams ? plan.group
-                         : std::clamp<int64_t>(kAheadBytes / std::max<int64_t>(size * width_of(dtype), 1), 1, plan.group)),
         line_(64 / width_of(dtype)),
         in_place_(view.element == 1 || size <= 1),
+        is_long_(size * width_of(dtype) >= kLongRow),
+        overlaps_(plan.overlaps && fetches_ && in_place_ && 2 * size * width_of(dtype) >= kLongRow),
+        leaves_gradients_(overlaps_ && is_long_ && source_ == kAccumulated<acc>),
+        ahead_(
+            plan.streams && !leaves_gradients_
+                ? plan.group
+                : std::clamp<int64_t>(kAheadBytes / std::max<int64_t>(size * width_of(dtype), 1), 1, plan.group)),
         dtype_(in_place_ ? source_ : kAccumulated<acc>),
         stride_(padded<acc>(size)),
-        copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)) {}
+        copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)),
+        rest_(arena, size, overlaps_) {}
 
   // Those of a tile; `next` follows.
   void load(int64_t b, const Tile& tile, const Upcoming& next) {
@@ -201,17 +315,46 @@ class RowGroup {
     }
   }
 
-  // Where there is a large gradient to stream, a whole group ahead, elsewhere kAheadBytes.
+  // Of what comes kAheadBytes after row r; a whole group after it where it is fetched beside gradients that are streamed.
   const char* next(int64_t r) const {
     return static_cast<const char*>(next_[r]);
   }
 
+  // Whether what is left to do with a group's rows, of a large memory, is done beside the next ones' products; and with what is
+  // left their gradients, where those are streamed: of halves and of short rows they are sooner taken at once, four of them.
+  bool overlaps() const {
+    return overlaps_;
+  }
+
+  bool leaves_gradients() const {
+    return leaves_gradients_;
+  }
+
+  // sum += sum_r factors[r] row_r, complete after finish().
+  Rest<acc>& add_later(acc* sum, const acc* factors) {
+    finish_rows();
+    rest_.begin(sum, rows_, factors, count_);
+    return rest_;
+  }
+
+  // What was left for later.
+  void finish() {
+    finish_rows();
+    rest_.add_part();
+  }
+
   // out[r] = factor x . row_r; `fetches`: here, where the rows are read first.
-  void dot_products(acc* out, const acc* x, acc factor, bool fetches = true) const {
+  void dot_products(acc* out, const acc* x, acc factor, bool fetches = true) {
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
+      if (rest_.left() > 0) {
+        rest_.streams() ? multiply_beside<scalar, true>(out, x, factor) : multiply_beside<scalar, false>(out, x, factor);
+        finish_rows();
+        rest_.add_part(kGroupRows);
+        return;
+      }
       with_bool(fetches && fetches_, [&](auto fetching) {
-        const bool one_by_one = fetching.value && size_ * static_cast<int64_t>(sizeof(scalar)) > kShortRow;
+        const bool one_by_one = fetching.value && is_long_;
         for_blocks<4>(count_, [&](auto rows, int64_t first) {
           Vec<acc> totals[1][rows.value];
           if (one_by_one) {
@@ -272,9 +415,40 @@ class RowGroup {
   }
 
  private:
-  // Vectors that add up to x . row_r each, of `rows` rows from `first` on.
-  template <int rows, bool fetches, class scalar>
-  [[gnu::always_inline]] void multiply(Vec<acc>* totals, const acc* x, int64_t first) const {
+  // out[r] = factor x . row_r, each beside one of the rows that are left, as far as there are some.
+  template <class scalar, bool streams>
+  void multiply_beside(acc* out, const acc* x, acc factor) {
+    for_blocks<4>(count_, [&](auto rows, int64_t first) {
+      Vec<acc> totals[1][rows.value];
+      for (int r = 0; r < rows.value; ++r) {
+        if (rest_.left() > 0) {
+          multiply<1, true, scalar>(totals[0] + r, x, first + r, rest_.template take<scalar, streams>());
+        } else {
+          multiply<1, true, scalar>(totals[0] + r, x, first + r);
+        }
+      }
+      store_sums<1, rows.value>(out + first, 0, totals, factor);
+    });
+  }
+
+  void finish_rows() {
+    with_type<acc>(dtype_, [&](auto example) {
+      with_bool(rest_.streams(), [&](auto streams) {
+        while (rest_.left() > 0) {
+          for_twos<acc>(size_, rest_.template take<decltype(example), streams.value>());
+        }
+      });
+    });
+  }
+
+  struct Nothing {
+    template <class Count>
+    void operator()(int64_t, Count) const {}
+  };
+
+  // Vectors that add up to x . row_r each, of `rows` rows from `first` on, with what is done beside them.
+  template <int rows, bool fetches, class scalar, class Beside = Nothing>
+  [[gnu::always_inline]] void multiply(Vec<acc>* totals, const acc* x, int64_t first, const Beside& beside = {}) const {
     const scalar* row[rows];
     const char* later[rows];
     Vec<acc> sums[rows][2];
@@ -296,6 +470,7 @@ class RowGroup {
         sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
         sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
       }
+      beside(d, count);
     });
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
@@ -307,12 +482,16 @@ class RowGroup {
   bool fetches_;
   View view_;
   int64_t size_;
-  int64_t ahead_;  // rows
-  int64_t line_;   // elements
+  int64_t line_;  // elements
   bool in_place_;
-  Dtype dtype_;  // of the rows as they are read
+  bool is_long_;
+  bool overlaps_;
+  bool leaves_gradients_;
+  int64_t ahead_;  // rows
+  Dtype dtype_;    // of the rows as they are read
   int64_t stride_;
   acc* copies_;
+  Rest<acc> rest_;
   int64_t count_ = 0;
   const void* rows_[kGroupRows];
   const void* next_[kGroupRows];
@@ -350,13 +529,12 @@ class GradientRows {
 
   // The tile's rows: a_r g + de_r q, of the coefficients a and, kGroupRows behind them, de. g or q may be null.
   void combine(const Tile& tile, const acc* coefficients, const acc* g, const acc* q) {
-    with_bool(streams_, [&](auto streams) { combine_terms<streams.value, false>(tile, coefficients, g, q, nullptr, nullptr); });
+    with_bool(streams_, [&](auto streams) { combine_terms<streams.value, false>(tile, coefficients, g, q, nullptr); });
   }
 
-  // The same of rows that are streamed, and meanwhile sum += sum_r de_r m_r; the memory's next rows are fetched. It is in place.
-  void combine_and_add(
-      const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>& memory, acc* sum) {
-    combine_terms<true, true>(tile, coefficients, g, q, &memory, sum);
+  // The same of rows that are streamed, while the memory's next ones are fetched.
+  void combine_and_fetch(const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>& memory) {
+    combine_terms<true, true>(tile, coefficients, g, q, &memory);
   }
 
   // Where a step's row belongs, for it to be written now.
@@ -397,14 +575,18 @@ class GradientRows {
   }
 
  private:
-  template <bool streams, bool adds>
-  void combine_terms(const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>* memory, acc* sum) {
+  template <bool streams, bool fetches>
+  void combine_terms(const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>* memory) {
     const acc* const rows[] = {g, q};
     const auto take = [&](auto terms, const acc* const* from, const acc* factors) {
       with_type<acc>(dtype_, [&](auto example) {
         for_blocks<4>(tile.count, [&](auto count, int64_t first) {
-          combine_block<terms.value, count.value, streams, adds, decltype(example)>(
-              tile.steps + first, from, factors + first, memory, first, sum);
+          const char* next[count.value] = {};
+          for (int r = 0; fetches && r < count.value; ++r) {
+            next[r] = memory->next(first + r);
+          }
+          combine_block<terms.value, count.value, streams, fetches, decltype(example)>(
+              tile.steps + first, from, factors + first, next);
         });
       });
     };
@@ -417,34 +599,23 @@ class GradientRows {
     }
   }
 
-  // Rows `first` to `first + count` of a group. `adds` by the last term's coefficients.
-  template <int terms, int count, bool streams, bool adds, class scalar>
-  void combine_block(
-      const int64_t* steps, const acc* const* rows, const acc* coefficients, const RowGroup<acc>* memory, int64_t first, acc* sum) {
+  template <int terms, int count, bool streams, bool fetches, class scalar>
+  void combine_block(const int64_t* steps, const acc* const* rows, const acc* coefficients, const char* const* next) {
     scalar* to[count];
-    const scalar* from[count];
-    const char* next[count];
     Vec<acc> factors[terms][count];
 #pragma GCC unroll 4
     for (int r = 0; r < count; ++r) {
       to[r] = static_cast<scalar*>(place(steps[r]));
-      if constexpr (adds) {
-        from[r] = static_cast<const scalar*>(memory->address(first + r));
-        next[r] = memory->next(first + r);
-      }
 #pragma GCC unroll 2
       for (int k = 0; k < terms; ++k) {
         factors[k][r] = Vec<acc>(coefficients[k * kGroupRows + r]);
       }
     }
     for_twos<acc>(size_, [&](int64_t d, auto filled) {
-      Vec<acc> x[terms][2], sums[2];
+      Vec<acc> x[terms][2];
 #pragma GCC unroll 2
       for (int k = 0; k < terms; ++k) {
         load_two(x[k], rows[k] + d, filled);
-      }
-      if constexpr (adds) {
-        load_two(sums, sum + d, filled);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < count; ++r) {
@@ -453,19 +624,10 @@ class GradientRows {
           result[0] = at::vec::fmadd(factors[1][r], x[1][0], result[0]);
           result[1] = at::vec::fmadd(factors[1][r], x[1][1], result[1]);
         }
-        if constexpr (adds) {
-          Vec<acc> row[2];
-          load_two(row, from[r] + d, filled);
-          sums[0] = at::vec::fmadd(factors[terms - 1][r], row[0], sums[0]);
-          sums[1] = at::vec::fmadd(factors[terms - 1][r], row[1], sums[1]);
-        }
         store_two<streams>(to[r] + d, result, filled);
-        for (size_t at = 0; adds && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
+        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
           fetch(next[r] + d * sizeof(scalar) + at);
         }
-      }
-      if constexpr (adds) {
-        store_two<false>(sum + d, sums, filled);
       }
     });
   }
@@ -543,7 +705,7 @@ void gather(acc* values, const acc* row, const Tile& tile) {
 template <class acc>
 struct GroupGradients {
   const Tile& tile;
-  const RowGroup<acc>& memory;
+  RowGroup<acc>& memory;
   const acc* coefficients;  // the weights, and kGroupRows behind them the gradients of the scores
   const acc* grad_context;  // null: none came in
   GradientRows<acc>& grad_memory;
@@ -557,6 +719,20 @@ struct GroupGradients {
   void combine_memory(const acc* q) const {
     if (grad_memory.wanted()) {
       grad_memory.combine(tile, coefficients, grad_context, q);
+    }
+  }
+
+  // The same, and grad_query += sum_s de_s m_s, as far as that gains beside the next group's products.
+  void add_later(const acc* q) const {
+    const bool streams = grad_memory.streams(), all = streams && memory.leaves_gradients() && grad_context != nullptr;
+    if (!streams) {
+      combine_memory(q);
+    } else if (!all) {
+      grad_memory.combine_and_fetch(tile, coefficients, grad_context, q, memory);
+    }
+    Rest<acc>& rest = memory.add_later(grad_query, grad_scores());
+    if (all) {
+      rest.add_gradients(coefficients, grad_context, q, [&](int64_t r) { return grad_memory.place(tile.steps[r]); });
     }
   }
 };
@@ -603,6 +779,10 @@ struct OneQueryForward {
     if (f.weights != nullptr) {
       std::fill_n(slot.weights, item.end_step - item.first_step, acc(0));
     }
+    const bool adds_later = slot.memory.overlaps() && !one_group;
+    if (adds_later) {
+      std::fill_n(slot.context, problem.memory_size, acc(0));
+    }
     slot.score.begin(item.batch);
     for_groups(problem, f.plan, index, [&](const Tile& tile, const Upcoming& next) {
       alignas(64) acc row[kGroupRows];
@@ -619,6 +799,7 @@ struct OneQueryForward {
       if (row_max != before && row_sum != 0) {
         const acc correction = std::exp(before - row_max);
         row_sum *= correction;
+        slot.memory.finish();
         scale_row(slot.context, slot.context, problem.memory_size, correction);
         if (f.weights != nullptr) {
           scale_row(slot.weights, slot.weights, tile.steps[0] - item.first_step, correction);
@@ -629,8 +810,13 @@ struct OneQueryForward {
       if (f.weights != nullptr) {
         scatter(slot.weights - item.first_step, row, tile);
       }
-      slot.memory.sum_to(slot.context, row, one_group ? 1 / row_sum : acc(1), adds);
+      if (adds_later) {
+        slot.memory.add_later(slot.context, row);
+      } else {
+        slot.memory.sum_to(slot.context, row, one_group ? 1 / row_sum : acc(1), adds);
+      }
     });
+    slot.memory.finish();
     if (row_sum == 0) {
       std::fill_n(slot.context, problem.memory_size, acc(0));
     }
@@ -747,19 +933,20 @@ struct OneQueryBackward {
     slot.score.begin(item.batch);
     slot.score.begin_gradients(item);
     slot.grad_memory.begin(item);
-    const bool at_once = slot.score.takes_all_at_once(slot.memory, slot.grad_memory, incoming.grad_context);
+    const bool fetches = !slot.score.fetches_beside_gradients(slot.memory, slot.grad_memory, incoming.grad_context);
     acc excess = 0;
     for_groups(problem, f.plan, index, [&](const Tile& tile, const Upcoming& next) {
       acc coefficients[2 * kGroupRows];
       const GroupGradients<acc> group{tile, slot.memory, coefficients, incoming.grad_context, slot.grad_memory, slot.grad_query};
       slot.memory.load(item.batch, tile, next);
       slot.score.load_keys(item.batch, tile, next);
-      excess += incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kGroupRows, !at_once);
+      excess += incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kGroupRows, fetches);
       if (grad_scores != nullptr) {
         scatter(grad_scores, group.grad_scores(), tile);
       }
-      at_once ? slot.score.add_all_gradients(group) : slot.score.add_gradients(group);
+      slot.score.add_gradients(group);
     });
+    slot.memory.finish();
     slot.grad_memory.end(item);
     slot.score.end_gradients(item, index, slot.grad_query);
     if (problem.method == Method::Dot && f.grad_query != nullptr && incoming.context != nullptr) {
@@ -812,7 +999,7 @@ struct OneQueryBackward {
       }
     }
 
-    // Returns the sum of de. `fetches`: the memory's next rows here.
+    // Returns the sum of de. `fetches`: the memory's next rows here, unless its scores have.
     acc find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool fetches) const {
       // Of one group delta is sum_s a_s da_s, of what is there, and the context is not read.
       const bool one_group = is_one_group(f.problem, f.plan);
@@ -832,7 +1019,7 @@ struct OneQueryBackward {
       }
       std::fill_n(de, tile.count, acc(0));
       if (grad_context != nullptr) {
-        slot.memory.dot_products(de, grad_context, 1, fetches);
+        slot.memory.dot_products(de, grad_context, 1, fetches && weights != nullptr);
       }
       for (int64_t j = 0; grad_weights != nullptr && j < tile.count; ++j) {
         de[j] += grad_weights[tile.steps[j]];
