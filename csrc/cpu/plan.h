@@ -109,10 +109,12 @@ inline Plan plan_of(
   const int64_t bytes = problem.batch * problem.steps * row * width_of(problem.dtype);
   plan.fetches = bytes >= kFarMemory;
   plan.streams = writes_rows && problem.queries <= kShallow && bytes >= kLarge;
-  plan.overlaps = problem.is_one_query() && problem.method == Method::Dot && bytes >= kLarge;
   if (problem.is_one_query()) {
-    const bool is_read_twice = problem.method == Method::Dot && plan.fetches && !writes_rows && has_room_for(kTwiceReadBytes);
-    plan.group = group_of(problem, is_read_twice || plan.overlaps ? kTwiceReadBytes : kGroupBytes);
+    const bool is_dot = problem.method == Method::Dot, is_half = width_of(problem.dtype) < int64_t{sizeof(float)};
+    const bool is_read_twice = plan.fetches && !writes_rows && has_room_for(kTwiceReadBytes);
+    // Additive scores leave the memory less idle: of halves and within a last-level cache, 1.03 to 1.15 times as long.
+    plan.overlaps = bytes >= (is_dot ? 1 : 2) * kLarge && (is_dot || !(writes_rows || is_half));
+    plan.group = group_of(problem, is_dot && (is_read_twice || plan.overlaps) ? kTwiceReadBytes : kGroupBytes);
   }
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;

@@ -885,8 +885,8 @@ class OneQueryAdditive {
     }
   }
 
-  // The memory's rows, which are read after the keys, are fetched with them.
-  void scores(acc* out, const RowGroup<acc>& memory) const {
+  // The memory's rows, which are read after the keys, are fetched with them; those of the group before are added up.
+  void scores(acc* out, RowGroup<acc>& memory) const {
     if (!v_is_moderate_) {
       is_factored() ? find_scores<1, true>(out, memory) : find_scores<1, false>(out, memory);
     } else if (range_ <= range_of<acc>(4)) {
@@ -966,7 +966,7 @@ class OneQueryAdditive {
   }
 
   template <int shared, bool factored>
-  void find_scores(acc* out, const RowGroup<acc>& memory) const {
+  void find_scores(acc* out, RowGroup<acc>& memory) const {
     const RowGroup<acc>& keys = rows();
     const bool fetches = keys.fetches();
     const int64_t end = factored ? shared_size_ : size_;
@@ -988,6 +988,7 @@ class OneQueryAdditive {
           if (fetches) {
             memory.fetch_rest_of_next(first + r, end);
           }
+          memory.go_on();
         }
         store_sums<1, rows.value>(out + first, 0, totals, static_cast<acc>(-2 * problem_.scale));
       });

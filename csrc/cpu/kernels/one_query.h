@@ -77,6 +77,73 @@ template <class acc, class scalar>
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// Two vectors of bfloat16 in the order that takes the fewest instructions: the numbers at even places, and those at odd ones, which
+// are floats but for their neighbours' bits.
+template <class scalar>
+constexpr bool kComesApart = std::is_same_v<scalar, c10::BFloat16>;
+
+[[gnu::always_inline]] inline void load_apart(Vec<float> (&to)[2], const c10::BFloat16* from) {
+  const __m512i pairs = _mm512_loadu_si512(from);
+  to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  to[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+}
+
+// And back into the order of memory.
+[[gnu::always_inline]] inline void join(Vec<float> (&x)[2]) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512 even = x[0], odd = x[1];
+  x[0] = _mm512_permutex2var_ps(even, low, odd);
+  x[1] = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd);
+}
+#else
+template <class scalar>
+constexpr bool kComesApart = false;
+
+template <class acc, class scalar>
+inline void load_apart(Vec<acc> (&)[2], const scalar*) {}
+
+template <class acc>
+inline void join(Vec<acc> (&)[2]) {}
+#endif
+
+// Whether all of two vectors are there, as for_twos() tells by the type of its count.
+template <class Count>
+constexpr bool kAreWhole = !std::is_same_v<Count, int64_t>;
+
+// load_two() in whatever order is the quickest.
+template <class acc, class scalar, class Count>
+[[gnu::always_inline]] inline void load_two_apart(Vec<acc> (&to)[2], const scalar* from, Count count) {
+  if constexpr (kComesApart<scalar> && kAreWhole<Count>) {
+    load_apart(to, from);
+  } else {
+    load_two(to, from, count);
+  }
+}
+
+// Two vectors of bfloat16, and their products by two others' added up pair by pair, for which some processors have an instruction.
+// It takes subnormal numbers for zeros.
+#if defined(__AVX512BF16__)
+template <class scalar>
+constexpr bool kMultipliesPairs = std::is_same_v<scalar, c10::BFloat16>;
+
+template <class Count>
+[[gnu::always_inline]] inline __m512i load_pairs(const c10::BFloat16* from, Count count) {
+  if constexpr (kAreWhole<Count>) {
+    return _mm512_loadu_si512(from);
+  } else {
+    return _mm512_maskz_loadu_epi16((__mmask32(1) << count) - 1, from);
+  }
+}
+
+[[gnu::always_inline]] inline Vec<float> multiply_pairs(const __m512i& a, const __m512i& b, const Vec<float>& sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+template <class scalar>
+constexpr bool kMultipliesPairs = false;
+#endif
+
 template <bool streams, class acc, class scalar>
 [[gnu::always_inline]] inline void store_two(scalar* to, const Vec<acc> (&x)[2], int64_t count) {
   constexpr int64_t lanes = Vec<acc>::size();
@@ -95,9 +162,35 @@ template <bool streams, class acc, class scalar>
   }
 }
 
-// As RowGroup's are summed: where all the weight is on one step, and the context is its row, delta is to be its da.
+#if defined(__AVX512BF16__)
+// a . b as rows are multiplied in pairs: b is of bfloat16, and what a is rounded by is added.
+inline float dot_product_by_pairs(const float* a, const float* b, int64_t size) {
+  Vec<float> sums[2] = {Vec<float>(0), Vec<float>(0)}, rests[2] = {Vec<float>(0), Vec<float>(0)}, left[2], right[2];
+  for_twos<float>(size, [&](int64_t d, auto count) {
+    load_two(left, a + d, count);
+    load_two(right, b + d, count);
+    const Vec<c10::BFloat16> rounded_left = rounded<c10::BFloat16>(left[0], left[1]);
+    const auto [low, high] = at::vec::convert_to_float<c10::BFloat16>(rounded_left);
+    sums[0] = multiply_pairs(rounded<c10::BFloat16>(right[0], right[1]), rounded_left, sums[0]);
+    std::swap(sums[0], sums[1]);
+    rests[0] = at::vec::fmadd(left[0] - low, right[0], rests[0]);
+    rests[1] = at::vec::fmadd(left[1] - high, right[1], rests[1]);
+  });
+  return sum(sums[0] + sums[1]) + sum(rests[0] + rests[1]);
+}
+#endif
+
+// a . b as RowGroup multiplies rows of the dtype: where all the weight is on one step, and the context a is its row, delta is to be
+// its da.
 template <class acc>
-acc dot_product_by_twos(const acc* a, const acc* b, int64_t size) {
+acc dot_product_by_twos([[maybe_unused]] Dtype dtype, const acc* a, const acc* b, int64_t size) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<acc, float>) {
+    if (dtype == Dtype::BFloat16) {
+      return dot_product_by_pairs(a, b, size);
+    }
+  }
+#endif
   Vec<acc> sums[2] = {Vec<acc>(0), Vec<acc>(0)}, left[2], right[2];
   for_twos<acc>(size, [&](int64_t d, auto count) {
     load_two(left, a + d, count);
@@ -129,7 +222,7 @@ struct RestOfRow {
   [[gnu::always_inline]] void operator()(int64_t d, Count count) const {
     Vec<acc> sums[2], x[2];
     load_two(sums, sum + d, count);
-    load_two(x, row + d, count);
+    load_two_apart(x, row + d, count);
     sums[0] = at::vec::fmadd(factor, x[0], sums[0]);
     sums[1] = at::vec::fmadd(factor, x[1], sums[1]);
     store_two<false>(sum + d, sums, count);
@@ -145,11 +238,12 @@ struct RestOfRow {
 };
 
 // What is left to do with a group's rows: sum += sum_r factors[r] row_r and, where there is a place for them, gradients
-// weights[r] g + factors[r] q. The sum is kept in scratch for a few groups.
+// weights[r] g + factors[r] q. The sum is kept in scratch for a few groups, there in the order of load_two_apart().
 template <class acc>
 class Rest {
  public:
-  Rest(Arena& arena, int64_t size, bool is_used) : size_(size), part_(is_used ? arena.take<acc>(padded<acc>(size)) : nullptr) {}
+  Rest(Arena& arena, Dtype dtype, int64_t size, bool is_used)
+      : dtype_(dtype), size_(size), part_(is_used ? arena.take<acc>(padded<acc>(size)) : nullptr) {}
 
   void begin(acc* sum, const void* const* rows, const acc* factors, int64_t count) {
     if (in_part_ == 0) {
@@ -201,13 +295,28 @@ class Rest {
 
   // Once there is none.
   void add_part(int64_t least = 1) {
-    if (in_part_ >= least) {
-      add_row(sum_, acc(1), part_, size_);
-      in_part_ = 0;
+    if (in_part_ < least) {
+      return;
     }
+    in_part_ = 0;
+    with_type<acc>(dtype_, [&](auto example) {
+      using scalar = decltype(example);
+      for_twos<acc>(size_, [&](int64_t d, auto count) {
+        Vec<acc> part[2], sums[2];
+        load_two(part, part_ + d, count);
+        if constexpr (kComesApart<scalar> && kAreWhole<decltype(count)>) {
+          join(part);
+        }
+        load_two(sums, sum_ + d, count);
+        sums[0] = sums[0] + part[0];
+        sums[1] = sums[1] + part[1];
+        store_two<false>(sum_ + d, sums, count);
+      });
+    });
   }
 
  private:
+  Dtype dtype_;
   int64_t size_;
   acc* part_;
   int64_t in_part_ = 0;  // rows
@@ -244,7 +353,8 @@ class RowGroup {
         dtype_(in_place_ ? source_ : kAccumulated<acc>),
         stride_(padded<acc>(size)),
         copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)),
-        rest_(arena, size, overlaps_) {}
+        rest_(arena, dtype_, size, overlaps_),
+        pairs_(in_place_ && source_ == Dtype::BFloat16 ? arena.take<c10::BFloat16>(whole_vectors<c10::BFloat16>(size)) : nullptr) {}
 
   // Those of a tile; `next` follows.
   void load(int64_t b, const Tile& tile, const Upcoming& next) {
@@ -337,18 +447,26 @@ class RowGroup {
     return rest_;
   }
 
+  // For whoever reads other rows meanwhile: one of those that are left, if there is one.
+  void go_on() {
+    if (rest_.left() > 0) {
+      with_type<acc>(dtype_, [&](auto example) { for_twos<acc>(size_, rest_.template take<decltype(example), false>()); });
+    }
+  }
+
   // What was left for later.
   void finish() {
     finish_rows();
     rest_.add_part();
   }
 
-  // out[r] = factor x . row_r; `fetches`: here, where the rows are read first.
+  // out[r] = factor x . row_r, of an x that is of the rows' dtype. `fetches`: here, where the rows are read first.
   void dot_products(acc* out, const acc* x, acc factor, bool fetches = true) {
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
+      const auto* const left = left_of<scalar>(x);
       if (rest_.left() > 0) {
-        rest_.streams() ? multiply_beside<scalar, true>(out, x, factor) : multiply_beside<scalar, false>(out, x, factor);
+        rest_.streams() ? multiply_beside<scalar, true>(out, left, factor) : multiply_beside<scalar, false>(out, left, factor);
         finish_rows();
         rest_.add_part(kGroupRows);
         return;
@@ -359,10 +477,10 @@ class RowGroup {
           Vec<acc> totals[1][rows.value];
           if (one_by_one) {
             for (int r = 0; r < rows.value; ++r) {
-              multiply<1, fetching.value, scalar>(totals[0] + r, x, first + r);
+              multiply<1, fetching.value, scalar>(totals[0] + r, left, first + r);
             }
           } else {
-            multiply<rows.value, fetching.value, scalar>(totals[0], x, first);
+            multiply<rows.value, fetching.value, scalar>(totals[0], left, first);
           }
           store_sums<1, rows.value>(out + first, 0, totals, factor);
         });
@@ -390,13 +508,16 @@ class RowGroup {
           const Vec<acc> of_row(factors[r]);
 #pragma GCC unroll 4
           for (int w = 0; w < width.value; ++w) {
-            load_two(right, static_cast<const scalar*>(rows_[r]) + d + w * both, count);
+            load_two_apart(right, static_cast<const scalar*>(rows_[r]) + d + w * both, count);
             sums[w][0] = at::vec::fmadd(of_row, right[0], sums[w][0]);
             sums[w][1] = at::vec::fmadd(of_row, right[1], sums[w][1]);
           }
         }
 #pragma GCC unroll 4
         for (int w = 0; w < width.value; ++w) {
+          if constexpr (kComesApart<scalar> && kAreWhole<decltype(count)>) {
+            join(sums[w]);
+          }
           right[0] = right[1] = Vec<acc>(0);
           if (adds) {
             load_two(right, to + d + w * both, count);
@@ -415,9 +536,20 @@ class RowGroup {
   }
 
  private:
+  // x as it meets the rows.
+  template <class scalar>
+  auto left_of(const acc* x) const {
+    if constexpr (kMultipliesPairs<scalar>) {
+      store_row(Dtype::BFloat16, pairs_, 0, x, size_);
+      return static_cast<const scalar*>(pairs_);
+    } else {
+      return x;
+    }
+  }
+
   // out[r] = factor x . row_r, each beside one of the rows that are left, as far as there are some.
-  template <class scalar, bool streams>
-  void multiply_beside(acc* out, const acc* x, acc factor) {
+  template <class scalar, bool streams, class Left>
+  void multiply_beside(acc* out, const Left* x, acc factor) {
     for_blocks<4>(count_, [&](auto rows, int64_t first) {
       Vec<acc> totals[1][rows.value];
       for (int r = 0; r < rows.value; ++r) {
@@ -447,8 +579,8 @@ class RowGroup {
   };
 
   // Vectors that add up to x . row_r each, of `rows` rows from `first` on, with what is done beside them.
-  template <int rows, bool fetches, class scalar, class Beside = Nothing>
-  [[gnu::always_inline]] void multiply(Vec<acc>* totals, const acc* x, int64_t first, const Beside& beside = {}) const {
+  template <int rows, bool fetches, class scalar, class Left, class Beside = Nothing>
+  [[gnu::always_inline]] void multiply(Vec<acc>* totals, const Left* x, int64_t first, const Beside& beside = {}) const {
     const scalar* row[rows];
     const char* later[rows];
     Vec<acc> sums[rows][2];
@@ -459,16 +591,29 @@ class RowGroup {
       sums[r][0] = sums[r][1] = Vec<acc>(0);
     }
     for_twos<acc>(size_, [&](int64_t d, auto count) {
-      Vec<acc> left[2], right[2];
-      load_two(left, x + d, count);
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
+      const auto ask = [&](int r) {
         for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
           fetch(later[r] + d * sizeof(scalar) + at);
         }
-        load_two(right, row[r] + d, count);
-        sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
-        sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
+      };
+      if constexpr (kMultipliesPairs<scalar>) {
+        const auto left = load_pairs(x + d, count);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          ask(r);
+          sums[r][0] = multiply_pairs(left, load_pairs(row[r] + d, count), sums[r][0]);
+          std::swap(sums[r][0], sums[r][1]);  // two chains
+        }
+      } else {
+        Vec<acc> left[2], right[2];
+        load_two(left, x + d, count);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          ask(r);
+          load_two(right, row[r] + d, count);
+          sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
+          sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
+        }
       }
       beside(d, count);
     });
@@ -495,6 +640,7 @@ class RowGroup {
   int64_t count_ = 0;
   const void* rows_[kGroupRows];
   const void* next_[kGroupRows];
+  c10::BFloat16* pairs_;
 };
 
 // The rows of a [B, S, size] gradient, each written once and in their order, with zeros for the steps that nobody attends: where
@@ -992,7 +1138,7 @@ struct OneQueryBackward {
       }
       if (grad_context != nullptr) {
         context = slot.context.load_only(b);
-        delta = dot_product_by_twos(context, grad_context, f.problem.memory_size);
+        delta = dot_product_by_twos(slot.memory.dtype(), context, grad_context, f.problem.memory_size);
       }
       if (grad_weights != nullptr) {
         delta += dot_product(weights, grad_weights, f.problem.steps);
