@@ -37,7 +37,7 @@ struct Upcoming {
 
 // f(first, count) over two vectors of features after the other. All counts but the last, of what is left, are constants.
 template <class acc, class F>
-inline void for_twos(int64_t size, const F& f) {
+[[gnu::always_inline]] inline void for_twos(int64_t size, const F& f) {
   constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
   int64_t d = 0;
   for (; d + both <= size; d += both) {
@@ -450,7 +450,7 @@ class RowGroup {
   // For whoever reads other rows meanwhile: one of those that are left, if there is one.
   void go_on() {
     if (rest_.left() > 0) {
-      with_type<acc>(dtype_, [&](auto example) { for_twos<acc>(size_, rest_.template take<decltype(example), false>()); });
+      take_one_left();
     }
   }
 
@@ -536,6 +536,11 @@ class RowGroup {
   }
 
  private:
+  // Not inlined: the loops of whoever calls have no registers to spare.
+  [[gnu::noinline]] void take_one_left() {
+    with_type<acc>(dtype_, [&](auto example) { for_twos<acc>(size_, rest_.template take<decltype(example), false>()); });
+  }
+
   // x as it meets the rows.
   template <class scalar>
   auto left_of(const acc* x) const {
@@ -590,8 +595,8 @@ class RowGroup {
       later[r] = fetches ? next(first + r) : nullptr;
       sums[r][0] = sums[r][1] = Vec<acc>(0);
     }
-    for_twos<acc>(size_, [&](int64_t d, auto count) {
-      const auto ask = [&](int r) {
+    for_twos<acc>(size_, [&](int64_t d, auto count) __attribute__((always_inline)) {
+      const auto ask = [&](int r) __attribute__((always_inline)) {
         for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
           fetch(later[r] + d * sizeof(scalar) + at);
         }
