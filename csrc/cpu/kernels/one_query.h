@@ -238,8 +238,7 @@ struct RestOfRow {
 };
 
 // What is left to do with a group's rows: sum += sum_r factors[r] row_r and, where there is a place for them, gradients
-// weights[r] g + factors[r] q. The sum is kept in scratch for a few groups, whose rows' roundings are those of a short sum, and
-// there in the order of load_two_apart().
+// weights[r] g + factors[r] q. The sum is kept in scratch for a few groups, there in the order of load_two_apart().
 template <class acc>
 class Rest {
  public:
@@ -444,7 +443,6 @@ class RowGroup {
   // sum += sum_r factors[r] row_r, complete after finish().
   Rest<acc>& add_later(acc* sum, const acc* factors) {
     finish_rows();
-    rest_.add_part(kGroupRows);
     rest_.begin(sum, rows_, factors, count_);
     return rest_;
   }
@@ -469,7 +467,9 @@ class RowGroup {
       const auto* const left = left_of<scalar>(x);
       if (rest_.left() > 0) {
         rest_.streams() ? multiply_beside<scalar, true>(out, left, factor) : multiply_beside<scalar, false>(out, left, factor);
-        return finish_rows();
+        finish_rows();
+        rest_.add_part(kGroupRows);
+        return;
       }
       with_bool(fetches && fetches_, [&](auto fetching) {
         const bool one_by_one = fetching.value && is_long_;
@@ -539,6 +539,9 @@ class RowGroup {
   // Not inlined: the loops of whoever calls have no registers to spare.
   [[gnu::noinline]] void take_one_left() {
     with_type<acc>(dtype_, [&](auto example) { for_twos<acc>(size_, rest_.template take<decltype(example), false>()); });
+    if (rest_.left() == 0) {
+      rest_.add_part(kGroupRows);
+    }
   }
 
   // x as it meets the rows.
