@@ -121,8 +121,10 @@ template <class acc, class scalar, class Count>
   }
 }
 
-// Two vectors of bfloat16, and their products by two others' added up pair by pair, for which some processors have an instruction.
-// It takes subnormal numbers for zeros.
+// Two vectors of bfloat16, where pairs of them have a product of their own. It takes subnormal numbers for zeros.
+template <class scalar>
+using Paired = std::conditional_t<std::is_same_v<scalar, c10::BFloat16>, Pair, scalar>;
+
 #if defined(__AVX512BF16__)
 template <class scalar>
 constexpr bool kMultipliesPairs = std::is_same_v<scalar, c10::BFloat16>;
@@ -134,10 +136,6 @@ template <class Count>
   } else {
     return _mm512_maskz_loadu_epi16((__mmask32(1) << count) - 1, from);
   }
-}
-
-[[gnu::always_inline]] inline Vec<float> multiply_pairs(const __m512i& a, const __m512i& b, const Vec<float>& sum) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 #else
 template <class scalar>
@@ -171,7 +169,7 @@ inline float dot_product_by_pairs(const float* a, const float* b, int64_t size) 
     load_two(right, b + d, count);
     const Vec<c10::BFloat16> rounded_left = rounded<c10::BFloat16>(left[0], left[1]);
     const auto [low, high] = at::vec::convert_to_float<c10::BFloat16>(rounded_left);
-    sums[0] = multiply_pairs(rounded<c10::BFloat16>(right[0], right[1]), rounded_left, sums[0]);
+    sums[0] = Factors<Pair>::multiply_add(rounded<c10::BFloat16>(right[0], right[1]), rounded_left, sums[0]);
     std::swap(sums[0], sums[1]);
     rests[0] = at::vec::fmadd(left[0] - low, right[0], rests[0]);
     rests[1] = at::vec::fmadd(left[1] - high, right[1], rests[1]);
@@ -609,7 +607,7 @@ class RowGroup {
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
           ask(r);
-          sums[r][0] = multiply_pairs(left, load_pairs(row[r] + d, count), sums[r][0]);
+          sums[r][0] = Factors<Paired<scalar>>::multiply_add(left, load_pairs(row[r] + d, count), sums[r][0]);
           std::swap(sums[r][0], sums[r][1]);  // two chains
         }
       } else {
