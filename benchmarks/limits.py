@@ -12,9 +12,9 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -93,6 +93,49 @@ def probe_of_size(name: str, size: int) -> Probe:
 
     traffic = {"read": 1, "copy": 2}[name] * size * repeats
     return Probe(f"{name}, {size / 1e6:.2g} MB", traffic, "B", run)
+
+
+def read_of(tensors: Sequence[torch.Tensor]) -> Probe:
+    """ "read" of these contiguous float32 tensors, much larger than the caches, once each.
+
+    What memory gives depends on the pages that it lies in, by up to a factor of two: a limit is of the same ones.
+
+    Raises:
+        NoCompilerError: limits.cpp is needed and does not compile.
+    """
+    library, threads = _library(running_capability()), torch.get_num_threads()
+
+    def way(streams: int, ahead: int) -> Probe:
+        def run() -> None:
+            for each in tensors:
+                library.limits_read(each.data_ptr(), each.numel(), 1, streams, ahead, threads)
+
+        return Probe("read", _bytes_of_shares(tensors, threads), "B", run)
+
+    return replace(way(*STREAMS[0]), run=_fastest({each: way(*each) for each in STREAMS}))
+
+
+def copy_of(tensors: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Probe:
+    """ "copy" of such tensors to others of their sizes, likewise.
+
+    Raises:
+        NoCompilerError: limits.cpp is needed and does not compile.
+    """
+    library, threads = _library(running_capability()), torch.get_num_threads()
+
+    def way(streaming: int, ahead: int) -> Probe:
+        def run() -> None:
+            for source, to in zip(tensors, destinations, strict=True):
+                library.limits_copy(to.data_ptr(), source.data_ptr(), to.numel(), 1, streaming, ahead, threads)
+
+        return Probe("copy", 2 * _bytes_of_shares(tensors, threads), "B", run)
+
+    return replace(way(*STORES[0]), run=_fastest({each: way(*each) for each in STORES}))
+
+
+def _bytes_of_shares(tensors: Sequence[torch.Tensor], threads: int) -> int:
+    """Of them what the loops go through, which leave less than a share a thread."""
+    return sum(each.numel() * 4 // (threads * SHARE) * threads * SHARE for each in tensors)
 
 
 def running_capability() -> str:

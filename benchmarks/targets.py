@@ -201,19 +201,23 @@ def many_queries(run: Run) -> Iterator[Finding]:
 
 def large_memory(run: Run) -> Iterator[Finding]:
     """Target 3."""
-    read, copy, fresh = (limits.probe(name) for name in ("read", "copy", "copy to fresh pages"))
+    copy, fresh = limits.probe("copy"), limits.probe("copy to fresh pages")
     for shape in run.of(LARGE_MEMORY):
-        B, _, S, D = shape.sizes
         for method in OPS:
             problem = Problem(method, shape)
             grid.check_results(problem.method, shape, (FUSED, EAGER, SDPA))
-            tensors = 2 if method == "additive" else 1  # memory, and its keys where it has some
-            bytes_read = tensors * 4 * B * S * D
             passes = [Call(FUSED, problem, direction, name=direction) for direction in ("forward", "backward")]
-            seconds = _beside_limits(run, [*passes, read, copy])
-            work = {"share of the read bandwidth": (read, bytes_read, 0.85)}
+            with kept_pages():
+                gradients = dict(zip(problem.inputs, passes[1](), strict=True))
+                # Memory, and its keys where it has some, are read once, and their gradients written once.
+                names = [name for name in ("memory", "keys") if name in gradients]
+                tensors = [problem.inputs[name] for name in names]
+                probes = limits.read_of(tensors), limits.copy_of(tensors, [gradients[name] for name in names])
+                seconds = interleave([*passes, *probes], run.of_limits)
+            bytes_read = sum(each.nbytes for each in tensors)
+            work = {"share of the read bandwidth": (probes[0], bytes_read, 0.85)}
             yield from _shares(3, method, "forward", shape, "forward", work, seconds)
-            work = {"share of read + write": (copy, 2 * bytes_read, 0.80)}
+            work = {"share of read + write": (probes[1], 2 * bytes_read, 0.80)}
             yield from _shares(3, method, "backward", shape, "backward", work, seconds)
             # As PyTorch allocates: every large gradient is a new mapping, and most of the time is its first touch.
             seconds = interleave([passes[1], copy, fresh], run.of_limits)

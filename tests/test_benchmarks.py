@@ -63,6 +63,22 @@ def test_arithmetic_limits_are_plausible(capability: str) -> None:
     assert 1e7 < backward < multiply_add / 5
 
 
+@pytest.mark.usefixtures("_compiler")
+def test_limits_of_given_tensors_go_through_all_of_them() -> None:
+    threads = torch.get_num_threads()
+    sources = [torch.randn(2, threads * limits.SHARE // 8), torch.randn(threads * limits.SHARE + 5)]
+    copies = [torch.zeros_like(each) for each in sources]
+    read, copy = limits.read_of(sources), limits.copy_of(sources, copies)
+    assert read.amount == 5 * threads * limits.SHARE  # five floats are left over
+    assert copy.amount == 2 * read.amount
+    for each in copies:
+        each.zero_()
+    read()
+    copy()
+    assert torch.equal(copies[0], sources[0])
+    assert torch.equal(copies[1][:-5], sources[1][:-5])
+
+
 def test_without_a_compiler_the_message_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     with pytest.raises(limits.NoCompilerError, match="no-such-compiler does not run"):
