@@ -7,11 +7,11 @@
 //   backward   h = 2 / (1 + E) - 1 = -tanh,  u_ts = de_ts h_ts,  y_ts = de_ts - u_ts h_ts = de_ts tanh'
 //              dq_t = v sum_s y_ts,  dk_s = v sum_t y_ts,  dv = -sum_ts u_ts
 //
-// It is bound by arithmetic, and the reciprocal, three instructions and a Newton step, is most of it. Forward, four features share
-// one, 1/x0 + 1/x1 = (x0 + x1) / (x0 x1) and so on: 17 instructions on four vectors, two of them additions, instead of 24. Their
-// numerators are one because x, a multiply-add of exp(2k) with exp(2q) / v and 1 / v, has v in it. The backward needs every
-// reciprocal by itself: 11 operations a vector, of which three are additions, for which many processors have ports of their own.
-// Where they have not, two source steps share a reciprocal, multiply-adds take the sums, and 9 are left.
+// It is bound by arithmetic, and the reciprocal is most of it: three instructions of an estimate and a Newton step, or a division.
+// Forward, four features share one, 1/x0 + 1/x1 = (x0 + x1) / (x0 x1) and so on: 17 instructions on four vectors, two of them
+// additions, instead of 24. Their numerators are one because x, a multiply-add of exp(2k) with exp(2q) / v and 1 / v, has v in it.
+// The backward needs every reciprocal by itself: 11 operations a vector, of which three are additions, for which many processors
+// have ports of their own. Where they have not, two source steps share a reciprocal, multiply-adds take the sums, and 9 are left.
 //
 // x, and the product of those that share, must neither overflow nor lose its factors to underflow. While the exponentials are taken
 // the largest |2q| and |2k| are found; their sum, and how far the v are apart, decide how many features share a reciprocal. Where
@@ -45,6 +45,23 @@ constexpr bool kAddsBesideProducts = true;
 
 // So many source steps may share a reciprocal in a backward of many queries. Not queries: a NaN of one would come into the next.
 constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
+
+// Whether the scores of many queries are divided: a Zen 4 divides a vector in 6 cycles, which an estimate of the reciprocal, its
+// Newton step and the product would have kept the ports for products for; Intel's take 16.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+constexpr bool kMayDivide = true;
+
+inline bool divides() {
+  static const bool is_zen4 = __builtin_cpu_is("amdfam19h");
+  return is_zen4;
+}
+#else
+constexpr bool kMayDivide = false;
+
+constexpr bool divides() {
+  return false;
+}
+#endif
 
 // Queries of a register tile of scores, by kColumns keys.
 constexpr int kScoreRows = std::min(kRows, 4);
@@ -107,19 +124,17 @@ template <int shared, class acc>
   }
 }
 
-// sum + numerator / denominator, the Newton step's last product and the sum in one.
-template <class acc>
+// sum + numerator / denominator: by the divider, or the Newton step's last product and the sum in one.
+template <bool divides, class acc>
 [[gnu::always_inline]] inline Vec<acc> add_quotient(const Vec<acc>& sum, const Vec<acc>& numerator, const Vec<acc>& denominator) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<acc, float> && !divides) {
+    const Vec<float> first = estimate(denominator);
+    return at::vec::fmadd(numerator * first, at::vec::fnmadd(denominator, first, Vec<float>(2)), sum);
+  }
+#endif
   return sum + numerator / denominator;
 }
-
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-template <>
-inline Vec<float> add_quotient(const Vec<float>& sum, const Vec<float>& numerator, const Vec<float>& denominator) {
-  const Vec<float> first = estimate(denominator);
-  return at::vec::fmadd(numerator * first, at::vec::fnmadd(denominator, first, Vec<float>(2)), sum);
-}
-#endif
 
 // 1 + exp(2 (q + k)), with the exponent limited to `limit`: what is lost of 1 / (1 + E) is at most exp(-limit). Keeps a NaN.
 template <class acc>
@@ -167,7 +182,7 @@ template <int shared, class acc, class Denominator>
       denominators[n] = denominator(a + n * lanes, n + 1 < block.value ? lanes : last);
     }
     share_denominator<block.value, acc>(numerators, denominators);
-    total = add_quotient<acc>(total, numerators[0], denominators[0]);
+    total = add_quotient<false, acc>(total, numerators[0], denominators[0]);
   };
   int64_t a = 0;
   for (; a + shared * lanes <= size; a += shared * lanes) {
@@ -432,6 +447,12 @@ class AdditiveScore {
 
   template <int shared>
   void factored_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
+    divides() ? factored_scores<shared, kMayDivide>(out, out_stride, first, count, steps)
+              : factored_scores<shared, false>(out, out_stride, first, count, steps);
+  }
+
+  template <int shared, bool divides>
+  void factored_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
     constexpr int64_t lanes = Vec<acc>::size();
     const int64_t end = Exponentials<acc>::shared_size(size_);
     for_blocks<kScoreRows>(count, [&](auto rows, int64_t t0) {
@@ -466,7 +487,7 @@ class AdditiveScore {
                 x[n] = at::vec::fmadd(query[n], Vec<acc>::loadu(k[j] + a + n * lanes), inverse_v[n]);
               }
               const auto numerator = share_denominator<shared, acc>(x);
-              sums[i][j] = add_quotient<acc>(sums[i][j], numerator, x[0]);
+              sums[i][j] = add_quotient<divides, acc>(sums[i][j], numerator, x[0]);
             }
           }
         }
