@@ -89,7 +89,9 @@ class Arguments:
         assert self.leader is not None
         device = self.leader[1].device
         if not isinstance(value, Tensor):
-            numbers = [_as_int(n) for n in value] if isinstance(value, Sequence) else [None]
+            # An array of NumPy's is no Sequence, and without dimensions cannot be gone through.
+            is_row = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+            numbers = [_as_int(n) for n in value] if is_row else [None]
             known = [n for n in numbers if n is not None]
             if len(known) < len(numbers):
                 raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")

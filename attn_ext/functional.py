@@ -82,7 +82,8 @@ def luong_attention(
         weight: general: [Dm, Dq], concat: [A, Dq + Dm]; the weight of the nn.Linear of that name.
         v: concat: [A].
         bias: concat: [A], optional.
-        lengths: [B] integers, 0 <= length <= S: source steps at and past the length are never attended.
+        lengths: [B] integers, 0 <= length <= S, as a tensor, a list or a NumPy array: source steps at and past the
+            length are never attended.
         mask: [B, S] or [B, T, S] bool, True = may be attended (as in scaled_dot_product_attention).
         scale: multiplies the scores; None is 1.
         need_weights: False returns None for the weights, and nothing of size [B, T, S] outlives a call of the fused ops

@@ -469,6 +469,11 @@ def test_integers_of_numpy(each_backend: str) -> None:
     expected = dot(lengths=[3, 1])
     assert all(map(torch.equal, dot(lengths=[numpy.int64(3), numpy.uint8(1)]), expected))
     assert type(LuongAttention("concat", numpy.int32(4)).hidden_size) is int
+    for kind in ("int64", "int32", "uint8"):
+        assert all(map(torch.equal, dot(lengths=numpy.array([3, 1], dtype=kind)), expected))
+    for array in (numpy.array([3.0, 1.0]), numpy.array([True, False]), numpy.array(3), numpy.array([[3], [1]])):
+        with pytest.raises(TypeError, match=r"lengths must be integers, \[B\], got ndarray array"):
+            dot(lengths=array)
     for wrong in (numpy.bool_(True), numpy.float32(1)):
         with pytest.raises(TypeError, match="lengths must be integers"):
             dot(lengths=[wrong, 1])
