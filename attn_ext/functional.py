@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -242,15 +243,34 @@ def attend(
                 return reference.projected_attention(query, weight, memory, v, bias, **options)
             op, tensors = _op_of(reference, query, keys, v, memory)
             return op(*tensors, **options)
-        if weight is not None:
-            op = _OPS.projected_attention.default
-            context, weights = _project_and_attend(
-                op, query, v, memory, lengths, mask, scale, need_weights, weight, bias
-            )
-        else:
-            op, tensors = _op_of(_OPS, query, keys, v, memory)
-            context, weights, *_ = op.default(*tensors, lengths, mask, scale, need_weights, [False, False])
+        with transforms_explained():
+            if weight is not None:
+                op = _OPS.projected_attention.default
+                context, weights = _project_and_attend(
+                    op, query, v, memory, lengths, mask, scale, need_weights, weight, bias
+                )
+            else:
+                op, tensors = _op_of(_OPS, query, keys, v, memory)
+                context, weights, *_ = op.default(*tensors, lengths, mask, scale, need_weights, [False, False])
     return context, weights if need_weights else None
+
+
+def transforms_explained() -> AbstractContextManager[None]:
+    """Where the ops run: PyTorch's own words for what they do not go with are of its insides."""
+    return nullcontext() if is_compiling() else _transforms_explained()
+
+
+@contextmanager
+def _transforms_explained() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if torch._C._are_functorch_transforms_active() or "jvp is not implemented" in str(error):
+            raise RuntimeError(
+                "attn_ext's compiled ops have no rules for torch.func's transforms (vmap, grad, jvp) and forward-mode "
+                "derivatives, which work within attn_ext.use_backend('reference'), with a memory made there"
+            ) from error
+        raise
 
 
 def _op_of(

@@ -144,7 +144,8 @@ class AttentionMemory:
         arguments.mask(self.mask)
         arguments.flag("need_weights", need_weights)
         if not is_compiling() and backend.fused_runs_on(query.device.type) and self._is_step(query):
-            context, weights = self._attend_step(_OPS.memory_attention.default, query, need_weights)
+            with functional.transforms_explained():
+                context, weights = self._attend_step(_OPS.memory_attention.default, query, need_weights)
             return context, weights if need_weights else None
         weight = self.weight
         if weight is not None and self.keys is not None:

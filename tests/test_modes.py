@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -193,11 +194,37 @@ def test_transforms_that_are_not_there_say_so() -> None:
     def context(query: Tensor) -> Tensor:
         return attn_ext.dot_attention(query, memory)[0]
 
-    for transform in (torch.func.jacrev(context), lambda query: torch.func.jvp(context, (query,), (query,))):
-        with pytest.raises(RuntimeError, match="functorch transforms"):
+    def of_dual(query: Tensor) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            return context(torch.autograd.forward_ad.make_dual(query, query))
+
+    transforms: list[Callable[[Tensor], object]] = [
+        torch.func.grad(lambda query: context(query).sum()),
+        torch.func.jacrev(context),
+        lambda query: torch.vmap(context)(query.unsqueeze(0)),
+        lambda query: torch.func.jvp(context, (query,), (query,)),
+        of_dual,
+    ]
+    for transform in transforms:
+        with pytest.raises(RuntimeError, match=r"use_backend\('reference'\)"):
             transform(query)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
-        context(torch.autograd.forward_ad.make_dual(query, query))
+
+
+@pytest.mark.fused
+def test_what_is_wrong_within_a_transform_is_what_is_said() -> None:
+    query, memory = Case("dot").problem().tensors.values()
+    attend = partial(attn_ext.dot_attention, memory=memory, lengths=[9, 9])
+    with pytest.raises(ValueError, match="lengths go from 9 to 9"):
+        torch.func.jacrev(attend)(query)
+
+
+@pytest.mark.fused
+def test_steps_over_a_memory_from_outside_of_a_transform_say_so() -> None:
+    query, memory = Case("general").problem().tensors["query"], Case("general").problem().tensors["memory"]
+    module = attn_ext.LuongAttention("general", query.shape[-1], memory.shape[-1])
+    made = module.memory(memory)
+    with pytest.raises(RuntimeError, match="with a memory made there"):
+        torch.func.grad(lambda query: module(query, made)[0].sum())(query)
 
 
 @pytest.mark.fused
