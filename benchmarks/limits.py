@@ -14,8 +14,8 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 
@@ -98,21 +98,15 @@ def probe_of_size(name: str, size: int) -> Probe:
 def read_of(tensors: Sequence[torch.Tensor]) -> Probe:
     """ "read" of these contiguous float32 tensors, much larger than the caches, once each.
 
-    What memory gives depends on the pages that it lies in, by up to a factor of two: a limit is of the same ones.
+    What memory gives depends on where it lies: a limit is of the same pages as what it bounds.
 
     Raises:
         NoCompilerError: limits.cpp is needed and does not compile.
     """
     library, threads = _library(running_capability()), torch.get_num_threads()
-
-    def way(streams: int, ahead: int) -> Probe:
-        def run() -> None:
-            for each in tensors:
-                library.limits_read(each.data_ptr(), each.numel(), 1, streams, ahead, threads)
-
-        return Probe("read", _bytes_of_shares(tensors, threads), "B", run)
-
-    return replace(way(*STREAMS[0]), run=_fastest({each: way(*each) for each in STREAMS}))
+    spans = [(each.data_ptr(), each.numel()) for each in tensors]
+    run = _fastest_read(library, threads, lambda _kept=tensors: spans)
+    return Probe("read", _bytes_of_shares(tensors, threads), "B", run)
 
 
 def copy_of(tensors: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Probe:
@@ -122,15 +116,10 @@ def copy_of(tensors: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor
         NoCompilerError: limits.cpp is needed and does not compile.
     """
     library, threads = _library(running_capability()), torch.get_num_threads()
-
-    def way(streaming: int, ahead: int) -> Probe:
-        def run() -> None:
-            for source, to in zip(tensors, destinations, strict=True):
-                library.limits_copy(to.data_ptr(), source.data_ptr(), to.numel(), 1, streaming, ahead, threads)
-
-        return Probe("copy", 2 * _bytes_of_shares(tensors, threads), "B", run)
-
-    return replace(way(*STORES[0]), run=_fastest({each: way(*each) for each in STORES}))
+    pairs = zip(destinations, tensors, strict=True)
+    spans = [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in pairs]
+    run = _fastest_copy(library, threads, lambda _kept=(tensors, destinations): spans)
+    return Probe("copy", 2 * _bytes_of_shares(tensors, threads), "B", run)
 
 
 def _bytes_of_shares(tensors: Sequence[torch.Tensor], threads: int) -> int:
@@ -224,31 +213,46 @@ def _windows(of: str) -> Iterator[int]:
     return cycle(range(first, first + BUFFER, WINDOW))
 
 
-def _fastest(ways: dict[tuple[int, int], Probe]) -> Callable[[], object]:
-    seconds = {way: min(sample(each) for _ in range(5)) for way, each in ways.items()}
-    return ways[min(seconds, key=seconds.__getitem__)].run
+def _fastest(ways: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    # In turns: the memory's pace changes between one moment and the next.
+    rounds = [[sample(Probe("", 0, "", way)) for way in ways] for _ in range(5)]
+    seconds = [min(each) for each in zip(*rounds, strict=True)]
+    return ways[seconds.index(min(seconds))]
+
+
+def _fastest_read(
+    library: ctypes.CDLL, threads: int, spans: Callable[[], Sequence[tuple[int, int]]]
+) -> Callable[[], object]:
+    """A call reads `spans()`, addresses and floats."""
+
+    def way(streams: int, ahead: int) -> None:
+        for first, count in spans():
+            library.limits_read(first, count, 1, streams, ahead, threads)
+
+    return _fastest([partial(way, *each) for each in STREAMS])
+
+
+def _fastest_copy(
+    library: ctypes.CDLL, threads: int, spans: Callable[[], Sequence[tuple[int, int, int]]]
+) -> Callable[[], object]:
+    """A call copies `spans()`: addresses to and from, and floats."""
+
+    def way(streaming: int, ahead: int) -> None:
+        for to, first, count in spans():
+            library.limits_copy(to, first, count, 1, streaming, ahead, threads)
+
+    return _fastest([partial(way, *each) for each in STORES])
 
 
 def _read(capability: str, threads: int) -> _Made:
-    library, windows = _library(capability), _windows("source")
-
-    def way(streams: int, ahead: int) -> Probe:
-        run = lambda: library.limits_read(next(windows), WINDOW // 4, 1, streams, ahead, threads)  # noqa: E731
-        return Probe("read", WINDOW, "B", run)
-
-    return WINDOW, "B", _fastest({each: way(*each) for each in STREAMS})
+    windows = _windows("source")
+    return WINDOW, "B", _fastest_read(_library(capability), threads, lambda: [(next(windows), WINDOW // 4)])
 
 
 def _copy(capability: str, threads: int) -> _Made:
-    library, sources, destinations = _library(capability), _windows("source"), _windows("destination")
-
-    def way(streaming: int, ahead: int) -> Probe:
-        run = lambda: library.limits_copy(  # noqa: E731
-            next(destinations), next(sources), WINDOW // 4, 1, streaming, ahead, threads
-        )
-        return Probe("copy", 2 * WINDOW, "B", run)
-
-    return 2 * WINDOW, "B", _fastest({each: way(*each) for each in STORES})
+    sources, destinations = _windows("source"), _windows("destination")
+    spans = lambda: [(next(destinations), next(sources), WINDOW // 4)]  # noqa: E731
+    return 2 * WINDOW, "B", _fastest_copy(_library(capability), threads, spans)
 
 
 def _copy_to_fresh_pages(_capability: str, _threads: int) -> _Made:
