@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -23,7 +24,7 @@ import torch
 
 from attn_ext import backend
 from benchmarks.machine import processor
-from benchmarks.timing import sample
+from benchmarks.timing import sample, shuffled
 
 SOURCE = Path(__file__).with_name("limits.cpp")
 BUILD = Path(__file__).parents[1] / "build" / "limits"
@@ -98,15 +99,15 @@ def probe_of_size(name: str, size: int) -> Probe:
 def read_of(tensors: Sequence[torch.Tensor]) -> Probe:
     """ "read" of these contiguous float32 tensors, much larger than the caches, once each.
 
-    What memory gives depends on where it lies: a limit is of the same pages as what it bounds.
+    What memory gives depends on where it lies: this is of the pages that the call reads, which it bounds.
 
     Raises:
         NoCompilerError: limits.cpp is needed and does not compile.
     """
     library, threads = _library(running_capability()), torch.get_num_threads()
-    spans = [(each.data_ptr(), each.numel()) for each in tensors]
-    run = _fastest_read(library, threads, lambda _kept=tensors: spans)
-    return Probe("read", _bytes_of_shares(tensors, threads), "B", run)
+    size = _size_of_shares(tensors, threads)
+    run = _fastest_read(library, threads, lambda: [(each.data_ptr(), each.numel()) for each in tensors])
+    return Probe("read", size, "B", run)
 
 
 def copy_of(tensors: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Probe:
@@ -116,15 +117,26 @@ def copy_of(tensors: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor
         NoCompilerError: limits.cpp is needed and does not compile.
     """
     library, threads = _library(running_capability()), torch.get_num_threads()
-    pairs = zip(destinations, tensors, strict=True)
-    spans = [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in pairs]
-    run = _fastest_copy(library, threads, lambda _kept=(tensors, destinations): spans)
-    return Probe("copy", 2 * _bytes_of_shares(tensors, threads), "B", run)
+    size = _size_of_shares(tensors, threads)
+    if _size_of_shares(destinations, threads) != size:
+        raise ValueError("the destinations of a copy are not of the sizes of what is copied")
+
+    def spans() -> list[tuple[int, int, int]]:
+        pairs = zip(destinations, tensors, strict=True)
+        return [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in pairs]
+
+    return Probe("copy", 2 * size, "B", _fastest_copy(library, threads, spans))
 
 
-def _bytes_of_shares(tensors: Sequence[torch.Tensor], threads: int) -> int:
-    """Of them what the loops go through, which leave less than a share a thread."""
-    return sum(each.numel() * 4 // (threads * SHARE) * threads * SHARE for each in tensors)
+def _size_of_shares(tensors: Sequence[torch.Tensor], threads: int) -> int:
+    """Bytes of them that the loops go through, which leave less than a share a thread."""
+    for each in tensors:
+        if each.dtype != torch.float32 or not each.is_contiguous() or each.nbytes < threads * SHARE:
+            raise ValueError(
+                f"a limit is of contiguous float32 tensors of {threads * SHARE} bytes or more, "
+                f"got {list(each.shape)} of {each.dtype} with strides {each.stride()}"
+            )
+    return sum(each.nbytes // (threads * SHARE) * threads * SHARE for each in tensors)
 
 
 def running_capability() -> str:
@@ -214,10 +226,11 @@ def _windows(of: str) -> Iterator[int]:
 
 
 def _fastest(ways: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    # In turns: the memory's pace changes between one moment and the next.
-    rounds = [[sample(Probe("", 0, "", way)) for way in ways] for _ in range(5)]
-    seconds = [min(each) for each in zip(*rounds, strict=True)]
-    return ways[seconds.index(min(seconds))]
+    # In turns, since memory's pace changes with the moment; in any order, or each would have windows of its own.
+    seconds = dict.fromkeys(ways, math.inf)
+    for way in [way for _ in range(5) for way in shuffled(ways)]:
+        seconds[way] = min(seconds[way], sample(Probe("", 0, "", way)))
+    return min(seconds, key=seconds.__getitem__)
 
 
 def _fastest_read(

@@ -207,17 +207,11 @@ def large_memory(run: Run) -> Iterator[Finding]:
             problem = Problem(method, shape)
             grid.check_results(problem.method, shape, (FUSED, EAGER, SDPA))
             passes = [Call(FUSED, problem, direction, name=direction) for direction in ("forward", "backward")]
-            with kept_pages():
-                gradients = dict(zip(problem.inputs, passes[1](), strict=True))
-                # Memory, and its keys where it has some, are read once, and their gradients written once.
-                names = [name for name in ("memory", "keys") if name in gradients]
-                tensors = [problem.inputs[name] for name in names]
-                probes = limits.read_of(tensors), limits.copy_of(tensors, [gradients[name] for name in names])
-                seconds = interleave([*passes, *probes], run.of_limits)
-            bytes_read = sum(each.nbytes for each in tensors)
-            work = {"share of the read bandwidth": (probes[0], bytes_read, 0.85)}
+            read, copy_of_rows, seconds = _beside_its_memory(run, problem, passes)
+            bytes_read = len(_rows_of(problem)) * shape.memory_bytes
+            work = {"share of the read bandwidth": (read, bytes_read, 0.85)}
             yield from _shares(3, method, "forward", shape, "forward", work, seconds)
-            work = {"share of read + write": (probes[1], 2 * bytes_read, 0.80)}
+            work = {"share of read + write": (copy_of_rows, 2 * bytes_read, 0.80)}
             yield from _shares(3, method, "backward", shape, "backward", work, seconds)
             # As PyTorch allocates: every large gradient is a new mapping, and most of the time is its first touch.
             seconds = interleave([passes[1], copy, fresh], run.of_limits)
@@ -229,6 +223,26 @@ def large_memory(run: Run) -> Iterator[Finding]:
             for direction in DIRECTIONS:
                 peers = _affordable(run, (EAGER, SDPA, COMPILED), problem, direction)
                 yield from _speed_ups(3, run, problem, direction, peers, {"best": 1.0})
+
+
+def _rows_of(problem: Problem) -> list[str]:
+    """The inputs that are read once, and whose gradients are written once: memory, and its keys where it has some."""
+    return [name for name in ("memory", "keys") if name in problem.inputs]
+
+
+def _beside_its_memory(
+    run: Run, problem: Problem, passes: Sequence[Call]
+) -> tuple[limits.Probe, limits.Probe, dict[str, list[float]]]:
+    """Forward and backward beside reading what they read, and beside copying it to such gradients as they write."""
+    backward = passes[1]
+    with backward.active():
+        # Of a mapping of their own, made outside of the pages that are kept, they leave no hole there for later ones.
+        gradients = dict(zip(problem.inputs, backward(), strict=True))
+    tensors = [problem.inputs[name] for name in _rows_of(problem)]
+    read = limits.read_of(tensors)
+    copy = limits.copy_of(tensors, [gradients[name] for name in _rows_of(problem)])
+    with kept_pages():
+        return read, copy, interleave([*passes, read, copy], run.of_limits)
 
 
 def training_steps(run: Run) -> Iterator[Finding]:
