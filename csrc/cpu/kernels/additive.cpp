@@ -49,13 +49,14 @@ constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
 // Whether the scores of many queries are divided: a Zen 4 divides a vector in 6 cycles, which an estimate of the reciprocal, its
 // Newton step and the product would have kept the ports for products for; Intel's take 16.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-constexpr bool kMayDivide = true;
+template <class acc>
+constexpr bool kMayDivide = std::is_same_v<acc, float>;
 
 inline bool divides() {
-  static const bool is_zen4 = __builtin_cpu_is("amdfam19h");
-  return is_zen4;
+  return __builtin_cpu_is("amdfam19h");
 }
 #else
+template <class acc>
 constexpr bool kMayDivide = false;
 
 constexpr bool divides() {
@@ -89,7 +90,8 @@ inline Vec<acc> negative_tanh(const Vec<acc>& x) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-// An estimate and one Newton step: the divider would be the bottleneck of the whole loop. |x| is in exp(+-kRange).
+// An estimate and one Newton step: where each number has a quotient of its own, the divider would be the bottleneck. |x| is in
+// exp(+-kRange).
 inline Vec<float> estimate(const Vec<float>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_rcp14_ps(x);
@@ -447,7 +449,7 @@ class AdditiveScore {
 
   template <int shared>
   void factored_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
-    divides() ? factored_scores<shared, kMayDivide>(out, out_stride, first, count, steps)
+    divides() ? factored_scores<shared, kMayDivide<acc>>(out, out_stride, first, count, steps)
               : factored_scores<shared, false>(out, out_stride, first, count, steps);
   }
 
