@@ -18,7 +18,7 @@ def test_program(program: str, each_backend: str) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(program, names)
-    assert names["weights"].shape[-1] == names["memory"].memory.shape[1]
+    assert names["weights"].shape[-1] == names["encoder_outputs"].shape[1]
 
 
 def test_the_loop_learns() -> None:
