@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import SupportsIndex
 
 import torch
@@ -82,7 +82,7 @@ class Arguments:
         self.sizes.setdefault(dim, size)
         self.fixed_by.setdefault(dim, name)
 
-    def lengths(self, value: Tensor | Sequence[int] | None) -> Tensor | None:
+    def lengths(self, value: Tensor | Collection[int] | None) -> Tensor | None:
         """[B] integers in [0, S], as int64 on the leader's device; the range is checked where the CPU can see it."""
         if value is None:
             return None

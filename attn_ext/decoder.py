@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -118,7 +118,7 @@ class AttentionDecoder(nn.Module):
         decoder_input: Tensor,
         decoder_hidden: HiddenState | None,
         encoder_outputs: Tensor | AttentionMemory,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Collection[int] | None = None,
     ) -> tuple[Tensor, HiddenState, Tensor]:
         """One step. For a loop of them, make the memory once: `decoder.attention.memory(encoder_outputs, lengths)`.
 
@@ -142,7 +142,7 @@ class AttentionDecoder(nn.Module):
         targets: Tensor,
         hidden: HiddenState | None,
         encoder_outputs: Tensor | AttentionMemory,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Collection[int] | None = None,
         teacher_forcing_ratio: float = 1.0,
     ) -> tuple[Tensor, HiddenState, Tensor]:
         """All T steps: in one RNN call and one attention call where no step waits for another's prediction or h~.
@@ -186,7 +186,7 @@ class AttentionDecoder(nn.Module):
         self,
         hidden: HiddenState | None,
         encoder_outputs: Tensor | AttentionMemory,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Collection[int] | None = None,
         *,
         start_symbol: int,
         end_symbol: int | None = None,
@@ -243,7 +243,7 @@ class AttentionDecoder(nn.Module):
         tokens: Tensor,
         state: HiddenState,
         encoder_outputs: Tensor | AttentionMemory,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Collection[int] | None = None,
         *,
         beams: int | None = None,
     ) -> tuple[Tensor, HiddenState, Tensor]:
@@ -278,7 +278,7 @@ class AttentionDecoder(nn.Module):
         return log_probs, hidden, weights
 
     def _memory(
-        self, encoder_outputs: Tensor | AttentionMemory, lengths: Tensor | Sequence[int] | None
+        self, encoder_outputs: Tensor | AttentionMemory, lengths: Tensor | Collection[int] | None
     ) -> AttentionMemory:
         if isinstance(encoder_outputs, AttentionMemory):
             return encoder_outputs
@@ -318,7 +318,7 @@ class AttentionDecoder(nn.Module):
         self,
         arguments: checks.Arguments,
         encoder_outputs: Tensor | AttentionMemory,
-        lengths: Tensor | Sequence[int] | None,
+        lengths: Tensor | Collection[int] | None,
     ) -> Tensor | None:
         """The lengths, as a tensor."""
         if isinstance(encoder_outputs, AttentionMemory):

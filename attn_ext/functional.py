@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def luong_attention(
     weight: Tensor | None = None,
     v: Tensor | None = None,
     bias: Tensor | None = None,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Tensor | Collection[int] | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
@@ -70,8 +70,8 @@ def luong_attention(
     B batch, T queries, S source steps, Dq query size, Dm memory size, A attention size.
 
     torch.autocast casts the inputs as those of torch.nn.functional.linear. torch.compile and torch.export take a call
-    as it is. The transforms of torch.func and forward-mode derivatives are refused by the fused ops: within
-    ``use_backend("reference")`` they work, but for vmap over `lengths`.
+    as it is. The transforms of torch.func and forward-mode derivatives are refused by the fused ops, but for vmap of
+    general and concat: within ``use_backend("reference")`` they work, but for vmap over `lengths`.
 
     Args:
         query: [B, T, Dq], or [B, Dq] for one decoder step; float32, float64, bfloat16 or float16 (halves accumulate in
@@ -143,7 +143,7 @@ def dot_attention(
     query: Tensor,
     memory: Tensor,
     *,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Tensor | Collection[int] | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
@@ -181,7 +181,7 @@ def additive_attention(
     v: Tensor,
     values: Tensor,
     *,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Tensor | Collection[int] | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
     need_weights: bool = True,
@@ -260,12 +260,21 @@ def transforms_explained() -> AbstractContextManager[None]:
     return nullcontext() if is_compiling() else _transforms_explained()
 
 
+# What PyTorch says of an op that a transform has no rule for, and the memory of queries that one has wrapped.
+_HAS_NO_RULE = (
+    "functorch transforms",
+    "Batching rule not implemented",
+    "jvp is not implemented",
+    "node must be what memory_node returned",
+)
+
+
 @contextmanager
 def _transforms_explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if torch._C._are_functorch_transforms_active() or "jvp is not implemented" in str(error):
+        if any(words in str(error) for words in _HAS_NO_RULE):
             raise RuntimeError(
                 "attn_ext's compiled ops have no rules for torch.func's transforms (vmap, grad, jvp) and forward-mode "
                 "derivatives, which work within attn_ext.use_backend('reference'), with a memory made there"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, SupportsIndex
 
 import torch
@@ -70,7 +70,7 @@ class AttentionMemory:
         weight: Tensor | None = None,
         v: Tensor | None = None,
         bias: Tensor | None = None,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Collection[int] | None = None,
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> None:
@@ -113,7 +113,7 @@ class AttentionMemory:
             factors = weight.detach()  # a step hangs on the node, which has its gradient
             self._query_weight = factors if v is None else reference.split_weight(factors, memory)[0]
         # A subclass would have an alias of the node, which no step could hang on.
-        with torch._C.DisableTorchFunctionSubclass():
+        with functional.transforms_explained(), torch._C.DisableTorchFunctionSubclass():
             node, keys, prepared_keys = _OPS.memory_node.default(memory, weight, v, bias, self.lengths, self.mask)
         if self._is_in_graph:
             self._node = node

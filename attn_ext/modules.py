@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class LuongAttention(nn.Module):
         self,
         hidden: Tensor,
         encoder_outputs: Tensor | AttentionMemory,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Collection[int] | None = None,
         mask: Tensor | None = None,
         need_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +147,7 @@ class LuongAttention(nn.Module):
         return encoder_outputs.attend(hidden, need_weights=need_weights)
 
     def memory(
-        self, encoder_outputs: Tensor, lengths: Tensor | Sequence[int] | None = None, mask: Tensor | None = None
+        self, encoder_outputs: Tensor, lengths: Tensor | Collection[int] | None = None, mask: Tensor | None = None
     ) -> AttentionMemory:
         """What every decoder step of a batch shares, prepared once: pass it in place of `encoder_outputs`.
 

@@ -225,6 +225,8 @@ def test_steps_over_a_memory_from_outside_of_a_transform_say_so() -> None:
     made = module.memory(memory)
     with pytest.raises(RuntimeError, match="with a memory made there"):
         torch.func.grad(lambda query: module(query, made)[0].sum())(query)
+    with pytest.raises(RuntimeError, match="with a memory made there"):
+        torch.func.grad(lambda memory: module(query, module.memory(memory))[0].sum())(memory)
 
 
 @pytest.mark.fused
