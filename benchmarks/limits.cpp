@@ -165,6 +165,10 @@ void additive_backward(Backward& b) {
   store(b.dv, dv[0] + dv[1]);
 }
 
+// Where a loop's data may lie: on some processors which of it the first-level cache keeps depends on the addresses, which differ
+// from one run of the program to the next.
+constexpr int kPlaces = 4;
+
 constexpr int64_t kPage = 4096 / sizeof(float);
 
 // The sum of `streams` pages at a time, asking for the pages `ahead` of them: the prefetcher in hardware stops at a page's end.
@@ -223,10 +227,15 @@ int64_t limits_additive_forward_elements() {
   return int64_t(kQueries) * kSteps * kFeatures;
 }
 
-void limits_additive_forward(int64_t rounds, int threads) {
+int limits_places() {
+  return kPlaces;
+}
+
+void limits_additive_forward(int64_t rounds, int place, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Forward f;
+    static thread_local Forward places[kPlaces];
+    Forward& f = places[place];
     fill(f, 0.5f);
     for (int64_t i = 0; i < rounds; ++i) {
       additive_forward(f);
@@ -239,10 +248,11 @@ int64_t limits_additive_backward_elements() {
   return int64_t(kGradQueries) * kGradSteps * kLanes;
 }
 
-void limits_additive_backward(int64_t rounds, int threads) {
+void limits_additive_backward(int64_t rounds, int place, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Backward b;
+    static thread_local Backward places[kPlaces];
+    Backward& b = places[place];
     fill(b, 0.5f);
     for (int64_t i = 0; i < rounds; ++i) {
       additive_backward(b);

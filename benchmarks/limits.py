@@ -178,8 +178,8 @@ def _library(capability: str) -> ctypes.CDLL:
     pointer, count, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, arguments in {
         "multiply_add": (count, integer),
-        "additive_forward": (count, integer),
-        "additive_backward": (count, integer),
+        "additive_forward": (count, integer, integer),
+        "additive_backward": (count, integer, integer),
         "read": (pointer, count, count, integer, count, integer),
         "copy": (pointer, pointer, count, count, integer, count, integer),
     }.items():
@@ -208,7 +208,8 @@ def _additive_loop(direction: str, elements: int) -> Callable[[str, int], _Made]
         loop = getattr(library, f"limits_additive_{direction}")
         each = getattr(library, f"limits_additive_{direction}_elements")()
         rounds = elements // each
-        return rounds * each * threads, "elements", lambda: loop(rounds, threads)
+        places = [partial(loop, rounds, place, threads) for place in range(library.limits_places())]
+        return rounds * each * threads, "elements", _fastest(places)
 
     return make
 
