@@ -312,8 +312,9 @@ struct Node : torch::autograd::Function<Node> {
         const OptionalTensor&,
         const OptionalTensor&,
         std::array<bool, 2>)>("attn_ext::additive_scores_backward");
-    // A mask by query is of a step's queries, not of all steps'.
-    const bool by_row = saved[kMask].defined() && saved[kMask].dim() == 2;
+    // A mask by query is of a step's queries, not of all steps'; what it hides from each of them may hold anything.
+    const Tensor& mask = saved[kMask];
+    const Tensor seen = mask.defined() && mask.dim() == 3 ? at::any(mask, 1) : mask;
     const bool of_keys = wants_keys(wanted);
     auto [grad_keys, grad_v] = op.call(
         joined(each(steps, &Step::grad_scores)),
@@ -322,7 +323,7 @@ struct Node : torch::autograd::Function<Node> {
         if_defined(saved[kPreparedKeys]),
         saved[kV],
         if_defined(saved[kLengths]),
-        by_row ? OptionalTensor(saved[kMask]) : std::nullopt,
+        if_defined(seen),
         {of_keys, wanted[kV]});
     return {of_keys ? grad_keys : Tensor(), wanted[kV] ? grad_v : Tensor()};
   }

@@ -482,15 +482,18 @@ def test_large_scores(name: str) -> None:
 
 
 @pytest.mark.fused
+@pytest.mark.parametrize("masking", ["lengths", "rows", "step"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MODULES)
-def test_junk_behind_the_lengths(name: str) -> None:
+def test_junk_in_hidden_rows(name: str, dtype: torch.dtype, masking: str) -> None:
     """Rows that nobody attends may hold anything, in both directions."""
-    clean = Loop(name, "lengths")
-    expected = one_loss(clean)
-    junk = Loop(name, "lengths")
+    expected = one_loss(Loop(name, masking, dtype))
+    junk = Loop(name, masking, dtype)
+    lengths, mask = (junk.masking.get(each) for each in ("lengths", "mask"))
+    seen = torch.arange(S) < lengths.unsqueeze(1) if mask is None else mask.view(B, S)
     with torch.no_grad():
-        junk.encoder_outputs[2, 3:] = float("nan")
-        junk.encoder_outputs[1] = float("inf")
+        junk.encoder_outputs[~seen] = float("nan")
+        junk.encoder_outputs[1][~seen[1]] = float("inf")
     assert_same_gradients(one_loss(junk), expected)
 
 
