@@ -4,7 +4,7 @@
 #include "cache.h"
 #include "factors.h"
 #include "rows.h"
-#include "tiles.h"
+#include "matrix_tiles.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 

@@ -8,12 +8,12 @@
 // rows go its way too, over b transposed block by block; those of few rows, whose transposition would not pay, sum along vectors.
 // Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
 // pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two. The processor's matrix
-// tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it (tile_products.h).
+// tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it (matrix_tile_products.h).
 // docs/performance.md says what was measured.
 #pragma once
 
 #include "operands.h"
-#include "tile_products.h"
+#include "matrix_tile_products.h"
 #include "transpose.h"
 #include "vec.h"
 

@@ -1,109 +1,13 @@
 // Rows of tensors as the products take them: by address, in the accumulation type.
 #pragma once
 
+#include "arena.h"
 #include "call.h"
 #include "factors.h"
+#include "source.h"
 #include "vec.h"
 
-#include <numeric>
-
 namespace attn_ext::cpu::CPU_CAPABILITY {
-
-// Scratch handed out piece by piece. Without a base it only counts: the same code that lays a slot out tells its size.
-class Arena {
- public:
-  explicit Arena(char* base) : base_(base) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return piece;
-  }
-
-  size_t used() const {
-    return used_;
-  }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-// Up to a plan's tile of source steps, in ascending order.
-struct Tile {
-  int64_t count = 0;
-  int64_t steps[kTile];
-
-  bool contiguous() const {
-    return steps[count - 1] - steps[0] == count - 1;
-  }
-
-  // Behind the last of the consecutive steps that begin at index j.
-  int64_t run_end(int64_t j) const {
-    if (contiguous()) {
-      return count;
-    }
-    while (++j < count && steps[j] == steps[j - 1] + 1) {
-    }
-    return j;
-  }
-};
-
-inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) {
-  const View& mask = problem.mask;
-  return static_cast<const bool*>(mask.data)[b * mask.batch + t * mask.row + s * mask.element];
-}
-
-// The same within the source's length, with or without a mask.
-inline bool is_attended(const Problem& problem, int64_t b, int64_t t, int64_t s) {
-  return (problem.lengths == nullptr || s < problem.lengths[b]) && (problem.mask.data == nullptr || may_attend(problem, b, t, s));
-}
-
-// The source steps that some query of an item may attend, tile by tile. What stands in the others is never read.
-class SourceWalk {
- public:
-  SourceWalk(const Problem& problem, const Item& item, int64_t tile)
-      : problem_(problem), item_(item), tile_(tile), next_(item.first_step) {
-    end_ = item.end_step;
-    if (problem.lengths != nullptr) {
-      end_ = std::min(end_, problem.lengths[item.batch]);
-    }
-  }
-
-  bool next(Tile& tile) {
-    tile.count = 0;
-    if (problem_.mask.data == nullptr) {
-      tile.count = std::clamp<int64_t>(end_ - next_, 0, tile_);
-      std::iota(tile.steps, tile.steps + tile.count, next_);
-      next_ += tile.count;
-      return tile.count > 0;
-    }
-    for (; next_ < end_ && tile.count < tile_; ++next_) {
-      if (attended(next_)) {
-        tile.steps[tile.count++] = next_;
-      }
-    }
-    return tile.count > 0;
-  }
-
- private:
-  bool attended(int64_t step) const {
-    const int64_t queries = problem_.mask_per_query ? item_.queries : 1;
-    for (int64_t t = 0; t < queries; ++t) {
-      if (may_attend(problem_, item_.batch, item_.first_query + t, step)) {
-        return true;
-      }
-    }
-    return false;
-  }
-
-  const Problem& problem_;
-  const Item& item_;
-  int64_t tile_;
-  int64_t next_;
-  int64_t end_;
-};
 
 // A row of `view`, converted into scratch.
 template <class acc>

@@ -211,6 +211,12 @@ inline void with_type(Dtype dtype, const F& f) {
   f(acc());
 }
 
+// f of a constant that is the condition.
+template <class F>
+inline void with_bool(bool condition, const F& f) {
+  condition ? f(std::true_type()) : f(std::false_type());
+}
+
 // Elements `first`, `first + stride`, ... of a tensor of any dtype, in the accumulation type.
 template <class acc>
 void load_row(acc* to, Dtype dtype, const void* data, int64_t first, int64_t stride, int64_t size) {

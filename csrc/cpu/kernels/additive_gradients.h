@@ -1,0 +1,348 @@
+// Their gradients.
+#pragma once
+
+#include "additive_scores.h"
+#include "tile_gradient.h"
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+namespace {  // one unit includes this: what it calls once is inlined
+
+template <class element>
+class AdditiveGradient : public AdditiveScore<element> {
+ public:
+  using acc = typename AdditiveScore<element>::acc;
+  static constexpr bool kMultipliesKeys = false;
+
+  static bool takes_tiles(const Problem& problem, const Plan& plan) {
+    const TileExcess excess(problem, plan);
+    return is_worth_tiles<element>(excess.of_scores(problem.memory_size) + excess.of_rows() + excess.of_exponentials());
+  }
+
+  AdditiveGradient(const Backward& f, Arena& arena)
+      : AdditiveScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, wanted(f)),
+        f_(f),
+        half_exponentials_(arena, only_queries(f) ? f.plan.chunk : 0, f.problem.key_size),
+        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, crowds(f.problem)),
+        grad_v_(arena.take<acc>(padded<acc>(f.problem.key_size))) {
+    for (Column& column : columns_) {
+      for (acc** rows : {&column.queries, &column.grad_queries}) {
+        *rows = arena.take<acc>(std::min(f.plan.chunk, kChunk) * lanes);
+      }
+      for (acc** rows : {&column.keys, &column.grad_keys}) {
+        *rows = arena.take<acc>(f.plan.tile * lanes);
+      }
+    }
+  }
+
+  // Vectors of a row are stored whole.
+  static bool query_in_place(const Problem& problem) {
+    return problem.key_size % lanes == 0 && !crowds(problem);
+  }
+
+  void begin(const Item& item) {
+    this->load_queries(item.batch, item.first_query, item.queries);
+    if (only_queries(f_)) {
+      half_exponentials_.take(this->query_.addresses(), item.queries, [](const Vec<acc>& exponentials, int64_t) {
+        return exponentials * Vec<acc>(0.5);
+      });
+      this->query_range_ = half_exponentials_.range();
+    }
+    grad_keys_.begin_item(item);
+    std::fill_n(grad_v_, padded<acc>(this->size_), acc(0));
+  }
+
+  void begin_tile(int64_t b, const Tile& tile, int64_t written, const Rows<element>& memory) {
+    this->load_keys(b, tile, memory);
+    grad_keys_.begin(tile, written);
+  }
+
+  const element** queries_of_memory(const element** rows, int64_t, int64_t) const {
+    return rows;
+  }
+
+  void add(
+      const acc* grad_scores,
+      int64_t scores_stride,
+      int64_t first,
+      int64_t count,
+      int64_t steps,
+      Result<acc> grad_query,
+      Workspace<element>&) {
+    if (only_queries(f_) && this->may_factor()) {
+      add_to_queries(grad_scores, scores_stride, first, count, steps, grad_query);
+    } else if (f_.grad_query == nullptr) {
+      add_by_columns<false>(grad_scores, scores_stride, first, count, steps, grad_query);
+    } else {
+      add_by_columns<true>(grad_scores, scores_stride, first, count, steps, grad_query);
+    }
+  }
+
+  void end_tile(const Tile& tile) {
+    grad_keys_.end(tile);
+  }
+
+  void end(const Item& item, int64_t index, int64_t written) {
+    grad_keys_.zero(written, item.end_step);
+    if (f_.grad_v != nullptr) {
+      acc* out = static_cast<acc*>(f_.grad_v) + index * this->size_;
+      scale_row(out, grad_v_, this->size_, acc(-1));
+    }
+  }
+
+  void merge(const Item& item, int64_t first, int64_t end, size_t distance) const {
+    grad_keys_.merge(item, first, end, distance);
+  }
+
+ private:
+  static constexpr int64_t lanes = Vec<acc>::size();
+
+  // The lines of a column of such rows share a few sets of the caches: their gradients are summed in rows of scratch.
+  static bool crowds(const Problem& problem) {
+    return problem.key_size * sizeof(acc) % 4096 == 0;
+  }
+
+  static bool only_queries(const Backward& f) {
+    return f.grad_keys == nullptr && f.grad_v == nullptr;
+  }
+
+  static Wanted wanted(const Backward& f) {
+    const bool scores = f.weights.data == nullptr && f.score_gradients.data == nullptr;
+    return {scores, scores || only_queries(f), !only_queries(f)};
+  }
+
+  // The queries' gradients alone: rows of keys are read from left to right, several vectors of them abreast.
+  void add_to_queries(
+      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, Result<acc> grad_query) {
+    const int64_t stride = half_exponentials_.stride();
+    constexpr int most = kAccumulators / 3;
+    const Vec<acc> half(0.5);
+    for_blocks<most>(count, [&](auto rows, int64_t t0) {
+      for_blocks<most / rows.value>((this->size_ + lanes - 1) / lanes, [&](auto width, int64_t vector) {
+        const int64_t a = vector * lanes;
+        const acc* query = half_exponentials_.addresses()[first + t0] + a;
+        const acc* scores = grad_scores + t0 * scores_stride;
+        Vec<acc> q[rows.value][width.value];
+        Vec<acc> grad_q[rows.value][width.value];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows.value; ++i) {
+#pragma GCC unroll 8
+          for (int w = 0; w < width.value; ++w) {
+            q[i][w] = Vec<acc>::loadu(query + i * stride + w * lanes);
+            grad_q[i][w] = Vec<acc>(0);
+          }
+        }
+        for (int64_t j = 0; j < steps; ++j) {
+          const acc* key = this->key_exponentials_.addresses()[j] + a;
+#pragma GCC unroll 8
+          for (int i = 0; i < rows.value; ++i) {
+            const Vec<acc> grad_score(scores[i * scores_stride + j]);
+#pragma GCC unroll 8
+            for (int w = 0; w < width.value; ++w) {
+              const auto h = negative_tanh<acc>(at::vec::fmadd(q[i][w], Vec<acc>::loadu(key + w * lanes), half));
+              grad_q[i][w] = at::vec::fmadd(grad_score, at::vec::fnmadd(h, h, Vec<acc>(1)), grad_q[i][w]);
+            }
+          }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < rows.value; ++i) {
+#pragma GCC unroll 8
+          for (int w = 0; w < width.value; ++w) {
+            put(grad_query, t0 + i, a + w * lanes, grad_q[i][w]);
+          }
+        }
+      });
+    });
+  }
+
+  // Times v, into a row of a result or added to what is there.
+  void put(const Result<acc>& result, int64_t row, int64_t a, const Vec<acc>& gradient) const {
+    const auto total = gradient * Vec<acc>::loadu(this->v_ + a);
+    const auto at = result.at(row, a);
+    (at.plus == nullptr ? total : total + Vec<acc>::loadu(at.plus)).store(at.to);
+  }
+
+  // A vector of features of the queries, the keys and their gradients, row by row.
+  struct Column {
+    acc* queries;  // exp(2q) / 2 and
+    acc* keys;     // exp(2k) if their range allows, else q and k
+    acc* grad_queries;
+    acc* grad_keys;
+    int shared;  // so many steps share a reciprocal; 0: q and k
+  };
+
+  // So many columns are taken out of the rows at a time: every row is in a page of its own.
+  static constexpr int64_t kAbreast = 4;
+
+  // Column by column, so that all that the sums run over, exponentials and gradients, is in the first-level cache and nowhere else.
+  // The rows' own lines are read and written once, and fetched while the columns before them are at work.
+  template <bool to_queries>
+  void add_by_columns(
+      const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, Result<acc> grad_query) {
+    const acc* const* queries = this->query_.addresses() + first;
+    const acc* const* keys = this->has_exponentials_ ? this->key_exponentials_.addresses() : this->keys_.addresses();
+    const Result<acc> grad_keys = grad_keys_.rows(first > 0);
+    constexpr int64_t strip = kAbreast * lanes;
+    for (int64_t a = 0; a < this->size_; a += strip) {
+      const int64_t width = std::min(ceil_div(this->size_ - a, lanes), kAbreast);
+      take_columns(queries, count, steps, a, width);
+      for (int64_t w = 0; w < width; ++w) {
+        const Column& column = columns_[w];
+        std::fill_n(column.grad_keys, steps * lanes, acc(0));
+        // Two registers a query, and half a dozen.
+        for_even_blocks<kAccumulators / 3>(count, [&](auto rows, int64_t t0) {
+          // Meanwhile a line of every row that comes next.
+          const int64_t next = a + strip + w * lanes;
+          for (int64_t t = t0; next < this->size_ && t < t0 + rows.value; ++t) {
+            fetch(queries[t] + next);
+            fetch(grad_query.to + t * grad_query.stride + next);
+          }
+          for (int64_t j = steps * t0 / count; next < this->size_ && j < steps * (t0 + rows.value) / count; ++j) {
+            fetch(keys[j] + next);
+            fetch(grad_keys.to + j * grad_keys.stride + next);
+          }
+          const auto add = column.shared == kSharedSteps ? add_column<kSharedSteps, to_queries, rows.value>
+                           : column.shared == 1          ? add_column<1, to_queries, rows.value>
+                                                         : add_column<0, true, rows.value>;
+          add(column, t0, grad_v_ + a + w * lanes, grad_scores + t0 * scores_stride, scores_stride, steps);
+        });
+      }
+      for (int64_t t = 0; to_queries && t < count; ++t) {
+        for (int64_t w = 0; w < width; ++w) {
+          put(grad_query, t, a + w * lanes, Vec<acc>::loadu(columns_[w].grad_queries + t * lanes));
+        }
+      }
+      for (int64_t j = 0; grad_keys_.wanted() && j < steps; ++j) {
+        for (int64_t w = 0; w < width; ++w) {
+          put(grad_keys, j, a + w * lanes, Vec<acc>::loadu(columns_[w].grad_keys + j * lanes));
+        }
+      }
+    }
+  }
+
+  // `width` of them, of the features from a on.
+  void take_columns(const acc* const* queries, int64_t count, int64_t steps, int64_t a, int64_t width) {
+    const auto for_vectors = [&](const acc* const* rows, int64_t end, const auto& f) {
+      for (int64_t i = 0; i < end; ++i) {
+        for (int64_t w = 0; w < width; ++w) {
+          const int64_t first = a + w * lanes;
+          f(w, i * lanes, Vec<acc>::loadu(rows[i] + first, std::min(lanes, this->size_ - first)));
+        }
+      }
+    };
+    // Kept here, not with the columns, where each would be waited for: an eighth of a few queries' backward.
+    Vec<acc> query_magnitudes[kAbreast], key_magnitudes[kAbreast];
+    std::fill_n(query_magnitudes, kAbreast, Vec<acc>(0));
+    std::fill_n(key_magnitudes, kAbreast, Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0)));
+    for_vectors(queries, count, [&](int64_t w, int64_t i, const Vec<acc>& q) {
+      (exponential<acc>(q, 2) * Vec<acc>(0.5)).store(columns_[w].queries + i);
+      query_magnitudes[w] = raised(query_magnitudes[w], q.abs());
+    });
+    if (this->has_exponentials_) {
+      for_vectors(this->key_exponentials_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& e) {
+        e.store(columns_[w].keys + j);
+      });
+    } else {
+      for_vectors(this->keys_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& k) {
+        exponential<acc>(k, 2).store(columns_[w].keys + j);
+        key_magnitudes[w] = raised(key_magnitudes[w], k.abs());
+      });
+    }
+    bool all_factor = true;
+    for (int64_t w = 0; w < width; ++w) {
+      const acc range = 2 * largest(query_magnitudes[w] + key_magnitudes[w]);
+      columns_[w].shared = range <= range_of<acc>(kSharedSteps) ? kSharedSteps : range <= range_of<acc>(1) ? 1 : 0;
+      all_factor &= columns_[w].shared > 0;
+    }
+    if (!all_factor) {
+      for_vectors(queries, count, [&](int64_t w, int64_t i, const Vec<acc>& q) {
+        if (columns_[w].shared == 0) {
+          q.store(columns_[w].queries + i);
+        }
+      });
+      for_vectors(this->keys_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& k) {
+        if (columns_[w].shared == 0) {
+          k.store(columns_[w].keys + j);
+        }
+      });
+    }
+  }
+
+  // The gradients of a few queries, from t0 on, stay in registers while the steps go by. Not inlined: sums that the caller could
+  // look at would be stored at every step.
+  template <int shared, bool to_queries, int rows>
+  [[gnu::noinline]] static void add_column(
+      const Column& column, int64_t t0, acc* grad_v_sum, const acc* scores, int64_t scores_stride, int64_t steps) {
+    const acc* const keys = column.keys;
+    acc* const grad_keys = column.grad_keys;
+    const Vec<acc> half(0.5);
+    Vec<acc> q[rows];
+    Vec<acc> grad_q[rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      q[i] = Vec<acc>::loadu(column.queries + (t0 + i) * lanes);
+      grad_q[i] = Vec<acc>(0);
+    }
+    constexpr int most = std::max(shared, 1);
+    Vec<acc> grad_v[most];
+    std::fill_n(grad_v, most, Vec<acc>(0));
+    grad_v[0] = Vec<acc>::loadu(grad_v_sum);
+    const auto add_steps = [&](int64_t j, auto count) __attribute__((always_inline)) {
+      Vec<acc> k[count.value], grad_k[count.value];
+#pragma GCC unroll 2
+      for (int c = 0; c < count.value; ++c) {
+        k[c] = Vec<acc>::loadu(keys + (j + c) * lanes);
+        grad_k[c] = Vec<acc>::loadu(grad_keys + (j + c) * lanes);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        Vec<acc> x[count.value], h[count.value];
+#pragma GCC unroll 2
+        for (int c = 0; c < count.value; ++c) {
+          x[c] = shared > 0 ? at::vec::fmadd(q[i], k[c], half) : direct_denominator<acc>(q[i], k[c], kRange<acc>) * half;
+        }
+        negative_tanhs<count.value, acc>(h, x);
+#pragma GCC unroll 2
+        for (int c = 0; c < count.value; ++c) {
+          const Vec<acc> grad_score(scores[i * scores_stride + j + c]);
+          if constexpr (kAddsBesideProducts) {
+            const auto u = grad_score * h[c];
+            const auto y = at::vec::fnmadd(u, h[c], grad_score);
+            grad_q[i] = grad_q[i] + y;
+            grad_k[c] = grad_k[c] + y;
+            grad_v[c] = grad_v[c] + u;
+          } else {
+            const auto slope = at::vec::fnmadd(h[c], h[c], Vec<acc>(1));
+            grad_q[i] = at::vec::fmadd(grad_score, slope, grad_q[i]);
+            grad_k[c] = at::vec::fmadd(grad_score, slope, grad_k[c]);
+            grad_v[c] = at::vec::fmadd(grad_score, h[c], grad_v[c]);
+          }
+        }
+      }
+#pragma GCC unroll 2
+      for (int c = 0; c < count.value; ++c) {
+        grad_k[c].store(grad_keys + (j + c) * lanes);
+      }
+    };
+    int64_t j = 0;
+    for (; j + most <= steps; j += most) {
+      add_steps(j, std::integral_constant<int, most>());
+    }
+    for (; j < steps; ++j) {
+      add_steps(j, std::integral_constant<int, 1>());
+    }
+    std::accumulate(grad_v + 1, grad_v + most, grad_v[0]).store(grad_v_sum);
+#pragma GCC unroll 8
+    for (int i = 0; to_queries && i < rows; ++i) {
+      grad_q[i].store(column.grad_queries + (t0 + i) * lanes);
+    }
+  }
+
+  const Backward& f_;
+  Exponentials<acc> half_exponentials_;  // exp(2q) / 2, where queries alone have gradients
+  TileGradient<acc> grad_keys_;
+  acc* grad_v_;  // not yet times -1
+  Column columns_[kAbreast];
+};
+
+}  // namespace
+}  // namespace attn_ext::cpu::CPU_CAPABILITY

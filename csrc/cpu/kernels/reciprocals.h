@@ -1,0 +1,219 @@
+// Reciprocals and exponentials as additive.cpp takes them: what shares one, and in what range.
+#pragma once
+
+#include "products.h"
+#include "vec.h"
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+namespace {  // one unit includes this: what it calls once is inlined
+
+// exp(+-this) is finite and normal.
+template <class acc>
+constexpr acc kRange = std::is_same_v<acc, double> ? 700 : 86;
+
+// So many features may share a reciprocal at most.
+constexpr int kMostShared = 4;
+
+// Whether additions have ports beside those for products. On Intel's with AMX they have not, and the estimate of a reciprocal takes
+// three operations of the same; on ARM's they have not, and a division takes as long as several of either.
+#if defined(__AMX_BF16__) || defined(__aarch64__)
+constexpr bool kAddsBesideProducts = false;
+#else
+constexpr bool kAddsBesideProducts = true;
+#endif
+
+// So many source steps may share a reciprocal in a backward of many queries. Not queries: a NaN of one would come into the next.
+constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
+
+// Whether the scores of many queries are divided: a Zen 4 divides a vector in 6 cycles, which an estimate of the reciprocal, its
+// Newton step and the product would have kept the ports for products for; Intel's take 16.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+template <class acc>
+constexpr bool kMayDivide = std::is_same_v<acc, float>;
+
+inline bool divides() {
+  return __builtin_cpu_is("amdfam19h");
+}
+#else
+template <class acc>
+constexpr bool kMayDivide = false;
+
+constexpr bool divides() {
+  return false;
+}
+#endif
+
+// Queries of a register tile of scores, by kColumns keys.
+constexpr int kScoreRows = std::min(kRows, 4);
+
+// The largest |2q| + |2k| at which `shared` factors 1 + E <= 2 exp(|2q| + |2k|) have a product in range.
+template <class acc>
+constexpr acc range_of(int shared) {
+  return kRange<acc> / shared - acc(0.6931472);
+}
+
+// A smaller |v|, relative to the largest, adds nothing to a score: it counts as this much.
+template <class acc>
+constexpr acc kLeastV = std::is_same_v<acc, double> ? acc(0x1p-62) : acc(0x1p-32);
+
+template <class acc>
+inline Vec<acc> reciprocal(const Vec<acc>& x) {
+  return Vec<acc>(1) / x;
+}
+
+// h = 1 / x - 1 of x = (1 + E) / 2. Where tanh is small, 1 / x alone would leave dv the rounding of sum_s de_ts, which is 0,
+// instead of dv itself.
+template <class acc>
+inline Vec<acc> negative_tanh(const Vec<acc>& x) {
+  return Vec<acc>(1) / x - Vec<acc>(1);
+}
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// An estimate and one Newton step: where each number has a quotient of its own, the divider would be the bottleneck. |x| is in
+// exp(+-kRange).
+inline Vec<float> estimate(const Vec<float>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_rcp14_ps(x);
+#else
+  return _mm256_rcp_ps(x);
+#endif
+}
+
+template <>
+inline Vec<float> reciprocal(const Vec<float>& x) {
+  const Vec<float> first = estimate(x);
+  return first * at::vec::fnmadd(x, first, Vec<float>(2));
+}
+
+template <>
+inline Vec<float> negative_tanh(const Vec<float>& x) {
+  const Vec<float> first = estimate(x);
+  return at::vec::fmadd(first, at::vec::fnmadd(x, first, Vec<float>(2)), Vec<float>(-1));
+}
+#endif
+
+// The same of one x or of two, which share a reciprocal.
+template <int shared, class acc>
+[[gnu::always_inline]] inline void negative_tanhs(Vec<acc> (&h)[shared], const Vec<acc> (&x)[shared]) {
+  static_assert(shared == 1 || shared == 2);
+  if constexpr (shared == 1) {
+    h[0] = negative_tanh<acc>(x[0]);
+  } else {
+    const auto both = reciprocal<acc>(x[0] * x[1]);
+    h[0] = at::vec::fmadd(both, x[1], Vec<acc>(-1));
+    h[1] = at::vec::fmadd(both, x[0], Vec<acc>(-1));
+  }
+}
+
+// sum + numerator / denominator: by the divider, or the Newton step's last product and the sum in one.
+template <bool divides, class acc>
+[[gnu::always_inline]] inline Vec<acc> add_quotient(const Vec<acc>& sum, const Vec<acc>& numerator, const Vec<acc>& denominator) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<acc, float> && !divides) {
+    const Vec<float> first = estimate(denominator);
+    return at::vec::fmadd(numerator * first, at::vec::fnmadd(denominator, first, Vec<float>(2)), sum);
+  }
+#endif
+  return sum + numerator / denominator;
+}
+
+// 1 + exp(2 (q + k)), with the exponent limited to `limit`: what is lost of 1 / (1 + E) is at most exp(-limit). Keeps a NaN.
+template <class acc>
+[[gnu::always_inline]] inline Vec<acc> direct_denominator(const Vec<acc>& query, const Vec<acc>& key, acc limit) {
+  const Vec<acc> sum = at::vec::clamp(query + key, Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2));
+  return Vec<acc>(1) + exponential<acc>(sum, 2);
+}
+
+// numerators[0] / denominators[0] = the sum of all their quotients.
+template <int shared, class acc>
+[[gnu::always_inline]] inline void share_denominator(Vec<acc> (&numerators)[shared], Vec<acc> (&denominators)[shared]) {
+#pragma GCC unroll 2
+  for (int left = shared / 2; left > 0; left /= 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < left; ++i) {
+      const int j = i + left;
+      numerators[i] = at::vec::fmadd(numerators[i], denominators[j], numerators[j] * denominators[i]);
+      denominators[i] = denominators[i] * denominators[j];
+    }
+  }
+}
+
+// -sum(v) / 2 by lanes, of whole vectors, for sums of v / (1 + E) to begin with: those of v of one sign would grow, and lose to
+// rounding what the steps differ by. What is not finite stays out.
+template <class acc>
+Vec<acc> half_off(const acc* v, int64_t size) {
+  Vec<acc> total(0);
+  for (int64_t a = 0; a < size; a += Vec<acc>::size()) {
+    total = total - Vec<acc>(0.5) * Vec<acc>::loadu(v + a);
+  }
+  return std::isfinite(sum(total)) ? total : Vec<acc>(0);
+}
+
+// total + sum_a v_a / denominator(a), by lanes: denominator(a, filled) is of a vector of features, of which so many are there, and
+// v ends in zeros.
+template <int shared, class acc, class Denominator>
+[[gnu::always_inline]] inline Vec<acc> sum_of_quotients(
+    Vec<acc> total, const acc* v, int64_t size, const Denominator& denominator) {
+  constexpr int64_t lanes = Vec<acc>::size();
+  const auto add = [&](int64_t a, auto block, int64_t last) {
+    Vec<acc> numerators[block.value], denominators[block.value];
+#pragma GCC unroll 4
+    for (int n = 0; n < block.value; ++n) {
+      numerators[n] = Vec<acc>::loadu(v + a + n * lanes);
+      denominators[n] = denominator(a + n * lanes, n + 1 < block.value ? lanes : last);
+    }
+    share_denominator<block.value, acc>(numerators, denominators);
+    total = add_quotient<false, acc>(total, numerators[0], denominators[0]);
+  };
+  int64_t a = 0;
+  for (; a + shared * lanes <= size; a += shared * lanes) {
+    add(a, std::integral_constant<int, shared>(), lanes);
+  }
+  for (; a + lanes <= size; a += lanes) {
+    add(a, std::integral_constant<int, 1>(), lanes);
+  }
+  if (a < size) {
+    add(a, std::integral_constant<int, 1>(), size - a);
+  }
+  return total;
+}
+
+// numerator / x[0] = the sum of all 1 / x.
+template <int shared, class acc>
+inline Vec<acc> share_denominator(Vec<acc> (&x)[shared]) {
+  Vec<acc> numerators[shared / 2];
+#pragma GCC unroll 2
+  for (int i = 0; i < shared / 2; ++i) {
+    numerators[i] = x[i] + x[i + shared / 2];
+    x[i] = x[i] * x[i + shared / 2];
+  }
+  if constexpr (shared == 4) {
+    numerators[0] = at::vec::fmadd(numerators[0], x[1], numerators[1] * x[0]);
+    x[0] = x[0] * x[1];
+  }
+  return numerators[0];
+}
+
+// to[a] = exp(2 from[a]), scaled by `scale(exponentials, a)`, and ones from there to `end`, whole vectors; the largest |from[a]|
+// goes into `magnitudes`. A NaN may drop out of that: it makes its row's results NaN on either way.
+template <class acc, class Scale>
+inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t end, Vec<acc>& magnitudes, const Scale& scale) {
+  for_vectors<acc>(size, [&](int64_t a, auto count) {
+    const auto x = Vec<acc>::loadu(from + a, count);
+    scale(exponential<acc>(x, 2), a).store(to + a);
+    magnitudes = raised(magnitudes, x.abs());
+  });
+  std::fill(to + size, to + end, acc(1));
+}
+
+// Numerators that share take factors on: v must leave them room.
+template <class acc>
+bool is_moderate(acc largest_v) {
+  return largest_v < acc(1e6);
+}
+
+// As they are.
+constexpr auto kUnscaled = [](const auto& exponentials, int64_t) { return exponentials; };
+
+}  // namespace
+}  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -1,0 +1,468 @@
+// A few rows of memory, a group, and what one query wants of them while they are near (one_query.h).
+#pragma once
+
+#include "cache.h"
+#include "products.h"
+#include "rows.h"
+#include "twos.h"
+
+namespace attn_ext::cpu::CPU_CAPABILITY {
+
+// How far ahead of what is read lines are fetched.
+constexpr int64_t kAheadBytes = 1 << 14;
+
+// Rows below which four are read at once, which saves their sums' ends; of others, one stream of lines is faster than four, whose
+// places in the caches may be the same. From half as long ones on something else may go on beside their products.
+constexpr int64_t kLongRow = 1 << 10;
+
+// What is worked on after a group: of the same batch element or, behind its last, of the next one.
+struct Upcoming {
+  int64_t batch;
+  Tile tile;
+};
+
+// What is left to do with a row, two vectors of features at a time: it is added to a sum and, where it `streams`, its gradient is
+// written past the caches.
+template <class acc, class scalar, bool streams>
+struct RestOfRow {
+  const scalar* row;
+  acc* sum;
+  Vec<acc> factor;
+  scalar* gradient = nullptr;
+  const acc *g = nullptr, *q = nullptr;
+  Vec<acc> weight{0};
+
+  template <class Count>
+  [[gnu::always_inline]] void operator()(int64_t d, Count count) const {
+    Vec<acc> sums[2], x[2];
+    load_two(sums, sum + d, count);
+    load_two_apart(x, row + d, count);
+    sums[0] = at::vec::fmadd(factor, x[0], sums[0]);
+    sums[1] = at::vec::fmadd(factor, x[1], sums[1]);
+    store_two<false>(sum + d, sums, count);
+    if constexpr (streams) {
+      Vec<acc> of_g[2], of_q[2];
+      load_two(of_g, g + d, count);
+      load_two(of_q, q + d, count);
+      x[0] = at::vec::fmadd(factor, of_q[0], weight * of_g[0]);
+      x[1] = at::vec::fmadd(factor, of_q[1], weight * of_g[1]);
+      store_two<true>(gradient + d, x, count);
+    }
+  }
+};
+
+// What is left to do with a group's rows: sum += sum_r factors[r] row_r and, where there is a place for them, gradients
+// weights[r] g + factors[r] q. The sum is kept in scratch for a few groups, there in the order of load_two_apart().
+template <class acc>
+class Rest {
+ public:
+  Rest(Arena& arena, Dtype dtype, int64_t size, bool is_used)
+      : dtype_(dtype), size_(size), part_(is_used ? arena.take<acc>(padded<acc>(size)) : nullptr) {}
+
+  void begin(acc* sum, const void* const* rows, const acc* factors, int64_t count) {
+    if (in_part_ == 0) {
+      std::fill_n(part_, size_, acc(0));
+    }
+    in_part_ += count;
+    sum_ = sum;
+    done_ = 0;
+    count_ = count;
+    streams_ = false;
+    std::copy_n(rows, count, rows_);
+    std::copy_n(factors, count, factors_);
+  }
+
+  // place(r) is where row r's gradient belongs.
+  template <class Place>
+  void add_gradients(const acc* weights, const acc* g, const acc* q, const Place& place) {
+    streams_ = true;
+    g_ = g;
+    q_ = q;
+    std::copy_n(weights, count_, weights_);
+    for (int64_t r = 0; r < count_; ++r) {
+      gradients_[r] = place(r);
+    }
+  }
+
+  bool streams() const {
+    return streams_;
+  }
+
+  // Rows.
+  int64_t left() const {
+    return count_ - done_;
+  }
+
+  // The next row, which whoever asks for it takes.
+  template <class scalar, bool streams>
+  RestOfRow<acc, scalar, streams> take() {
+    const int64_t r = done_++;
+    RestOfRow<acc, scalar, streams> taken{static_cast<const scalar*>(rows_[r]), part_, Vec<acc>(factors_[r])};
+    if constexpr (streams) {
+      taken.gradient = static_cast<scalar*>(gradients_[r]);
+      taken.g = g_;
+      taken.q = q_;
+      taken.weight = Vec<acc>(weights_[r]);
+    }
+    return taken;
+  }
+
+  // Once there is none.
+  void add_part(int64_t least = 1) {
+    if (in_part_ < least) {
+      return;
+    }
+    in_part_ = 0;
+    with_type<acc>(dtype_, [&](auto example) {
+      using scalar = decltype(example);
+      for_twos<acc>(size_, [&](int64_t d, auto count) {
+        Vec<acc> part[2], sums[2];
+        load_two(part, part_ + d, count);
+        if constexpr (kComesApart<scalar> && kAreWhole<decltype(count)>) {
+          join(part);
+        }
+        load_two(sums, sum_ + d, count);
+        sums[0] = sums[0] + part[0];
+        sums[1] = sums[1] + part[1];
+        store_two<false>(sum_ + d, sums, count);
+      });
+    });
+  }
+
+ private:
+  Dtype dtype_;
+  int64_t size_;
+  acc* part_;
+  int64_t in_part_ = 0;  // rows
+  acc* sum_ = nullptr;
+  int64_t done_ = 0;
+  int64_t count_ = 0;
+  bool streams_ = false;
+  const acc* g_ = nullptr;
+  const acc* q_ = nullptr;
+  const void* rows_[kGroupRows];
+  void* gradients_[kGroupRows];
+  acc factors_[kGroupRows];
+  acc weights_[kGroupRows];
+};
+
+// A group's rows of a tensor: where they stand and as they are, or copied where their elements stand apart.
+template <class acc>
+class RowGroup {
+ public:
+  RowGroup(Arena& arena, Dtype dtype, const View& view, const Plan& plan, int64_t size)
+      : source_(dtype),
+        fetches_(plan.fetches),
+        view_(view),
+        size_(size),
+        line_(64 / width_of(dtype)),
+        in_place_(view.element == 1 || size <= 1),
+        is_long_(size * width_of(dtype) >= kLongRow),
+        overlaps_(plan.overlaps && fetches_ && in_place_ && 2 * size * width_of(dtype) >= kLongRow),
+        leaves_gradients_(overlaps_ && is_long_ && source_ == kAccumulated<acc>),
+        ahead_(
+            plan.streams && !leaves_gradients_
+                ? plan.group
+                : std::clamp<int64_t>(kAheadBytes / std::max<int64_t>(size * width_of(dtype), 1), 1, plan.group)),
+        dtype_(in_place_ ? source_ : kAccumulated<acc>),
+        stride_(padded<acc>(size)),
+        copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)),
+        rest_(arena, dtype_, size, overlaps_),
+        pairs_(in_place_ && source_ == Dtype::BFloat16 ? arena.take<c10::BFloat16>(whole_vectors<c10::BFloat16>(size)) : nullptr) {}
+
+  // Those of a tile; `next` follows.
+  void load(int64_t b, const Tile& tile, const Upcoming& next) {
+    count_ = tile.count;
+    const auto address = [&](int64_t batch, int64_t step) {
+      return static_cast<const char*>(view_.data) + (batch * view_.batch + step * view_.row) * width_of(source_);
+    };
+    for (int64_t r = 0; r < count_; ++r) {
+      rows_[r] = address(b, tile.steps[r]);
+    }
+    if (fetches_) {
+      const int64_t here = std::max<int64_t>(count_ - ahead_, 0);
+      std::copy_n(rows_ + count_ - here, here, next_);
+      for (int64_t r = here; r < count_; ++r) {
+        next_[r] = r - here < next.tile.count ? address(next.batch, next.tile.steps[r - here]) : rows_[r];
+      }
+    }
+    for (int64_t r = 0; !in_place_ && r < count_; ++r) {
+      rows_[r] = copies_ + r * stride_;
+      load_row(copies_ + r * stride_, source_, view_, b, tile.steps[r], size_);
+    }
+  }
+
+  int64_t count() const {
+    return count_;
+  }
+
+  bool in_place() const {
+    return in_place_;
+  }
+
+  const void* address(int64_t r) const {
+    return rows_[r];
+  }
+
+  // Of the rows as they are read.
+  Dtype dtype() const {
+    return dtype_;
+  }
+
+  // Where rows are as they are accumulated.
+  const acc* row(int64_t r) const {
+    return static_cast<const acc*>(rows_[r]);
+  }
+
+  // Whoever reads rows by address has later ones fetched: the line of feature d of the one that is due at row r.
+  bool fetches() const {
+    return fetches_;
+  }
+
+  [[gnu::always_inline]] void fetch_next(int64_t r, int64_t d) const {
+    fetch(next(r) + d * width_of(source_));
+  }
+
+  // For whoever reads one vector of features after the other, of which a line may have several; of `scalar` where that is known.
+  template <class scalar = char>
+  [[gnu::always_inline]] void fetch_next_line(int64_t r, int64_t d) const {
+    constexpr bool is_line = Vec<acc>::size() * sizeof(scalar) >= 64;
+    if (is_line || (d & (line_ - 1)) == 0) {
+      fetch_next(r, d);
+    }
+  }
+
+  // From feature d on.
+  void fetch_rest_of_next(int64_t r, int64_t d) const {
+    for (const int64_t line = 64 / width_of(source_); d < size_; d += line) {
+      fetch_next(r, d);
+    }
+  }
+
+  // Of what comes kAheadBytes after row r; a whole group after it where it is fetched beside gradients that are streamed.
+  const char* next(int64_t r) const {
+    return static_cast<const char*>(next_[r]);
+  }
+
+  // Whether what is left to do with a group's rows, of a large memory, is done beside the next ones' products; and with what is
+  // left their gradients, where those are streamed: of halves and of short rows they are sooner taken at once, four of them.
+  bool overlaps() const {
+    return overlaps_;
+  }
+
+  bool leaves_gradients() const {
+    return leaves_gradients_;
+  }
+
+  // sum += sum_r factors[r] row_r, complete after finish().
+  Rest<acc>& add_later(acc* sum, const acc* factors) {
+    finish_rows();
+    rest_.begin(sum, rows_, factors, count_);
+    return rest_;
+  }
+
+  // For whoever reads other rows meanwhile: one of those that are left, if there is one.
+  void go_on() {
+    if (rest_.left() > 0) {
+      take_one_left();
+    }
+  }
+
+  // What was left for later.
+  void finish() {
+    finish_rows();
+    rest_.add_part();
+  }
+
+  // out[r] = factor x . row_r, of an x that is of the rows' dtype. `fetches`: here, where the rows are read first.
+  void dot_products(acc* out, const acc* x, acc factor, bool fetches = true) {
+    with_type<acc>(dtype_, [&](auto example) {
+      using scalar = decltype(example);
+      const auto* const left = left_of<scalar>(x);
+      if (rest_.left() > 0) {
+        rest_.streams() ? multiply_beside<scalar, true>(out, left, factor) : multiply_beside<scalar, false>(out, left, factor);
+        finish_rows();
+        rest_.add_part(kGroupRows);
+        return;
+      }
+      with_bool(fetches && fetches_, [&](auto fetching) {
+        const bool one_by_one = fetching.value && is_long_;
+        for_blocks<4>(count_, [&](auto rows, int64_t first) {
+          Vec<acc> totals[1][rows.value];
+          if (one_by_one) {
+            for (int r = 0; r < rows.value; ++r) {
+              multiply<1, fetching.value, scalar>(totals[0] + r, left, first + r);
+            }
+          } else {
+            multiply<rows.value, fetching.value, scalar>(totals[0], left, first);
+          }
+          store_sums<1, rows.value>(out + first, 0, totals, factor);
+        });
+      });
+    });
+  }
+
+  // to += sum_r factors[r] row_r
+  void add_to(acc* to, const acc* factors) const {
+    sum_to(to, factors, 1, true);
+  }
+
+  // to = factor sum_r factors[r] row_r, or to += where it `adds`. A few vectors of the sums stay in registers while the rows pass.
+  void sum_to(acc* to, const acc* factors, acc factor, bool adds) const {
+    constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
+    with_type<acc>(dtype_, [&](auto example) {
+      using scalar = decltype(example);
+      const auto add = [&](int64_t d, auto width, auto count) {
+        Vec<acc> sums[width.value][2], right[2];
+#pragma GCC unroll 4
+        for (int w = 0; w < width.value; ++w) {
+          sums[w][0] = sums[w][1] = Vec<acc>(0);
+        }
+        for (int64_t r = 0; r < count_; ++r) {
+          const Vec<acc> of_row(factors[r]);
+#pragma GCC unroll 4
+          for (int w = 0; w < width.value; ++w) {
+            load_two_apart(right, static_cast<const scalar*>(rows_[r]) + d + w * both, count);
+            sums[w][0] = at::vec::fmadd(of_row, right[0], sums[w][0]);
+            sums[w][1] = at::vec::fmadd(of_row, right[1], sums[w][1]);
+          }
+        }
+#pragma GCC unroll 4
+        for (int w = 0; w < width.value; ++w) {
+          if constexpr (kComesApart<scalar> && kAreWhole<decltype(count)>) {
+            join(sums[w]);
+          }
+          right[0] = right[1] = Vec<acc>(0);
+          if (adds) {
+            load_two(right, to + d + w * both, count);
+          }
+          sums[w][0] = at::vec::fmadd(sums[w][0], Vec<acc>(factor), right[0]);
+          sums[w][1] = at::vec::fmadd(sums[w][1], Vec<acc>(factor), right[1]);
+          store_two<false>(to + d + w * both, sums[w], count);
+        }
+      };
+      const int64_t whole = size_ / both;
+      for_blocks<4>(whole, [&](auto width, int64_t first) { add(first * both, width, both); });
+      if (whole * both < size_) {
+        add(whole * both, std::integral_constant<int, 1>(), size_ - whole * both);
+      }
+    });
+  }
+
+ private:
+  // Not inlined: the loops of whoever calls have no registers to spare.
+  [[gnu::noinline]] void take_one_left() {
+    with_type<acc>(dtype_, [&](auto example) { for_twos<acc>(size_, rest_.template take<decltype(example), false>()); });
+    if (rest_.left() == 0) {
+      rest_.add_part(kGroupRows);
+    }
+  }
+
+  // x as it meets the rows.
+  template <class scalar>
+  auto left_of(const acc* x) const {
+    if constexpr (kMultipliesPairs<scalar>) {
+      store_row(Dtype::BFloat16, pairs_, 0, x, size_);
+      return static_cast<const scalar*>(pairs_);
+    } else {
+      return x;
+    }
+  }
+
+  // out[r] = factor x . row_r, each beside one of the rows that are left, as far as there are some.
+  template <class scalar, bool streams, class Left>
+  void multiply_beside(acc* out, const Left* x, acc factor) {
+    for_blocks<4>(count_, [&](auto rows, int64_t first) {
+      Vec<acc> totals[1][rows.value];
+      for (int r = 0; r < rows.value; ++r) {
+        if (rest_.left() > 0) {
+          multiply<1, true, scalar>(totals[0] + r, x, first + r, rest_.template take<scalar, streams>());
+        } else {
+          multiply<1, true, scalar>(totals[0] + r, x, first + r);
+        }
+      }
+      store_sums<1, rows.value>(out + first, 0, totals, factor);
+    });
+  }
+
+  void finish_rows() {
+    with_type<acc>(dtype_, [&](auto example) {
+      with_bool(rest_.streams(), [&](auto streams) {
+        while (rest_.left() > 0) {
+          for_twos<acc>(size_, rest_.template take<decltype(example), streams.value>());
+        }
+      });
+    });
+  }
+
+  struct Nothing {
+    template <class Count>
+    void operator()(int64_t, Count) const {}
+  };
+
+  // Vectors that add up to x . row_r each, of `rows` rows from `first` on, with what is done beside them.
+  template <int rows, bool fetches, class scalar, class Left, class Beside = Nothing>
+  [[gnu::always_inline]] void multiply(Vec<acc>* totals, const Left* x, int64_t first, const Beside& beside = {}) const {
+    const scalar* row[rows];
+    const char* later[rows];
+    Vec<acc> sums[rows][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      row[r] = static_cast<const scalar*>(rows_[first + r]);
+      later[r] = fetches ? next(first + r) : nullptr;
+      sums[r][0] = sums[r][1] = Vec<acc>(0);
+    }
+    for_twos<acc>(size_, [&](int64_t d, auto count) __attribute__((always_inline)) {
+      const auto ask = [&](int r) __attribute__((always_inline)) {
+        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
+          fetch(later[r] + d * sizeof(scalar) + at);
+        }
+      };
+      if constexpr (kMultipliesPairs<scalar>) {
+        const auto left = load_pairs(x + d, count);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          ask(r);
+          sums[r][0] = Factors<Paired<scalar>>::multiply_add(left, load_pairs(row[r] + d, count), sums[r][0]);
+          std::swap(sums[r][0], sums[r][1]);  // two chains
+        }
+      } else {
+        Vec<acc> left[2], right[2];
+        load_two(left, x + d, count);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          ask(r);
+          load_two(right, row[r] + d, count);
+          sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
+          sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
+        }
+      }
+      beside(d, count);
+    });
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      totals[r] = sums[r][0] + sums[r][1];
+    }
+  }
+
+  Dtype source_;
+  bool fetches_;
+  View view_;
+  int64_t size_;
+  int64_t line_;  // elements
+  bool in_place_;
+  bool is_long_;
+  bool overlaps_;
+  bool leaves_gradients_;
+  int64_t ahead_;  // rows
+  Dtype dtype_;    // of the rows as they are read
+  int64_t stride_;
+  acc* copies_;
+  Rest<acc> rest_;
+  int64_t count_ = 0;
+  const void* rows_[kGroupRows];
+  const void* next_[kGroupRows];
+  c10::BFloat16* pairs_;
+};
+
+}  // namespace attn_ext::cpu::CPU_CAPABILITY
