@@ -63,7 +63,7 @@ struct EntryPoints {
   bool (*takes_context)(const Problem& sizes);
   void (*forward)(const Inputs& inputs, Outputs& outputs);
   void (*backward)(const Inputs& inputs, const Saved& saved, Gradients& gradients);
-  // The rest of a backward whose gradients of the scores are known: not of the memory, and of no scores.
+  // What is left of a backward once the gradients of the scores are known: those of query, keys and v.
   void (*backward_of_scores)(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients);
   void (*prepare_keys)(const Tensor& keys, Tensor& prepared);
 };

@@ -13,75 +13,31 @@ namespace {
 
 using Attended = std::tuple<Tensor, OptionalTensor>;  // the context, and the weights where they are asked for
 
-Attended attended(Tensor context, Tensor weights, bool need_weights) {
-  return {std::move(context), need_weights ? OptionalTensor(std::move(weights)) : std::nullopt};
+// Of one query or several, the weights of which have two dimensions or three; what was not asked for has one.
+Attended attended(Tensor context, Tensor weights) {
+  return {std::move(context), weights.dim() > 1 ? OptionalTensor(std::move(weights)) : std::nullopt};
 }
 
-template <class Op, class = std::make_index_sequence<Op::kInputs>>
+template <class Op>
 struct Call;
 
-template <class Op, size_t... i>
-struct Call<Op, std::index_sequence<i...>> {
+template <const char* name, size_t... i>
+struct Call<Op<name, std::index_sequence<i...>>> {
   static Attended run(
       Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
-    auto [context, weights, logsumexp, exact] = Op::forward(inputs..., lengths, mask, scale, need_weights, {});
-    return attended(std::move(context), std::move(weights), need_weights);
+    using Called = Op<name, std::index_sequence<i...>>;
+    auto [context, weights, logsumexp, exact] = Called::forward(inputs..., lengths, mask, scale, need_weights, {});
+    return attended(std::move(context), std::move(weights));
   }
 };
 
-Attended projected_attention(
-    const Tensor& query,
-    const Tensor& weight,
-    const Tensor& memory,
-    const OptionalTensor& v,
-    const OptionalTensor& bias,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights,
-    bool by_keys) {
-  static const auto op = find<std::tuple<Tensor, Tensor>(
-      const Tensor&,
-      const Tensor&,
-      const Tensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      double,
-      bool,
-      bool)>("attn_ext::projected_attention");
-  auto [context, weights] = op.call(query, weight, memory, v, bias, lengths, mask, scale, need_weights, by_keys);
-  return attended(std::move(context), std::move(weights), need_weights);
-}
-
-Attended memory_attention(
-    const Tensor& query,
-    const OptionalTensor& query_weight,
-    const OptionalTensor& keys,
-    const OptionalTensor& prepared_keys,
-    const OptionalTensor& v,
-    const Tensor& memory,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights,
-    const OptionalTensor& node) {
-  static const auto op = find<std::tuple<Tensor, Tensor>(
-      const Tensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      const Tensor&,
-      const OptionalTensor&,
-      const OptionalTensor&,
-      double,
-      bool,
-      const OptionalTensor&)>("attn_ext::memory_attention");
-  auto [context, weights] = op.call(query, query_weight, keys, prepared_keys, v, memory, lengths, mask, scale, need_weights, node);
-  return attended(std::move(context), std::move(weights), need_weights);
-}
+template <const char* name, class... Arguments>
+struct Call<Function<name, std::tuple<Tensor, Tensor>(Arguments...)>> {
+  static Attended run(Arguments... arguments) {
+    auto [context, weights] = Function<name, std::tuple<Tensor, Tensor>(Arguments...)>::call(arguments...);
+    return attended(std::move(context), std::move(weights));
+  }
+};
 
 }  // namespace
 
@@ -90,8 +46,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("dot_attention", torch::wrap_pybind_function_no_gil(Call<DotOp>::run));
   m.def("keyed_dot_attention", torch::wrap_pybind_function_no_gil(Call<KeyedDotOp>::run));
   m.def("additive_attention", torch::wrap_pybind_function_no_gil(Call<AdditiveOp>::run));
-  m.def("projected_attention", torch::wrap_pybind_function_no_gil(projected_attention));
-  m.def("memory_attention", torch::wrap_pybind_function_no_gil(memory_attention));
+  m.def("projected_attention", torch::wrap_pybind_function_no_gil(Call<ProjectedAttention>::run));
+  m.def("memory_attention", torch::wrap_pybind_function_no_gil(Call<MemoryAttention>::run));
 }
 
 }  // namespace attn_ext

@@ -69,6 +69,18 @@ auto find(const char* op) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();
 }
 
+// The op `name` as a function; `Signature` tells what its arguments are.
+template <const char* name, class Signature>
+struct Function;
+
+template <const char* name, class Result, class... Arguments>
+struct Function<name, Result(Arguments...)> {
+  static Result call(Arguments... arguments) {
+    static const auto op = find<Result(Arguments...)>(name);
+    return op.call(arguments...);
+  }
+};
+
 // For each of an op's tensors, by its number.
 template <size_t>
 using Input = const Tensor&;
@@ -123,5 +135,85 @@ inline constexpr char kAdditive[] = "attn_ext::additive_attention";
 using DotOp = Op<kDot, std::make_index_sequence<2>>;            // query, memory
 using KeyedDotOp = Op<kKeyedDot, std::make_index_sequence<3>>;  // query, keys, values
 using AdditiveOp = Op<kAdditive, std::make_index_sequence<4>>;  // query, keys, v, values
+
+inline constexpr char kProjectedAttention[] = "attn_ext::projected_attention";
+using ProjectedAttention = Function<
+    kProjectedAttention,
+    std::tuple<Tensor, Tensor>(
+        const Tensor& query,
+        const Tensor& weight,
+        const Tensor& memory,
+        const OptionalTensor& v,
+        const OptionalTensor& bias,
+        const OptionalTensor& lengths,
+        const OptionalTensor& mask,
+        double scale,
+        bool need_weights,
+        bool by_keys)>;
+
+inline constexpr char kMemoryAttention[] = "attn_ext::memory_attention";
+using MemoryAttention = Function<
+    kMemoryAttention,
+    std::tuple<Tensor, Tensor>(
+        const Tensor& query,
+        const OptionalTensor& query_weight,
+        const OptionalTensor& keys,
+        const OptionalTensor& prepared_keys,
+        const OptionalTensor& v,
+        const Tensor& memory,
+        const OptionalTensor& lengths,
+        const OptionalTensor& mask,
+        double scale,
+        bool need_weights,
+        const OptionalTensor& node)>;
+
+inline constexpr char kPrepareKeys[] = "attn_ext::prepare_keys";
+using PrepareKeys = Function<kPrepareKeys, Tensor(const Tensor& keys)>;
+
+inline constexpr char kStepAttention[] = "attn_ext::step_attention";
+using StepAttention = Function<
+    kStepAttention,
+    Forwards(
+        const Tensor& query,
+        const OptionalTensor& keys,
+        const OptionalTensor& prepared_keys,
+        const OptionalTensor& v,
+        const Tensor& memory,
+        const OptionalTensor& lengths,
+        const OptionalTensor& mask,
+        double scale,
+        bool need_weights,
+        NeedExact need_exact)>;
+
+inline constexpr char kStepAttentionBackward[] = "attn_ext::step_attention_backward";
+using StepAttentionBackward = Function<
+    kStepAttentionBackward,
+    std::tuple<Tensor, Tensor>(
+        const OptionalTensor& grad_context,
+        const OptionalTensor& grad_weights,
+        const Tensor& query,
+        const OptionalTensor& keys,
+        const OptionalTensor& prepared_keys,
+        const OptionalTensor& v,
+        const Tensor& memory,
+        const OptionalTensor& lengths,
+        const OptionalTensor& mask,
+        double scale,
+        const OptionalTensor& context,
+        const OptionalTensor& weights,
+        const Tensor& logsumexp)>;
+
+inline constexpr char kAdditiveScoresBackward[] = "attn_ext::additive_scores_backward";
+using AdditiveScoresBackward = Function<
+    kAdditiveScoresBackward,
+    std::tuple<Tensor, Tensor>(
+        const Tensor& grad_scores,
+        const Tensor& query,
+        const Tensor& keys,
+        const OptionalTensor& prepared_keys,
+        const Tensor& v,
+        const OptionalTensor& lengths,
+        const OptionalTensor& mask,
+        std::array<bool, 2> wanted)>;
 
 }  // namespace attn_ext

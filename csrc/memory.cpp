@@ -152,9 +152,8 @@ struct Keys {
     if (!v) {
       return {};
     }
-    static const auto prepare_keys = find<Tensor(const Tensor&)>("attn_ext::prepare_keys");
     const Tensor keys = project_memory(memory, Parts(*weight, memory, true).of_keys, bias, hidden);
-    return {keys, keys.is_cpu() ? prepare_keys.call(keys) : Tensor()};  // a GPU's kernels take the exponentials as they read
+    return {keys, keys.is_cpu() ? PrepareKeys::call(keys) : Tensor()};  // a GPU's kernels take the exponentials as they read
   }
 };
 
@@ -303,20 +302,11 @@ struct Node : torch::autograd::Function<Node> {
 
   static std::tuple<Tensor, Tensor> grad_keys_and_v(
       const std::vector<Step>& steps, const variable_list& saved, const Wanted& wanted) {
-    static const auto op = find<std::tuple<Tensor, Tensor>(
-        const Tensor&,
-        const Tensor&,
-        const Tensor&,
-        const OptionalTensor&,
-        const Tensor&,
-        const OptionalTensor&,
-        const OptionalTensor&,
-        std::array<bool, 2>)>("attn_ext::additive_scores_backward");
     // A mask by query is of a step's queries, not of all steps'; what it hides from each of them may hold anything.
     const Tensor& mask = saved[kMask];
     const Tensor seen = mask.defined() && mask.dim() == 3 ? at::any(mask, 1) : mask;
     const bool of_keys = wants_keys(wanted);
-    auto [grad_keys, grad_v] = op.call(
+    auto [grad_keys, grad_v] = AdditiveScoresBackward::call(
         joined(each(steps, &Step::grad_scores)),
         joined(each(steps, &Step::query)),
         saved[kKeys],
@@ -353,18 +343,7 @@ struct Arguments {
 
   // Of a projected query: context, weights, log-sum-exp, and the first two unrounded.
   auto attend(const Tensor& query, bool with_weights, NeedExact need_exact) const {
-    static const auto op = find<Forwards(
-        const Tensor&,
-        const OptionalTensor&,
-        const OptionalTensor&,
-        const OptionalTensor&,
-        const Tensor&,
-        const OptionalTensor&,
-        const OptionalTensor&,
-        double,
-        bool,
-        NeedExact)>("attn_ext::step_attention");
-    return op.call(query, keys, prepared_keys, v, memory, lengths, mask, scale, with_weights, need_exact);
+    return StepAttention::call(query, keys, prepared_keys, v, memory, lengths, mask, scale, with_weights, need_exact);
   }
 };
 
@@ -442,25 +421,11 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
       const Tensor& grad_context,
       const Tensor& grad_weights,
       variable_list& grads) {
-    static const auto op = find<std::tuple<Tensor, Tensor>(
-        const OptionalTensor&,
-        const OptionalTensor&,
-        const Tensor&,
-        const OptionalTensor&,
-        const OptionalTensor&,
-        const OptionalTensor&,
-        const Tensor&,
-        const OptionalTensor&,
-        const OptionalTensor&,
-        double,
-        const OptionalTensor&,
-        const OptionalTensor&,
-        const Tensor&)>("attn_ext::step_attention_backward");
     const at::NoGradGuard no_grad;
     const BelowAutograd guard;
     const Tensor &query = saved[kQuery], &query_weight = saved[kQueryWeight], &weights = saved[kWeights];
     const Tensor& projected = query_weight.defined() ? saved[kProjected] : query;
-    const auto [grad_query, grad_scores] = op.call(
+    const auto [grad_query, grad_scores] = StepAttentionBackward::call(
         if_defined(grad_context),
         if_defined(grad_weights),
         projected,

@@ -95,16 +95,26 @@ void check_range(const Tensor& lengths, int64_t S) {
   }
 }
 
+void check_type(const char* name, const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      name,
+      " is ",
+      type,
+      "; needed is float32, float64, bfloat16 or float16");
+}
+
+void check_keys(const Tensor& keys) {
+  TORCH_CHECK_VALUE(keys.dim() == 3, "keys has shape ", keys.sym_sizes(), ", needed is [B, S, A]");
+}
+
 template <class Size>
 Sizes<Size> check(const Inputs& inputs) {
   const Tensor& query = inputs.query;
   const Tensor& memory = inputs.memory;
   const auto type = query.scalar_type();
-  TORCH_CHECK_TYPE(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-      "query is ",
-      type,
-      "; needed is float32, float64, bfloat16 or float16");
+  check_type("query", query);
   TORCH_CHECK_VALUE(
       query.dim() == 3 || query.dim() == 2, "query has shape ", query.sym_sizes(), ", needed is [B, T, size] or [B, size]");
   TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
@@ -268,13 +278,8 @@ struct Attention<Size, std::index_sequence<i...>> {
 
 template <class Size>
 Tensor prepare_keys(const Tensor& keys) {
-  const auto type = keys.scalar_type();
-  TORCH_CHECK_TYPE(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-      "keys is ",
-      type,
-      "; needed is float32, float64, bfloat16 or float16");
-  TORCH_CHECK_VALUE(keys.dim() == 3, "keys has shape ", keys.sym_sizes(), ", needed is [B, S, A]");
+  check_type("keys", keys);
+  check_keys(keys);
   const auto sizes = sizes_of<Size>(keys);
   Tensor prepared = empty(ArrayRef<Size>{sizes[0], sizes[1], prepared_size(sizes[2])}, accumulation_type(keys), keys);
   if constexpr (kHasData<Size>) {
@@ -349,7 +354,7 @@ std::tuple<Tensor, Tensor> additive_scores_backward(
     const OptionalTensor& mask,
     std::array<bool, 2> wanted) {
   // No values take part: of the rows of memory, none has an element.
-  TORCH_CHECK_VALUE(keys.dim() == 3, "keys has shape ", keys.sym_sizes(), ", needed is [B, S, A]");
+  check_keys(keys);
   const Tensor none = keys.narrow(2, 0, 0);
   const Gradients gradients = backward_of_scores<Size>(
       {query, &keys, &v, none, lengths, mask, 1.0, if_given(prepared_keys)},
@@ -402,8 +407,8 @@ bool takes_context(Method method, const Tensor& query, const Tensor& memory) {
 // B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; keyed: query [B, T, D], keys [B, S, D], values [B, S, Dm];
 // additive: query [B, T, A], keys [B, S, A], v [A], values [B, S, Dm]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query
 // [B, D] is one decoder step: no result has the T then. weights has no elements if need_weights is false, nor has a gradient that
-// is not wanted. need_exact: of halves, exact is [context, weights] as they were accumulated, in float32, where those are wanted;
-// where they were not rounded there is none. A backward takes them. Of several queries of a few steps it need not have the context.
+// is not wanted. need_exact: which of context and weights a backward will take as they were accumulated; of halves, `exact` has
+// them, in float32, and otherwise it is empty. Not every backward reads the context: takes_context().
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
       "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights,"

@@ -52,7 +52,16 @@ struct Projected {
   }
 };
 
-// additive with a v, keyed dot with keys alone, dot without either.
+// f(op, its tensors ...): additive with a v, keyed dot with keys alone, dot without either.
+template <class F>
+auto with_op(const Projected& projected, const OptionalTensor& v, const Tensor& memory, const F& f) {
+  const auto& [query, keys] = projected;
+  if (v) {
+    return f(AdditiveOp(), query, keys, *v, memory);
+  }
+  return keys.defined() ? f(KeyedDotOp(), query, keys, memory) : f(DotOp(), query, memory);
+}
+
 Forwards attend(
     const Projected& projected,
     const OptionalTensor& v,
@@ -60,20 +69,14 @@ Forwards attend(
     const Options& options,
     bool need_weights,
     NeedExact need_exact) {
-  const auto& [query, keys] = projected;
   const auto& [_, lengths, mask, scale] = options;
-  if (v) {
-    return AdditiveOp::forward(query, keys, *v, memory, lengths, mask, scale, need_weights, need_exact);
-  }
-  if (keys.defined()) {
-    return KeyedDotOp::forward(query, keys, memory, lengths, mask, scale, need_weights, need_exact);
-  }
-  return DotOp::forward(query, memory, lengths, mask, scale, need_weights, need_exact);
+  return with_op(projected, v, memory, [&]<class Op>(Op, const auto&... tensors) {
+    return Op::forward(tensors..., lengths, mask, scale, need_weights, need_exact);
+  });
 }
 
 bool takes_context(const Projected& projected, const OptionalTensor& v, const Tensor& memory) {
-  const auto method = v ? AdditiveOp::kMethod : projected.keys.defined() ? KeyedDotOp::kMethod : DotOp::kMethod;
-  return takes_context(method, projected.query, memory);
+  return with_op(projected, v, memory, []<class Op>(Op, const auto&... tensors) { return Op::takes_context(tensors...); });
 }
 
 // The op's gradients of what met, where wanted: query and keys as they were projected.

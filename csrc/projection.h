@@ -1,5 +1,5 @@
-// The products with a weight around the ops, and their gradients. They run beneath autograd, which has nodes of its own for what
-// they are part of (projected.cpp, memory.cpp).
+// The products with a weight around the ops, and their gradients. All but differentiably() run beneath autograd, which has nodes of
+// its own for what they are part of (projected.cpp, memory.cpp).
 #pragma once
 
 #include "attention.h"
