@@ -16,6 +16,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// The next multiple of b.
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
 // What a query's score with a source step is: q . m, q . k, or v . tanh(q + k).
 enum class Method { Dot, KeyedDot, Additive };
 

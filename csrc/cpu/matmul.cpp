@@ -69,7 +69,7 @@ View matrix_view(const Tensor& matrix) {
 
 // Of `size`, as even as can be.
 int64_t part_of(int64_t size, int64_t multiple) {
-  return ceil_div(ceil_div(size, ceil_div(size, kBlock)), multiple) * multiple;
+  return round_up(ceil_div(size, ceil_div(size, kBlock)), multiple);
 }
 
 Matmul product_of(const Tensor& a, const Tensor& b) {
@@ -118,7 +118,7 @@ void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
   call.width = part_of(call.columns, kLeastBlock);
   while (call.items() < 2 * at::get_num_threads() && std::max(call.height, call.width) > kLeastBlock) {
     if (call.width >= call.height) {
-      call.width = ceil_div(call.width / 2, kLeastBlock) * kLeastBlock;
+      call.width = round_up(call.width / 2, kLeastBlock);
     } else {  // as even as can be: no thread is to wait for another
       call.height = std::max(ceil_div(call.height, 2), kLeastBlock);
     }

@@ -16,8 +16,8 @@ constexpr int64_t kTanhCost = 8;
 // Items of less than that are taken several at a time, an eighth of it.
 constexpr int64_t kPartsOfGrain = 8;
 
-// What dividing an item's queries once more takes for a part, whose tiles are read again and whose gradients are merged: queries,
-// twice as many where no thread would be without work, since the products of fewer are slower; and multiply-adds.
+// The least that a part has where an item's queries are divided, since each part reads the tiles again and gradients are merged:
+// queries, twice as many where every thread has work anyhow, since the products of fewer are slower; and multiply-adds.
 constexpr int64_t kLeastQueries = 8;
 constexpr int64_t kQueriesGrain = 8 * kGrain;
 
@@ -29,8 +29,8 @@ constexpr int64_t kLeastSteps = 64, kSplitMultiple = 8;
 constexpr double kWait = 1.15;
 constexpr double kWaitForMerges = 1.5;
 
-// Bytes of a memory, keys included, that a second-level cache is not trusted to keep from one step of a decoder to the next, whose
-// products go through it too; and those of any tensor that no cache is trusted with.
+// A memory of so many bytes, keys included, has left the second-level cache by a decoder's next step, whose products go through it
+// too; a tensor of so many is in no cache.
 constexpr int64_t kFarMemory = int64_t{1} << 19;
 constexpr int64_t kLarge = int64_t{1} << 24;
 
@@ -80,12 +80,12 @@ inline int64_t group_of(const Problem& problem, int64_t bytes) {
   if (problem.steps <= most) {
     return most;
   }
-  return ceil_div(ceil_div(problem.steps, ceil_div(problem.steps, most)), 4) * 4;
+  return round_up(ceil_div(problem.steps, ceil_div(problem.steps, most)), 4);
 }
 
 // How many parts, at most `most`, each of some items is best divided into, as if all were alike: the fewest with which the threads'
 // time is within `wait`, or those with which it is shortest.
-inline int64_t parts_of(int64_t items, int64_t threads, int64_t most, double wait) {
+inline int64_t divisions_of(int64_t items, int64_t threads, int64_t most, double wait) {
   const auto time = [&](int64_t parts) {
     return static_cast<double>(ceil_div(items * parts, threads) * threads) / (items * parts);
   };
@@ -121,15 +121,15 @@ inline Plan plan_of(
   const bool may_be_short = plan.chunk < 2 * kMany && !problem.is_one_query();
   const int64_t shortest = may_be_short ? std::min(plan.tile, kLeastSteps) : plan.tile;
   const int64_t most_splits = std::max<int64_t>(std::min(work / kGrain, ceil_div(problem.steps, shortest)), 1);
-  const int64_t splits = may_split ? parts_of(groups, threads, most_splits, kWaitForMerges) : 1;
+  const int64_t splits = may_split ? divisions_of(groups, threads, most_splits, kWaitForMerges) : 1;
   const int64_t split = ceil_div(problem.steps, splits);
-  plan.split_size = std::max<int64_t>(ceil_div(split, kSplitMultiple) * kSplitMultiple, kSplitMultiple);
+  plan.split_size = std::max(round_up(split, kSplitMultiple), kSplitMultiple);
   plan.split_tiles = ceil_div(plan.split_size, plan.tile);
   plan.splits = std::max<int64_t>(ceil_div(problem.steps, plan.split_size), 1);
   const int64_t items = groups * plan.splits;
   const int64_t queries = items < threads ? kLeastQueries : 2 * kLeastQueries;
   const int64_t most = std::min(work / plan.splits / kQueriesGrain, plan.chunk / queries);
-  const int64_t parts = parts_of(items, threads, most, wait_for_queries);
+  const int64_t parts = divisions_of(items, threads, most, wait_for_queries);
   if (parts > 1) {
     plan.chunk = ceil_div(plan.chunk, parts);
     plan.chunks = ceil_div(problem.queries, plan.chunk);

@@ -17,8 +17,8 @@ struct Work {
 };
 
 // run(item, slot) for every item, then `then(slots)`. A slot is a worker's, or an item's own if it is to be kept for `then`.
-template <class Run, class Then>
-void run_items(const Work& work, size_t slot_size, bool keeps_slots, const Run& run, const Then& then) {
+template <class RunItem, class Then>
+void run_items(const Work& work, size_t slot_size, bool keeps_slots, const RunItem& run, const Then& then) {
   const auto [items, multiply_adds] = work;
   const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(multiply_adds / items, 1), 1);
   const int64_t workers = at::in_parallel_region() ? 1 : std::min<int64_t>(ceil_div(items, grain), at::get_num_threads());

@@ -5,7 +5,7 @@
 // sources differ, often in order, and a core may be slow, or late to wake. An item's results are the same whoever runs it.
 #pragma once
 
-#include "plan.h"
+#include "../problem.h"
 
 #include <algorithm>
 #include <atomic>
@@ -32,8 +32,8 @@ class WorkStealing {
   }
 
   // Calls run(item) for each item that falls to `worker`, of whom each calls this once.
-  template <class Run>
-  void work(int64_t worker, const Run& run) {
+  template <class RunItem>
+  void work(int64_t worker, const RunItem& run) {
     for (int64_t i = 0; i < workers_; ++i) {
       const bool is_own = i == 0;
       Range& range = ranges_[(worker + i) % workers_];

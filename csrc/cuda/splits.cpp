@@ -56,7 +56,7 @@ Splits split_steps(const Problem& problem, int64_t processors, int64_t blocks, i
   Splits soonest{};
   const auto consider = [&](int64_t wanted, int64_t width) {
     int64_t steps = ceil_div(problem.steps, std::max<int64_t>(wanted, 1));
-    steps = steps < kSplitSteps ? steps : ceil_div(steps, kSplitSteps) * kSplitSteps;
+    steps = steps < kSplitSteps ? steps : round_up(steps, kSplitSteps);
     steps = std::clamp<int64_t>(steps, 1, most_steps);
     const int64_t count = std::max<int64_t>(ceil_div(problem.steps, steps), 1), all = problem.batch * count;
     const int64_t waves = ceil_div(all, processors * (blocks / width));

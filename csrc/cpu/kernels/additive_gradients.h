@@ -117,7 +117,7 @@ class AdditiveGradient : public AdditiveScore<element> {
     constexpr int most = kAccumulators / 3;
     const Vec<acc> half(0.5);
     for_blocks<most>(count, [&](auto rows, int64_t t0) {
-      for_blocks<most / rows.value>((this->size_ + lanes - 1) / lanes, [&](auto width, int64_t vector) {
+      for_blocks<most / rows.value>(ceil_div(this->size_, lanes), [&](auto width, int64_t vector) {
         const int64_t a = vector * lanes;
         const acc* query = half_exponentials_.addresses()[first + t0] + a;
         const acc* scores = grad_scores + t0 * scores_stride;

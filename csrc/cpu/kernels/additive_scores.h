@@ -29,7 +29,7 @@ class Exponentials {
   // `size` in whole blocks.
   static int64_t shared_size(int64_t size) {
     constexpr int64_t block = kMostShared * Vec<acc>::size();
-    return (size + block - 1) / block * block;
+    return round_up(size, block);
   }
 
   template <class Scale>
@@ -262,7 +262,7 @@ class AdditiveScore {
               for (int n = 0; n < shared; ++n) {
                 x[n] = at::vec::fmadd(query[n], Vec<acc>::loadu(k[j] + a + n * lanes), inverse_v[n]);
               }
-              const auto numerator = share_denominator<shared, acc>(x);
+              const auto numerator = sum_of_reciprocals<shared, acc>(x);
               sums[i][j] = add_quotient<divides, acc>(sums[i][j], numerator, x[0]);
             }
           }

@@ -33,6 +33,11 @@ struct Item {
   int64_t queries;
   int64_t first_step;
   int64_t end_step;
+
+  // Of a tensor [B, T, ...].
+  int64_t first_row(const Problem& problem) const {
+    return batch * problem.queries + first_query;
+  }
 };
 
 // a / b of no negative numbers. Of 64 bits it takes the processor as long as a short row's whole softmax.
@@ -42,14 +47,14 @@ inline int64_t quotient(int64_t a, int64_t b) {
 
 struct Plan {
   int64_t tile;          // source steps per tile, a multiple of every vector's width
-  int64_t group;         // source steps that one query takes at a time, a multiple of 4
+  int64_t group;         // source steps that one query takes at a time, a multiple of 4; of several queries 0
   int64_t chunk;         // queries per item, of a forward's at most kChunk
   int64_t chunks;        // items along T
   int64_t split_size;    // source steps per item
   int64_t splits;        // items along S
   int64_t split_tiles;   // tiles per item, at most
   bool fetches;          // what few queries read may be far: what comes next is asked for ahead
-  bool overlaps;         // it is: one query leaves what is to be done with a group's rows for the next group's reading
+  bool overlaps;         // the memory is large: one query does what is left of a group beside the next one's reading
   bool streams;          // results too large to stay near go past the caches: the gradients of few queries' keys and memory,
   bool streams_queries;  // and few steps' contexts and gradients of queries
 

@@ -59,7 +59,7 @@ struct Factors<Pair> {
   using Vector = __m512i;
 
   static int64_t elements(int64_t size) {
-    return (size + 2 * kPairsAtOnce - 1) / (2 * kPairsAtOnce) * kPairsAtOnce;
+    return ceil_div(size, 2 * kPairsAtOnce) * kPairsAtOnce;
   }
 
   static Vector load(const Pair* from, int64_t count = 16) {
@@ -147,8 +147,8 @@ inline void lost_by_rounding(float* to, const float* row, int64_t count) {
   });
 }
 
-// Lets a row's sum be, rounded, what it is: the smallest number that does not change its sign by it, whose next rounding is the
-// least, takes back what is gained.
+// Keeps a row's sum through rounding: what rounding adds is taken off the smallest number that keeps its sign by it, whose own
+// rounding errs least.
 inline void keep_sum(float* row, int64_t count) {
   const float gained = gained_by_rounding(row, count);
   constexpr float none = std::numeric_limits<float>::infinity();

@@ -17,7 +17,7 @@ class GradientRows {
         dtype_(problem.dtype),
         steps_(problem.steps),
         size_(size),
-        streams_(plan.streams && reinterpret_cast<uintptr_t>(out) % 64 == 0 && size % (2 * Vec<acc>::size()) == 0),
+        streams_(plan.streams && reinterpret_cast<uintptr_t>(out) % kLine == 0 && size % (2 * Vec<acc>::size()) == 0),
         in_place_(dtype_ == kAccumulated<acc> && !streams_),
         stride_(padded<acc>(size)),
         scratch_(out == nullptr || in_place_ ? nullptr : arena.take<acc>(at_once * stride_)) {}
@@ -134,7 +134,7 @@ class GradientRows {
           result[1] = at::vec::fmadd(factors[1][r], x[1][1], result[1]);
         }
         store_two<streams>(to[r] + d, result, filled);
-        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
+        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += kLine) {
           fetch(next[r] + d * sizeof(scalar) + at);
         }
       }

@@ -38,8 +38,8 @@ void mask_scores(
   }
 }
 
-// The weights of a query whose scores come to no number: nor do they, but for those of what it does not attend, which would be no 0
-// times such a sum.
+// The weights of a query one of whose scores is NaN: so are they, but for those of what it does not attend, which NaN times 0 would
+// not leave at 0.
 template <class acc>
 void spoil_weights(acc* row, const Problem& problem, int64_t b, int64_t t, const Tile& tile) {
   for (int64_t j = 0; j < tile.count; ++j) {
@@ -326,7 +326,7 @@ struct AttentionForward {
   }
 
   static void finish(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
-    const int64_t first_row = item.batch * f.problem.queries + item.first_query;
+    const int64_t first_row = item.first_row(f.problem);
     store_logsumexp(static_cast<acc*>(f.logsumexp) + first_row, slot, rows);
     if (slot.rounds) {
       round_results(f, item, rows, slot);
@@ -335,14 +335,14 @@ struct AttentionForward {
 
   // As they are accumulated.
   static acc* context_of(const Forward& f, const Item& item) {
-    return static_cast<acc*>(f.exact_context) + (item.batch * f.problem.queries + item.first_query) * f.problem.memory_size;
+    return static_cast<acc*>(f.exact_context) + item.first_row(f.problem) * f.problem.memory_size;
   }
 
   static void round_results(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
     const Problem& problem = f.problem;
     const acc* context = f.exact_context == nullptr ? slot.context : context_of(f, item);
     const int64_t stride = f.exact_context == nullptr ? slot.context_stride : problem.memory_size;
-    const int64_t first_row = item.batch * problem.queries + item.first_query;
+    const int64_t first_row = item.first_row(problem);
     const int64_t size = problem.memory_size;
     for (int64_t t = rows.first; t < rows.end; ++t) {
       write_row(f.plan.streams_queries, problem.dtype, f.context, (first_row + t) * size, context + t * stride, size);
@@ -366,7 +366,7 @@ struct AttentionForward {
   static void enter(Slot& slot, acc* scores, int64_t queries, int64_t steps, bool first) {
     const int64_t stride = slot.stride;
     if (steps == 1 && first) {
-      // exp(0), which is no number where the score is none or infinite.
+      // exp(0), or NaN where the score is NaN or infinite.
       for (int64_t t = 0; t < queries; ++t) {
         acc& score = scores[t * stride];
         slot.row_max[t] = score;
@@ -506,7 +506,7 @@ struct AttentionBackward {
     Slot slot(f, base);
     const MatrixTiles matrix_tiles(slot.work.by_tiles);
     if (slot.query_in_place) {
-      slot.grad_query = static_cast<acc*>(f.grad_query) + (item.batch * problem.queries + item.first_query) * slot.query_stride;
+      slot.grad_query = static_cast<acc*>(f.grad_query) + item.first_row(problem) * slot.query_stride;
     }
     if (f.grad_context.data != nullptr) {
       slot.grad_context.load(item.batch, item.first_query, item.queries);
@@ -578,7 +578,7 @@ struct AttentionBackward {
   static void merge_queries(const Backward& f, const Item& item, int64_t begin, int64_t end, const Slot& first, size_t slot_size) {
     const Problem& problem = f.problem;
     for (int64_t t = begin; f.grad_query != nullptr && t < end; ++t) {
-      const int64_t row = item.batch * problem.queries + item.first_query + t;
+      const int64_t row = item.first_row(problem) + t;
       acc* share = first.grad_query + t * first.query_stride;
       if (f.plan.splits == 1) {
         write_row(f.plan.streams_queries, problem.dtype, f.grad_query, row * problem.key_size, share, problem.key_size);
@@ -671,7 +671,7 @@ struct AttentionBackward {
   }
 
   static StepsRow grad_scores_row(const Backward& f, const Item& item, int64_t t) {
-    return {kAccumulated<acc>, f.grad_scores, (item.batch * f.problem.queries + item.first_query + t) * f.problem.steps};
+    return {kAccumulated<acc>, f.grad_scores, (item.first_row(f.problem) + t) * f.problem.steps};
   }
 
   static void find_grad_scores(

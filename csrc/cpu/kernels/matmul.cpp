@@ -8,8 +8,8 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Elsewhere they are PyTorch's (capability.cpp). Where there are products of bfloat16 too, those of floats are the same, but for
-// matrix tiles.
+// Elsewhere they are PyTorch's (capability.cpp). With AVX512_BF16 they are those of AVX512, whose products of floats are the same;
+// AMX has its own.
 #if defined(CPU_CAPABILITY_AVX512) && (!defined(__AVX512BF16__) || defined(__AMX_BF16__))
 
 namespace {

@@ -1,6 +1,6 @@
-// The products of products.h by matrix tiles (matrix_tiles.h). Their left factor has its pairs along a row, their right one, a panel of
-// columns, from row to row, so that a tile's lines lie one behind the other and share no set of the cache. Pairs of bfloat16 stand
-// so in a query or a memory; rows of floats are taken into their parts, block by block.
+// The products of products.h by matrix tiles (matrix_tiles.h). Their left factor has its pairs along a row, their right one, a
+// panel of columns, from row to row, so that a tile's lines lie one behind the other and share no set of the cache. Pairs of
+// bfloat16 stand so in a query or a memory; rows of floats are taken into their parts, block by block.
 #pragma once
 
 #include "operands.h"

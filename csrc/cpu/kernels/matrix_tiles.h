@@ -12,7 +12,7 @@ constexpr int64_t kTileRows = 16;
 
 // `count` filled up to whole tiles.
 constexpr int64_t whole_tiles(int64_t count) {
-  return ceil_div(count, kTileRows) * kTileRows;
+  return round_up(count, kTileRows);
 }
 
 // Whether products of `element` go by them.

@@ -3,8 +3,8 @@
 
 #include "cache.h"
 #include "factors.h"
-#include "rows.h"
 #include "matrix_tiles.h"
+#include "rows.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 

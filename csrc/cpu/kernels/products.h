@@ -8,12 +8,12 @@
 // rows go its way too, over b transposed block by block; those of few rows, whose transposition would not pay, sum along vectors.
 // Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
 // pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two. The processor's matrix
-// tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it (matrix_tile_products.h).
-// docs/performance.md says what was measured.
+// tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it
+// (matrix_tile_products.h). docs/performance.md says what was measured.
 #pragma once
 
-#include "operands.h"
 #include "matrix_tile_products.h"
+#include "operands.h"
 #include "transpose.h"
 #include "vec.h"
 
@@ -48,9 +48,9 @@ void for_blocks(int64_t count, const F& f) {
 // The same, but as even as blocks of at most `block` can be: a last one of a single row would wait for its own results.
 template <int block, class F>
 void for_even_blocks(int64_t count, const F& f) {
-  const int64_t blocks = (count + block - 1) / block;
+  const int64_t blocks = ceil_div(count, block);
   for (int64_t left = blocks, first = 0; left > 0; --left) {
-    const int64_t rows = (count - first + left - 1) / left;
+    const int64_t rows = ceil_div(count - first, left);
     [&]<int... n>(std::integer_sequence<int, n...>) {
       (void)((rows == n + 1 && (f(std::integral_constant<int, n + 1>(), first), true)) || ...);
     }(std::make_integer_sequence<int, block>());

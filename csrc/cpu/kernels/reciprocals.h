@@ -180,7 +180,7 @@ template <int shared, class acc, class Denominator>
 
 // numerator / x[0] = the sum of all 1 / x.
 template <int shared, class acc>
-inline Vec<acc> share_denominator(Vec<acc> (&x)[shared]) {
+inline Vec<acc> sum_of_reciprocals(Vec<acc> (&x)[shared]) {
   Vec<acc> numerators[shared / 2];
 #pragma GCC unroll 2
   for (int i = 0; i < shared / 2; ++i) {

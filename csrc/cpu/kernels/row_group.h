@@ -155,7 +155,7 @@ class RowGroup {
         fetches_(plan.fetches),
         view_(view),
         size_(size),
-        line_(64 / width_of(dtype)),
+        line_(kLine / width_of(dtype)),
         in_place_(view.element == 1 || size <= 1),
         is_long_(size * width_of(dtype) >= kLongRow),
         overlaps_(plan.overlaps && fetches_ && in_place_ && 2 * size * width_of(dtype) >= kLongRow),
@@ -196,10 +196,6 @@ class RowGroup {
     return count_;
   }
 
-  bool in_place() const {
-    return in_place_;
-  }
-
   const void* address(int64_t r) const {
     return rows_[r];
   }
@@ -226,7 +222,7 @@ class RowGroup {
   // For whoever reads one vector of features after the other, of which a line may have several; of `scalar` where that is known.
   template <class scalar = char>
   [[gnu::always_inline]] void fetch_next_line(int64_t r, int64_t d) const {
-    constexpr bool is_line = Vec<acc>::size() * sizeof(scalar) >= 64;
+    constexpr bool is_line = Vec<acc>::size() * sizeof(scalar) >= kLine;
     if (is_line || (d & (line_ - 1)) == 0) {
       fetch_next(r, d);
     }
@@ -234,7 +230,7 @@ class RowGroup {
 
   // From feature d on.
   void fetch_rest_of_next(int64_t r, int64_t d) const {
-    for (const int64_t line = 64 / width_of(source_); d < size_; d += line) {
+    for (const int64_t line = kLine / width_of(source_); d < size_; d += line) {
       fetch_next(r, d);
     }
   }
@@ -414,7 +410,7 @@ class RowGroup {
     }
     for_twos<acc>(size_, [&](int64_t d, auto count) __attribute__((always_inline)) {
       const auto ask = [&](int r) __attribute__((always_inline)) {
-        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += 64) {
+        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += kLine) {
           fetch(later[r] + d * sizeof(scalar) + at);
         }
       };

@@ -37,7 +37,7 @@ struct Part {
   acc& sum;
   acc* context;
 
-  // Another part's joins it. No number stays none.
+  // Another part's joins it. NaN stays NaN.
   void absorb(const Part& other, int64_t size) const {
     const acc most = max == kNothing<acc> ? other.max : std::max(max, other.max);
     if (most == kNothing<acc>) {
@@ -51,8 +51,8 @@ struct Part {
   }
 };
 
-// A tile's weights out of its scores, filled up to whole vectors, and their log-sum-exp; returns their sum, which is never 0. The
-// log-sum-exp is rounded, and so would be the sum, by as much as it is large: weights that are all there are want dividing by it.
+// A tile's weights out of its scores, filled up to whole vectors, and the row's log-sum-exp; returns their sum. The log-sum-exp is
+// rounded by as much as it is large, and the weights with it: those of a whole row want dividing by their sum, which is near 1.
 template <class acc>
 acc recompute_softmax(acc* row, int64_t steps, acc logsumexp) {
   const int64_t count = whole_vectors<acc>(steps);

@@ -72,11 +72,6 @@ constexpr bool kComesApart = std::is_same_v<scalar, c10::BFloat16>;
 template <class scalar>
 constexpr bool kComesApart = false;
 
-template <class acc, class scalar>
-inline void load_apart(Vec<acc> (&)[2], const scalar*) {}
-
-template <class acc>
-inline void join(Vec<acc> (&)[2]) {}
 #endif
 
 // Whether all of two vectors are there, as for_twos() tells by the type of its count.
@@ -93,7 +88,7 @@ template <class acc, class scalar, class Count>
   }
 }
 
-// Two vectors of bfloat16, where pairs of them have a product of their own. It takes subnormal numbers for zeros.
+// What such a product takes: pairs, of bfloat16. Its instruction takes subnormal numbers for zeros.
 template <class scalar>
 using Paired = std::conditional_t<std::is_same_v<scalar, c10::BFloat16>, Pair, scalar>;
 

@@ -27,14 +27,13 @@ constexpr Dtype kAccumulated = std::is_same_v<acc, double> ? Dtype::Double : Dty
 template <class acc>
 constexpr int64_t padded(int64_t size) {
   constexpr int64_t line = 64 / sizeof(acc);
-  return ((size + line - 1) / line | 1) * line;
+  return (ceil_div(size, line) | 1) * line;
 }
 
 // `count` filled up to whole vectors.
 template <class acc>
 constexpr int64_t whole_vectors(int64_t count) {
-  constexpr int64_t lanes = Vec<acc>::size();
-  return (count + lanes - 1) / lanes * lanes;
+  return round_up(count, Vec<acc>::size());
 }
 
 // f(first, count) over vectors of `size` elements. All counts but the last, of what is left, are constants: a load of less than a
