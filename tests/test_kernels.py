@@ -1,4 +1,4 @@
-"""The CPU kernels by themselves (tests/kernels/check.cpp): under sanitizers, and compiled for another processor."""
+"""The CPU kernels by themselves (tests/kernels/check*.cpp): under sanitizers, and compiled for another processor."""
 
 from __future__ import annotations
 
@@ -23,20 +23,36 @@ def assert_passes(*command: str, **environment: str) -> None:
     assert process.stdout.endswith(" problems, 0 failed\n")
 
 
-@pytest.mark.fused
-def test_under_sanitizers() -> None:
-    """No read or write out of bounds, however odd the sizes, the strides and the division of the work."""
+def sanitized(name: str, sources: tuple[str, ...], capability: str) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-    program = compile_program(
-        "check-sanitized",
+    return compile_program(
+        name,
         compiler,
-        SOURCES,
-        (*KERNELS_FLAGS, *of_capability(running_capability()), "-O1", "-g1", *sanitizers),
+        sources,
+        (*KERNELS_FLAGS, *of_capability(capability), "-O1", "-g1", *sanitizers),
         (f"-L{LIBRARIES}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{LIBRARIES}"),
     )
+
+
+@pytest.mark.fused
+def test_under_sanitizers() -> None:
+    """No read or write out of bounds, however odd the sizes, the strides and the division of the work."""
+    program = sanitized("check-sanitized", SOURCES, running_capability())
+    assert_passes(str(program), "1", "400", ASAN_OPTIONS="detect_leaks=0")
+
+
+@pytest.mark.fused
+def test_projections_under_sanitizers() -> None:
+    """The same of the products with a weight, by the kernels that there are with AVX-512 and with AMX."""
+    capability = running_capability()
+    if not capability.startswith("avx512"):
+        pytest.skip(f"projections have kernels of their own with AVX-512, not with {capability}")
+    capability = "avx512_amx" if capability == "avx512_amx" else "avx512"  # with AVX512_BF16 they are AVX512's
+    sources = ("csrc/cpu/kernels/matmul.cpp", "tests/kernels/check_matmul.cpp")
+    program = sanitized("check-matmul-sanitized", sources, capability)
     assert_passes(str(program), "1", "400", ASAN_OPTIONS="detect_leaks=0")
 
 

@@ -6,21 +6,15 @@
 #include "../../csrc/cpu/plan.h"
 #include "../../csrc/cpu/work_stealing.h"
 #include "op.h"
+#include "problems.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
-#include <random>
 #include <thread>
 #include <vector>
-
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace attn_ext::cpu {
 namespace {
@@ -28,32 +22,6 @@ namespace {
 using Doubles = std::vector<double>;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : engine_(seed) {}
-
-  int64_t upto(int64_t least, int64_t most) {
-    return std::uniform_int_distribution<int64_t>(least, most)(engine_);
-  }
-
-  bool chance(double probability) {
-    return std::uniform_real_distribution<>()(engine_) < probability;
-  }
-
-  // Numbers of a normal distribution.
-  auto normals(double size) {
-    return [this, size] { return size * std::normal_distribution<>()(engine_); };
-  }
-
-  template <class T>
-  T of(std::initializer_list<T> choices) {
-    return choices.begin()[upto(0, static_cast<int64_t>(choices.size()) - 1)];
-  }
-
- private:
-  std::mt19937_64 engine_;
-};
 
 Op random_op(Random& random) {
   const Method method = random.of({Method::Additive, Method::Additive, Method::Dot, Method::KeyedDot});
@@ -252,7 +220,7 @@ bool check_parts(Random& random) {
   const auto wait = [&](int64_t parts) {
     return ceil_div(items * parts, threads) * static_cast<double>(threads) / (items * parts);
   };
-  const int64_t parts = parts_of(items, threads, most, kWait);
+  const int64_t parts = divisions_of(items, threads, most, kWait);
   bool ok = parts >= 1 && parts <= std::max<int64_t>(most, 1);
   for (int64_t fewer = 1; fewer < parts; ++fewer) {
     ok = ok && wait(parts) <= wait(fewer);
@@ -583,25 +551,5 @@ bool check(uint64_t seed) {
 }  // namespace attn_ext::cpu
 
 int main(int count, char** arguments) {
-  if (count != 3) {
-    std::fprintf(stderr, "usage: check SEED COUNT\n");
-    return 2;
-  }
-#if defined(__AMX_BF16__)
-  // Matrix tiles are the system's to allow: ARCH_REQ_XCOMP_PERM of their data.
-  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) {
-    std::fprintf(stderr, "check: the system does not allow matrix tiles\n");
-    return 2;
-  }
-#endif
-  const long first = std::atol(arguments[1]), problems = std::atol(arguments[2]);
-  int failed = 0;
-  for (long seed = first; seed < first + problems; ++seed) {
-    if (!attn_ext::cpu::check(seed)) {
-      std::printf("that was seed %ld\n", seed);
-      ++failed;
-    }
-  }
-  std::printf("%ld problems, %d failed\n", problems, failed);
-  return failed == 0 ? 0 : 1;
+  return attn_ext::cpu::check_problems(count, arguments, attn_ext::cpu::check);
 }
