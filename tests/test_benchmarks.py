@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bounds, compare, grid, guards, limits, load, report, table, targets, timing
+from benchmarks import bounds, compare, grid, guards, limits, load, report, standing, table, targets, timing
 from benchmarks.decoder import DecoderLoop
 from benchmarks.implementations import DIRECTIONS, EAGER, FUSED, METHODS, OPS, REFERENCE, Call, Problem
 from benchmarks.shapes import GRID, GRID_COMPILED, GRID_SAMPLE, Shape, unnamed
@@ -453,3 +453,86 @@ def test_a_comparison_as_a_program(results: Path, tmp_path: Path) -> None:
     assert "cannot be compared: they have no row in common" in mixed.stderr
     (tmp_path / "broken").write_text("{")
     assert "cannot be read" in python("-m", "benchmarks.compare", results, tmp_path / "broken", cwd=ROOT).stderr
+
+
+def recorded(
+    folder: Path, name: str, *rows: tuple[int, str, str, tuple[int, int, int, int], str, str, float, float | None]
+) -> str:
+    """A record of such findings in `folder`: target, kernel, direction, sizes, measure, unit, value, wanted."""
+    findings = [
+        report.Finding(*row[:3], Shape("", *row[3]), *row[4:6], Ratio(*[row[6]] * 3), row[7], at_most=row[0] == 4)
+        for row in rows
+    ]
+    data = {"settings": {"commit": "abc"}, "findings": [asdict(each) | {"verdict": each.verdict} for each in findings]}
+    (folder / f"{name}.json").write_text(json.dumps(data))
+    return name
+
+
+def test_a_table_of_the_docs_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes, peak = (8, 256, 256, 512), "share of the multiply-add peak"
+    rows = [
+        (2, "dot", direction, sizes, f"{peak}, {kept}", "%", value, 0.85)
+        for direction, kept, value in (
+            ("forward", "weights", 0.9),
+            ("forward", "no weights", 0.8),
+            ("backward", "weights", 0.7),
+            ("backward", "no weights", 0.6),
+        )
+    ]
+    rows += [
+        (2, "dot", "forward", sizes, "speed-up over eager", "x", 2.5, 2.0),
+        (2, "dot", "forward", sizes, "speed-up over SDPA, no weights", "x", 1.5, 2.0),
+        (2, "dot", "forward+backward", sizes, "speed-up over compiled", "x", 12.4, 2.0),
+        (2, "dot", "forward+backward", sizes, "speed-up over eager, no weights", "x", 2.0, 2.0),
+        (2, "torch.mm", "", sizes, peak, "%", 0.4, None),
+    ]
+    monkeypatch.setattr(standing, "RESULTS", tmp_path)
+    name = recorded(tmp_path, "targets", *rows)
+    steps = recorded(
+        tmp_path, "steps", (4, "dot", "GRU", sizes, "fused: time over that without attention", "x", 1.2, 1.1)
+    )
+    machines = [standing.Machine(machine, name, steps, grid="") for machine in "AB"]
+    monkeypatch.setattr(standing, "MACHINES", machines)
+    cell = "90, 70 (80, 60) %<br>2.50 e, 12 c (1.50 s, 2.00 e)"
+    assert list(standing.dot()) == ["| (B,T,S,D) | A | B |", "|---|---|---|", f"| (8,256,256,512) | {cell} | {cell} |"]
+    shares, ratios, decoders, total = list(standing.summary())[2:]
+    assert shares == f"| dot, many queries: share of the multiply-adds | 85 % |{' 80 to 90, 60 to 70 %: 1 of 4 |' * 2}"
+    assert ratios.endswith(f" | 2x |{' 1.50 to 2.50, 2.00 to 12: 3 of 4 |' * 2}")
+    assert decoders.endswith(f" | at most 1.1x |{' 1.20: 0 of 1 |' * 2}")
+    assert total == f"| all rows but the decoders' |  |{' 4 of 8 |' * 2}"
+    with pytest.raises(standing.NotARecordError, match="has no rows for Part"):
+        list(standing.one_query())
+
+
+def test_what_is_no_record_and_no_table_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(standing, "RESULTS", tmp_path)
+    with pytest.raises(standing.NotARecordError, match=r"missing\.json cannot be read"):
+        standing.record("missing")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(standing.NotARecordError, match="has none of the settings"):
+        standing.record("other")
+    with pytest.raises(standing.NotARecordError, match="has no findings"):
+        standing.findings(recorded(tmp_path, "empty"))
+    begin, end = "<!-- benchmarks.standing {} -->\n", "<!-- end -->"
+    for text, message in {
+        "no table": "it has no table",
+        begin.format("grid"): "or one without an end",
+        begin.format("nothing") + end: "there is no table nothing",
+        begin.format("grid") + begin.format("dot") + end: "table grid has no end",
+    }.items():
+        with pytest.raises(standing.NotARecordError, match=message):
+            standing.rewritten(text)
+
+
+def test_the_tables_as_a_program(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmarks.standing grid -->\n<!-- end -->\n")
+    assert python("-m", "benchmarks.standing", "--write", page, cwd=ROOT).returncode == 0
+    printed = python("-m", "benchmarks.standing", "grid", cwd=ROOT).stdout
+    table = printed.removeprefix("grid\n\n").rstrip("\n")
+    assert page.read_text() == f"<!-- benchmarks.standing grid -->\n{table}\n<!-- end -->\n"
+    page.write_text("no table")
+    process = python("-m", "benchmarks.standing", "--write", page, cwd=ROOT)
+    assert process.returncode == 1
+    assert "page.md cannot be made: it has no table" in process.stderr
+    assert "there is no table other" in python("-m", "benchmarks.standing", "other", cwd=ROOT).stderr
