@@ -455,6 +455,13 @@ def test_a_comparison_as_a_program(results: Path, tmp_path: Path) -> None:
     assert "cannot be read" in python("-m", "benchmarks.compare", results, tmp_path / "broken", cwd=ROOT).stderr
 
 
+def test_the_tables_of_the_docs_are_those_of_the_records() -> None:
+    """After a new record: `python -m benchmarks.standing --write docs/performance.md`."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert standing.rewritten(text) == text
+    assert [found.group(2) for found in standing.BLOCK.finditer(text)] == list(standing.TABLES)
+
+
 def recorded(
     folder: Path, name: str, *rows: tuple[int, str, str, tuple[int, int, int, int], str, str, float, float | None]
 ) -> str:
