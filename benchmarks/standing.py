@@ -56,7 +56,7 @@ MACHINES = (
     Machine(
         "Zen 4",
         targets="epyc-zen4-avx512_bf16-torch-2.13.0-e3aa71b-targets",
-        decoders="epyc-zen4-avx512_bf16-torch-2.13.0-29dccf1-training-steps",
+        decoders="epyc-zen4-avx512_bf16-torch-2.13.0-022e94c-training-steps",
         grid="epyc-zen4-avx512_bf16-torch-2.13.0-29dccf1-grid",
         report="epyc-zen4-avx512_bf16-torch-2.13.0-6c86b86-report",
         links=(("with AVX2", AVX2),),
