@@ -231,8 +231,12 @@ bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, cons
       b.front().size(-1) != out.size(1)) {
     return false;
   }
+  if (a_rows->empty()) {
+    out.zero_();
+    return true;
+  }
   Matmul call = sum_of(*a_rows, *b_rows, a, b, 1);
-  if (!is_worth_it(1, call.rows, std::max<int64_t>(call.depth, 1), call.columns)) {
+  if (!is_worth_it(1, call.rows, call.depth, call.columns)) {
     return false;
   }
   run(call, out, {});
@@ -252,6 +256,9 @@ Tensor sums_of_products(at::TensorList a, at::TensorList b, const SomeRows& rows
     return Tensor();
   }
   const Tensor out = at::empty({batch, size, columns}, b.front().options());
+  if (a_rows->empty()) {
+    return out.zero_();
+  }
   Matmul call = sum_of(*a_rows, *b_rows, a, b, batch);
   run(call, out, rows);
   return out;

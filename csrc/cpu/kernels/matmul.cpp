@@ -53,7 +53,7 @@ class Block {
     if (is_few_) {
       take_few_rows();
     } else {
-      for (int64_t k = 0; runs_ != end_runs_ && (k == 0 || k < call_.depth); k += kPanelDepth) {
+      for (int64_t k = 0; runs_ != end_runs_ && k < call_.depth; k += kPanelDepth) {
         add(k, std::min(kPanelDepth, call_.depth - k));
       }
     }
