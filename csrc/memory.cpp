@@ -41,11 +41,11 @@ using torch::autograd::variable_list;
 struct Step {
   Tensor weights, grad_context;  // undefined if none came in
   Tensor grad_scores;
-  Tensor query;        // as it met the memory
-  Tensor features;     // as it came,
-  Tensor grad_query;   // and the gradient of what its projection gave
-  Tensor origin;       // the query in the graph
-  c10::Stream stream;  // of the backward that left this
+  Tensor query;           // as it met the memory
+  Tensor features;        // as it came,
+  Tensor grad_query;      // and the gradient of what its projection gave
+  c10::Stream stream;     // of the backward that left this
+  variable_list origins;  // under create_graph=True, of what it owes: the query and the gradients that came in, in the graph
 };
 
 c10::Stream current_stream(const Tensor& tensor) {
@@ -223,8 +223,9 @@ struct Node : torch::autograd::Function<Node> {
     }
     differentiate(steps, grad_keys, saved, wanted, grads);
     if (at::GradMode::is_enabled()) {
+      saved.insert(saved.end(), incoming.begin(), incoming.end());
       for (const Step& step : steps) {
-        saved.push_back(step.origin);
+        saved.insert(saved.end(), step.origins.begin(), step.origins.end());
       }
       refuse_second_derivative(grads, saved);
     }
@@ -405,10 +406,13 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
     if (saved[kQueryWeight].defined()) {
       refuse_batches(incoming);
     }
-    step_backward(ctx, saved, grad_context, grad_weights, grads);
+    variable_list origins;
     if (at::GradMode::is_enabled()) {
-      variable_list origins(incoming);
+      origins = incoming;
       origins.insert(origins.end(), {saved[kQuery], saved[kNode]});
+    }
+    step_backward(ctx, saved, grad_context, grad_weights, origins, grads);
+    if (at::GradMode::is_enabled()) {
       refuse_second_derivative(grads, origins);
     }
     return grads;
@@ -420,6 +424,7 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
       const variable_list& saved,
       const Tensor& grad_context,
       const Tensor& grad_weights,
+      const variable_list& origins,
       variable_list& grads) {
     const at::NoGradGuard no_grad;
     const BelowAutograd guard;
@@ -450,8 +455,8 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
            steps(projected),
            is_projected ? steps(query) : Tensor(),
            is_projected ? steps(grad_query) : Tensor(),
-           query,
-           current_stream(query)});
+           current_stream(query),
+           origins});
     }
     if (ctx->needs_input_grad(0)) {
       grads[0] = query_weight.defined() ? project(grad_query, query_weight.t()) : grad_query;

@@ -518,6 +518,24 @@ def calls(function: Callable[[], Any]) -> tuple[Counter[str], Any]:
 
 @pytest.mark.fused
 @pytest.mark.parametrize("name", MODULES)
+def test_a_penalty_is_not_lost_on_what_comes_behind_the_context(name: str) -> None:
+    """Under create_graph a gradient depends on those that came in: what these depend on gets none without a word."""
+    loop = Loop(name)
+    behind = torch.ones(DM, dtype=torch.float64, requires_grad=True)
+    task = (loop.attention(loop.start, loop.memory())[0] * behind).sum()
+    (grad,) = torch.autograd.grad(task, loop.encoder_outputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(task + grad.pow(2).sum(), behind)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.functional.jvp(
+            lambda outputs: loop.attention(loop.start, loop.attention.memory(outputs))[0],
+            loop.encoder_outputs.detach(),
+            torch.ones_like(loop.encoder_outputs),
+        )
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", MODULES)
 def test_what_is_deferred(name: str) -> None:
     """A step's backward takes its query's gradient; the rest is taken once, however many steps there were."""
     loop = Loop(name)
