@@ -253,7 +253,7 @@ struct Node : torch::autograd::Function<Node> {
     }
     if (wanted[kMemory]) {
       Tensor& sum = grads[kMemory];
-      sum = grad_memory(steps, !is_concat, memory, seen);
+      sum = grad_memory(steps, !is_concat, memory, hidden, seen);
       if (is_concat) {
         const Tensor of_keys = Parts(weight, memory, is_concat).of_keys;
         sum = sum.defined() ? add_grad_of_input(sum, grad_keys, of_keys, seen) : grad_of_input(grad_keys, of_keys, memory, seen);
@@ -277,7 +277,8 @@ struct Node : torch::autograd::Function<Node> {
   }
 
   // In float64, or in float32, as everything that the steps left; then in the memory's type.
-  static Tensor grad_memory(const std::vector<Step>& steps, bool is_its_own_keys, const Tensor& memory, const SomeRows& seen) {
+  static Tensor grad_memory(
+      const std::vector<Step>& steps, bool is_its_own_keys, const Tensor& memory, const Hidden& hidden, const SomeRows& seen) {
     std::vector<Tensor> coefficients, rows;
     for (const Step& step : steps) {
       if (step.grad_context.defined()) {
@@ -296,7 +297,13 @@ struct Node : torch::autograd::Function<Node> {
     if (!sums.defined()) {  // a gradient that is one number everywhere, say, takes no memory till it is joined
       const Tensor of_all = joined(coefficients), all = as(of_all.scalar_type(), joined(rows));
       sums = cpu::sums_of_products(of_all, all, seen);
-      sums = sums.defined() ? sums : at::bmm(of_all.transpose(1, 2), all);
+      if (!sums.defined()) {
+        sums = at::bmm(of_all.transpose(1, 2), all);
+        const Tensor unseen = hidden_rows(memory, hidden);
+        if (unseen.defined()) {  // 0 times what is no number is none
+          sums.masked_fill_(unseen.unsqueeze(2), 0);
+        }
+      }
     }
     return as(memory.scalar_type(), sums);
   }

@@ -497,6 +497,23 @@ def test_junk_in_hidden_rows(name: str, dtype: torch.dtype, masking: str) -> Non
     assert_same_gradients(one_loss(junk), expected)
 
 
+@pytest.mark.parametrize("masking", ["lengths", "rows", "step"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_hidden_rows_get_nothing_of_what_is_no_number(
+    name: str, dtype: torch.dtype, masking: str, each_backend: str
+) -> None:
+    """Neither of a query nor of a gradient: their weights are 0, and 0 times NaN would be NaN."""
+    loop = Loop(name, masking, dtype)
+    context, _ = loop.attention(loop.start, loop.memory())
+    grad_context = torch.full_like(context, float("nan"))
+    (grad,) = torch.autograd.grad(context, loop.encoder_outputs, grad_context, retain_graph=True)
+    lengths, mask = (loop.masking.get(each) for each in ("lengths", "mask"))
+    seen = torch.arange(S) < lengths.unsqueeze(1) if mask is None else mask.view(B, S)
+    assert not grad[~seen].any()
+    assert grad[seen].isnan().all()
+
+
 @pytest.mark.parametrize("sizes", [(0, S), (B, 0)], ids=["no batch", "no memory"])
 @pytest.mark.parametrize("name", MODULES)
 def test_sizes_of_zero(name: str, sizes: tuple[int, int], each_backend: str) -> None:
