@@ -164,12 +164,12 @@ class LuongAttention(nn.Module):
         )
         return memory.made_by(self._identity)
 
-    def _check_sizes(self, encoder_outputs: Tensor, hidden: Tensor | None = None) -> None:
+    def _check_sizes(self, encoder_outputs: Tensor, *hidden: Tensor) -> None:
         arguments = checks.Arguments(type(self).__name__)
         arguments.bind("Dq", self.hidden_size, "hidden_size")
         arguments.bind("Dm", self.memory_size, "memory_size")
-        if hidden is not None:
-            functional.check_query(arguments, hidden, name="hidden")
+        for each in hidden:
+            functional.check_query(arguments, each, name="hidden")
         arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")
 
     def _parameters_of_method(self) -> dict[str, Tensor | None]:

@@ -597,3 +597,10 @@ def test_a_valid_call_runs_no_checks(step: str, one_step: bool, monkeypatch: pyt
         call = partial(STEPS[step], **valid)
     monkeypatch.setattr(checks, "Arguments", None)
     call()
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_no_hidden_state_is_named(with_memory: bool, each_backend: str) -> None:
+    attn, encoder_outputs = attn_ext.LuongAttention("general", 4), torch.randn(2, 3, 4)
+    with pytest.raises(TypeError, match=r"hidden must be a torch\.Tensor, got NoneType"):
+        attn(None, attn.memory(encoder_outputs) if with_memory else encoder_outputs)
