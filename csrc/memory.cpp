@@ -311,8 +311,6 @@ struct Node : torch::autograd::Function<Node> {
   static std::tuple<Tensor, Tensor> grad_keys_and_v(
       const std::vector<Step>& steps, const variable_list& saved, const Wanted& wanted) {
     // A mask by query is of a step's queries, not of all steps'; what it hides from each of them may hold anything.
-    const Tensor& mask = saved[kMask];
-    const Tensor seen = mask.defined() && mask.dim() == 3 ? at::any(mask, 1) : mask;
     const bool of_keys = wants_keys(wanted);
     auto [grad_keys, grad_v] = AdditiveScoresBackward::call(
         joined(each(steps, &Step::grad_scores)),
@@ -321,7 +319,7 @@ struct Node : torch::autograd::Function<Node> {
         if_defined(saved[kPreparedKeys]),
         saved[kV],
         if_defined(saved[kLengths]),
-        if_defined(seen),
+        saved[kMask].defined() ? OptionalTensor(by_row(saved[kMask])) : std::nullopt,
         {of_keys, wanted[kV]});
     return {of_keys ? grad_keys : Tensor(), wanted[kV] ? grad_v : Tensor()};
   }

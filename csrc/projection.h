@@ -115,12 +115,17 @@ struct Hidden {
   }
 };
 
+// Of either form of mask, [B, S]: which rows some query may attend.
+inline Tensor by_row(const Tensor& mask) {
+  return mask.dim() == 3 ? mask.any(1) : mask;
+}
+
 // Which rows no query may attend, [B, S]; undefined where nothing says so.
 inline Tensor hidden_rows(const Tensor& memory, const Hidden& hidden) {
   const auto& [lengths, mask] = hidden;
   Tensor rows;
   if (mask) {
-    rows = (mask->dim() == 3 ? mask->any(1) : *mask).logical_not();
+    rows = by_row(*mask).logical_not();
   }
   if (lengths) {
     const Tensor steps = at::arange(memory.sym_size(1), lengths->options());
@@ -164,7 +169,7 @@ inline SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_ti
   }
   const int64_t batch = memory.size(0), steps = memory.size(1);
   const Tensor ends = lengths ? lengths->contiguous() : Tensor();
-  const Tensor seen = !mask ? Tensor() : mask->dim() == 3 ? mask->any(1) : mask->contiguous();
+  const Tensor seen = mask ? by_row(*mask).contiguous() : Tensor();
   const int64_t* end = lengths ? ends.const_data_ptr<int64_t>() : nullptr;
   const bool* may_attend = mask ? seen.const_data_ptr<bool>() : nullptr;
   std::vector<cpu::Run> runs;
