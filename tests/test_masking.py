@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests import cases
 from tests.cases import DTYPES, LOSSES, METHODS, Case, Problem, assert_accurate, assert_same, short
 
 # Which tensors have a row per source step.
@@ -15,14 +15,14 @@ SOURCE_SIDE = ("memory", "keys", "values")
 
 
 def never_attended(problem: Problem) -> torch.Tensor:
-    """[B, S]: behind `lengths` or a [B, S] mask."""
+    """[B, S]: what `lengths` or a mask keep from every query."""
     lengths, mask = problem.options["lengths"], problem.options["mask"]
     B, S = problem.tensors[next(name for name in SOURCE_SIDE if name in problem.tensors)].shape[:2]
     hidden = torch.zeros(B, S, dtype=torch.bool)
     if lengths is not None:
         hidden |= torch.arange(S) >= lengths.unsqueeze(1)
-    if mask is not None and mask.dim() == 2:
-        hidden |= ~mask
+    if mask is not None:
+        hidden |= ~(mask if mask.dim() == 2 else mask.any(1))
     return hidden
 
 
@@ -210,9 +210,31 @@ def test_a_query_that_is_no_number(
         assert torch.equal(results["weights"][0, -1].isnan(), allowed)
         assert (results["weights"][0, -1, ~allowed] == 0).all()
         torch.testing.assert_close(results["weights"][0, :-1], clean["weights"][0, :-1])
-    if cases.KERNELS == "cpu":  # a GPU's products multiply the query by the zeros
-        of_values = "grad values" if method == "additive" else "grad memory"
-        assert (results[of_values][0, ~allowed] == 0).all()
+    of_values = "grad values" if method == "additive" else "grad memory"
+    assert (results[of_values][0, ~allowed] == 0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("masking", ["lengths", "rows", "pairs"])
+@pytest.mark.parametrize("T", [1, 5, 33], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("method", [*METHODS, "keyed_dot"])
+def test_an_incoming_gradient_that_is_no_number(
+    method: str, dtype: torch.dtype, T: int, masking: str, value: float, each_backend: str
+) -> None:
+    """Rows that no query may attend keep a gradient of 0. (That of the root of a context of 0, say, is infinite.)"""
+    problem = Case(method, B=3, T=T, S=70, D=20, dtype=dtype, masking=masking).problem()
+    if masking == "pairs":
+        problem.options["mask"][1, :, 30:50] = False
+    hidden = never_attended(problem)
+    assert hidden.any()
+    of_context = problem.grad_outputs["context"].clone()
+    of_context[:, -1] = value
+    results = replace(problem, grad_outputs=problem.grad_outputs | {"context": of_context}).results()
+    source_side = [name for name in problem.tensors if name in SOURCE_SIDE]
+    assert any(not results[f"grad {name}"].isfinite().all() for name in source_side)
+    for name in source_side:
+        assert (results[f"grad {name}"][hidden] == 0).all(), name
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -107,20 +107,22 @@ class Call {
 
   // The memory's rows, or the keys', as products with weights of 0 may meet them: 0 where no query attends.
   Tensor attended(const Tensor& rows) const {
-    if (problem_.lengths == nullptr && problem_.mask.data == nullptr) {
+    if (!hides_rows()) {
       return rows;
     }
-    Problem problem = problem_;
+    Problem problem = of_all_queries();
     problem.memory = view_of(rows);
     problem.memory_size = rows.size(2);
-    const Tensor by_any = problem_.mask_per_query ? inputs_.mask->any(1) : Tensor();
-    if (by_any.defined()) {
-      problem.mask = view_of(by_any);
-      problem.mask_per_query = false;
-    }
     Tensor of_these = empty(rows.sizes());
     attended_rows({problem, of_these.mutable_data_ptr()}, stream_);
     return of_these;
+  }
+
+  // Gradients of such rows, as products with weights of 0 left them: 0 where no query attends, whatever came in.
+  void clear_hidden(const Tensor& gradient) const {
+    if (hides_rows() && gradient.numel() > 0) {
+      clear_hidden_rows({of_all_queries(), gradient.size(2), gradient.mutable_data_ptr()}, stream_);
+    }
   }
 
   // `partial_size` elements of a split's result wait for the merge.
@@ -135,6 +137,23 @@ class Call {
   }
 
  private:
+  bool hides_rows() const {
+    return problem_.lengths != nullptr || problem_.mask.data != nullptr;
+  }
+
+  // With what its mask leaves to any query in the mask's place.
+  Problem of_all_queries() const {
+    Problem problem = problem_;
+    if (problem.mask_per_query) {
+      if (!by_any_.defined()) {
+        by_any_ = inputs_.mask->any(1);
+      }
+      problem.mask = view_of(by_any_);
+      problem.mask_per_query = false;
+    }
+    return problem;
+  }
+
   Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const {
     return at::empty(sizes, inputs_.query.options().dtype(type));
   }
@@ -146,6 +165,7 @@ class Call {
   Tensor lengths_;
   Problem problem_;
   Stream stream_;
+  mutable Tensor by_any_;  // [B, S], of a mask [B, T, S]
   Tensor partials_;
 };
 
@@ -335,7 +355,9 @@ void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& s
   const bool has_grad = saved.grad_context.has_value();
   if (!has_grad && !call.is_its_own_keys()) {
     grad_memory.zero_();
-  } else if (call.is_of_halves()) {
+    return;
+  }
+  if (call.is_of_halves()) {
     // One product, so that nothing is rounded on the way.
     if (has_grad && call.is_its_own_keys()) {
       multiply(grad_memory, of.both.flatten(1, 2).mT(), at::cat({*saved.grad_context, inputs.query}, 1));
@@ -350,6 +372,7 @@ void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& s
       multiply(grad_memory, of.grad_scores.mT(), inputs.query, has_grad);
     }
   }
+  call.clear_hidden(grad_memory);
 }
 
 void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, Gradients& gradients) {
@@ -361,6 +384,7 @@ void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, G
     }
     if (gradients.keys.defined()) {
       multiply(gradients.keys, grad_scores.mT(), inputs.query);
+      call.clear_hidden(gradients.keys);
     }
   } else {
     differentiate_scores(call, of.grad_scores, gradients);

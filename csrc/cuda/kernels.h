@@ -48,6 +48,14 @@ struct AttendedRows {
 };
 void attended_rows(const AttendedRows& call, Stream stream);
 
+// Zeros into the rows that no query may attend: a product with weights of 0 left them there only if all else was finite.
+struct HiddenRows {
+  Problem problem;
+  int64_t size;
+  void* rows;  // [B, S, size]
+};
+void clear_hidden_rows(const HiddenRows& call, Stream stream);
+
 // One query a batch element. A block takes `steps` source steps. What the blocks of a batch element leave is merged in their order,
 // by a launch behind.
 constexpr int64_t kMostSplitSteps = 1024;  // whose additive scores shared memory holds

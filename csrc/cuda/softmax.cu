@@ -75,4 +75,12 @@ void attended_rows(const AttendedRows& call, Stream stream) {
   });
 }
 
+void clear_hidden_rows(const HiddenRows& call, Stream stream) {
+  const Problem& problem = call.problem;
+  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
+    const bool by_vectors = are_aligned(call.rows) && call.size % kLanes<scalar> == 0;
+    launch_rows<1>(clear_rows<scalar>, problem.batch * problem.steps, stream, call, by_vectors);
+  });
+}
+
 }  // namespace attn_ext::cuda
