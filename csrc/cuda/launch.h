@@ -71,7 +71,11 @@ void launch_as(
   }
   const void* address = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kUnaskedSharedMemory) {
-    check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), address);
+    int device = 0, most = 0;
+    check(cudaGetDevice(&device), address);
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), address);
+    // Not what this launch takes: another thread may be about to launch the kernel with more.
+    check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most), address);
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

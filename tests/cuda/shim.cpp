@@ -785,8 +785,10 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   return attn_ext::shim::executor().allow_shared(kernel, value);
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = attn_ext::shim::executor().shared_memory_of_multiprocessor();
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const auto& executor = attn_ext::shim::executor();
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(executor.most_shared())
+                                                                : executor.shared_memory_of_multiprocessor();
   return cudaSuccess;
 }
 
