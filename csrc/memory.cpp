@@ -200,6 +200,9 @@ struct Node : torch::autograd::Function<Node> {
     if (steps.empty() && !grad_keys.defined()) {
       return grads;
     }
+    if (grad_keys.defined()) {
+      refuse_batches(incoming);
+    }
     wait_for(steps);
     variable_list saved = ctx->get_saved_variables();
     Wanted wanted{};

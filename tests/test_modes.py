@@ -279,9 +279,10 @@ def test_gradients_in_batches(method: str, T: int, each_backend: str) -> None:
     options = {name: tensor for name, tensor in leaves.items() if name not in ("query", "memory")}
     memory = attn_ext.AttentionMemory(leaves["memory"], method, **options)
     is_refused = each_backend == "fused" and method != "dot"
-    for context, _ in (
-        attn_ext.luong_attention(leaves["query"], leaves["memory"], method, **options),
-        memory.attend(leaves["query"]),
+    for context in (
+        attn_ext.luong_attention(leaves["query"], leaves["memory"], method, **options)[0],
+        memory.attend(leaves["query"])[0],
+        *([] if memory.keys is None else [memory.keys * 2 + leaves["query"].sum() + leaves["v"].sum()]),
     ):
         vectors = torch.randn(3, *context.shape, dtype=torch.float64)
         inputs = list(leaves.values())
