@@ -52,10 +52,12 @@ class use_backend:  # noqa: N801 - a function to its users
         checks.choice("use_backend", "name", name, BACKENDS)
         if name == "fused" and (problem := unavailable()):
             raise RuntimeError(f"use_backend: the fused ops cannot run: {problem}")
+        self._name = name
         self._previous = use_backend._current
         use_backend._current = name
 
     def __enter__(self) -> use_backend:
+        use_backend._current = self._name  # again, where it is entered later or once more
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

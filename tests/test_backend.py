@@ -31,6 +31,16 @@ def test_context_manager() -> None:
     assert backend.current() == before
 
 
+def test_a_choice_can_be_entered_again() -> None:
+    before = backend.current()
+    reference = attn_ext.use_backend("reference")
+    attn_ext.use_backend("auto")
+    for _ in range(2):
+        with reference:
+            assert backend.current() == "reference"
+        assert backend.current() == before
+
+
 def test_context_manager_ends_what_was_set_inside() -> None:
     before = backend.current()
     with attn_ext.use_backend("reference"):
