@@ -52,15 +52,16 @@ class BeamSearch:
         self._ended = torch.zeros_like(self._end)  # so many have
 
     @staticmethod
-    def check(caller: str, max_length: int, length_penalty: float) -> None:
-        """The penalty is a number that leaves the worths of hypotheses apart: ValueError or TypeError."""
-        checks.not_negative(caller, length_penalty=length_penalty)
+    def checked_penalty(caller: str, max_length: int, length_penalty: float) -> float:
+        """The penalty as a float: a number that leaves the worths of hypotheses apart, or ValueError or TypeError."""
+        penalty = checks.not_negative(caller, "length_penalty", length_penalty)
         most = 100 / math.log2((5 + max(max_length, 2)) / 6)  # a divisor of 2^100; float32 ends at 2^127
-        if length_penalty > most:
+        if penalty > most:
             raise ValueError(
                 f"{caller}: length_penalty is {length_penalty}, "
                 f"needed is at most {most:.4g} with max_length={max_length}"
             )
+        return penalty
 
     def advance(self, log_probs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Of every beam's next symbol [B, K, V] and its weights [B, K, S]: the symbols to go on with, and from where.

@@ -112,6 +112,8 @@ class Arguments:
                     f"{self.caller}: lengths go from {shortest} to {longest}, "
                     f"needed is 0 <= length <= S={self.sizes['S']} (from {self.fixed_by['S']})"
                 )
+        if device.type != "cpu" and value.is_pinned():
+            value = value.clone().pin_memory()  # the caller may write the next batch's into it before it is copied
         return value.to(device, non_blocking=True)
 
     def mask(self, value: Tensor | None) -> None:
@@ -151,7 +153,7 @@ class Arguments:
 
 def choice(caller: str, name: str, value: object, allowed: Sequence[str]) -> None:
     """`value` is one of the strings `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:  # an array of strings is compared one by one
         raise ValueError(f"{caller}: {name} is {value!r}, needed is one of {', '.join(map(repr, allowed))}")
 
 
@@ -178,20 +180,20 @@ def positive(caller: str, **sizes: int) -> list[int]:
     return numbers
 
 
-def fraction(caller: str, **values: float) -> None:
-    """Every one of `values` is a number in [0, 1]."""
-    for name, value in values.items():
-        _number(caller, name, value)
-        if not 0 <= value <= 1:
-            raise ValueError(f"{caller}: {name} is {value}, needed is 0 <= {name} <= 1")
+def fraction(caller: str, name: str, value: float) -> float:
+    """`value` as a float: a number in [0, 1]."""
+    _number(caller, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{caller}: {name} is {value}, needed is 0 <= {name} <= 1")
+    return float(value)
 
 
-def not_negative(caller: str, **values: float) -> None:
-    """Every one of `values` is a finite number of at least 0."""
-    for name, value in values.items():
-        _number(caller, name, value)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{caller}: {name} is {value}, needed is a finite number of at least 0")
+def not_negative(caller: str, name: str, value: float) -> float:
+    """`value` as a float: a finite number of at least 0."""
+    _number(caller, name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{caller}: {name} is {value}, needed is a finite number of at least 0")
+    return float(value)
 
 
 def _as_int(value: object) -> int | None:

@@ -98,7 +98,7 @@ class AttentionDecoder(nn.Module):
         )
         checks.flag(caller, "input_feeding", input_feeding)
         checks.choice(caller, "cell", cell, tuple(_CELLS))
-        checks.fraction(caller, dropout=dropout)
+        dropout = checks.fraction(caller, "dropout", dropout)
         self.input_feeding = input_feeding
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         self.rnn = _CELLS[cell](
@@ -159,7 +159,7 @@ class AttentionDecoder(nn.Module):
             log_probs [B, T, V], where log_probs[:, t] is of the symbol after targets[:, t]; hidden after the last step;
             weights [B, T, S].
         """
-        checks.fraction("AttentionDecoder", teacher_forcing_ratio=teacher_forcing_ratio)
+        teacher_forcing_ratio = checks.fraction("AttentionDecoder", "teacher_forcing_ratio", teacher_forcing_ratio)
         arguments = self._arguments()
         self._check_tokens(arguments, "targets", targets, steps_read=1 if teacher_forcing_ratio == 0 else None)
         lengths = self._check_memory(arguments, encoder_outputs, lengths)
@@ -213,7 +213,7 @@ class AttentionDecoder(nn.Module):
             weights [B, at most max_length, S], 0 after a sentence's end.
         """
         max_length, beam_size = checks.positive("AttentionDecoder", max_length=max_length, beam_size=beam_size)
-        BeamSearch.check("AttentionDecoder", max_length, length_penalty)
+        length_penalty = BeamSearch.checked_penalty("AttentionDecoder", max_length, length_penalty)
         start_symbol = self._check_symbol("start_symbol", start_symbol)
         end_symbol = None if end_symbol is None else self._check_symbol("end_symbol", end_symbol)
         arguments = self._arguments()

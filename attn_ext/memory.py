@@ -21,6 +21,10 @@ def _is_short(query: Tensor) -> bool:
     return query.dim() == 2 or query.shape[1] <= _MOST_QUERIES
 
 
+def _require_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 class AttentionMemory:
     """The encoder outputs of one batch with everything that does not change from step to step.
 
@@ -38,8 +42,9 @@ class AttentionMemory:
 
     Where any of what it is made of requires a gradient, the memory is one node of the graph that all its steps hang on:
     of several backwards over them, all but the last need retain_graph=True, or each needs a memory of its own, as the
-    chunks of truncated backpropagation and steps in reentrant checkpoints do. Made under torch.no_grad() it has no
-    node, and its keys have no part in the gradients of concat's parameters, nor in the memory's.
+    chunks of truncated backpropagation and steps in reentrant checkpoints do. A gradient that is asked for after it is
+    made, by requires_grad_(), comes too late. Made under torch.no_grad() it has no node, and its keys have no part in
+    the gradients of concat's parameters, nor in the memory's.
 
     The beams of a beam search are queries of one memory: [B, K, Dq] for K hypotheses a sentence.
 
@@ -95,8 +100,8 @@ class AttentionMemory:
         """The keys, and what the ops for a loop's steps take besides: all of it made of the attributes above."""
         memory, weight, v = self.memory, self.weight, self.v
         made_of = (memory, weight, v, bias)
-        self._has_gradients = any(tensor is not None and tensor.requires_grad for tensor in made_of)
-        self._is_in_graph = self._has_gradients and torch.is_grad_enabled()
+        self._made_with_grad = torch.is_grad_enabled()
+        self._is_in_graph = self._made_with_grad and _require_grad(*made_of)
         self.keys: Tensor | None = None
         self._query_weight: Tensor | None = None
         self._prepared_keys: Tensor | None = None
@@ -123,6 +128,10 @@ class AttentionMemory:
 
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """:func:`attn_ext.luong_attention` of `query` [B, T, Dq] or [B, Dq] over this memory."""
+        return self.attend_for("AttentionMemory", "query", query, need_weights)
+
+    def attend_for(self, caller: str, name: str, query: Tensor, need_weights: bool) -> functional.Attended:
+        """The same, for a `caller` whose argument `name` the query is."""
         try:
             if functional.goes_unchecked(query, self.memory) and type(need_weights) is bool and self._is_step(query):
                 return self._attend_step(backend.calls.memory_attention, query, need_weights)
@@ -130,19 +139,20 @@ class AttentionMemory:
             pass  # the checks find better words
         query = autocast.like(query, self.memory)
         with autocast.disabled(query):  # the memory is what it was made, wherever that was
-            return self._attend_checked(query, need_weights)
+            return self._attend_checked(caller, name, query, need_weights)
 
-    def _attend_checked(self, query: Tensor, need_weights: bool) -> functional.Attended:
-        arguments = checks.Arguments("AttentionMemory")
-        functional.check_query(arguments, query)
+    def _attend_checked(self, caller: str, name: str, query: Tensor, need_weights: bool) -> functional.Attended:
+        arguments = checks.Arguments(caller)
+        functional.check_query(arguments, query, name=name)
         self.check(arguments, "the memory", "B S Dq" if self.method == "dot" else "B S Dm")
         if self.method == "general":
             arguments.floating("weight", self.weight, "Dm Dq")
         elif self.method == "concat":
-            arguments.bind("Dq+Dm", arguments.sizes["Dq"] + arguments.sizes["Dm"], "query and the memory")
+            arguments.bind("Dq+Dm", arguments.sizes["Dq"] + arguments.sizes["Dm"], f"{name} and the memory")
             arguments.floating("weight", self.weight, "A Dq+Dm")
         arguments.mask(self.mask)
         arguments.flag("need_weights", need_weights)
+        self._check_gradients(arguments)
         if not is_compiling() and backend.fused_runs_on(query.device.type) and self._is_step(query):
             with functional.transforms_explained():
                 context, weights = self._attend_step(_OPS.memory_attention.default, query, need_weights)
@@ -167,6 +177,17 @@ class AttentionMemory:
         """The memory against a call's other arguments, which name it `name`."""
         arguments.floating(name, self.memory, dims, self._of_its_dtype)
 
+    def _check_gradients(self, arguments: checks.Arguments) -> None:
+        """ValueError where one would miss what went into the memory before it was asked for."""
+        if self._is_in_graph or not (self._made_with_grad and torch.is_grad_enabled()):
+            return
+        for name, tensor in {"the memory": self.memory, "its weight": self.weight, "its v": self.v}.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{arguments.caller}: {name} requires a gradient, which it did not when the AttentionMemory was "
+                    "made; needed is one that is made after requires_grad_()"
+                )
+
     def check_maker(self, caller: str, name: str, maker: object) -> None:
         """ValueError where another module made it."""
         if not self.is_for(maker):
@@ -179,8 +200,11 @@ class AttentionMemory:
         """Whether `query` goes to the ops for a loop's steps, which the memory is prepared for."""
         if not self._is_prepared:
             return False
-        if torch.is_grad_enabled() and (self._has_gradients or query.requires_grad):
-            return self._node is not None and _is_short(query)
+        if torch.is_grad_enabled():
+            if self._node is not None:
+                return _is_short(query)
+            if _require_grad(query, self.memory, self.weight, self.v, self.keys):
+                return False
         # The steps' ops project the queries, of which there can be more than of the memory's rows.
         return (
             self.weight is None

@@ -144,7 +144,7 @@ class LuongAttention(nn.Module):
             checks.choice(caller, "the memory's method", encoder_outputs.method, [self.method])
             encoder_outputs.check_maker(caller, "encoder_outputs", self._identity)
             encoder_outputs.refuse_second_opinion(caller, "encoder_outputs", self.method, lengths=lengths, mask=mask)
-        return encoder_outputs.attend(hidden, need_weights=need_weights)
+        return encoder_outputs.attend_for(type(self).__name__, "hidden", hidden, need_weights)
 
     def memory(
         self, encoder_outputs: Tensor, lengths: Tensor | Collection[int] | None = None, mask: Tensor | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -270,6 +271,15 @@ def test_ratio_follows_the_seed() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_a_ratio_of_any_number_type() -> None:
+    decoder = build()
+    expected, same = (
+        (torch.manual_seed(0), decoder(**inputs(decoder), teacher_forcing_ratio=ratio))[1][0]
+        for ratio in (0.5, Fraction(1, 2))
+    )
+    assert torch.equal(expected, same)
 
 
 def test_ratio_1_draws_nothing() -> None:

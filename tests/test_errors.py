@@ -418,6 +418,17 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         )
     ),
     (
+        lambda: LuongAttention("dot", DQ)(zeros(B + 1, DQ), memory()),
+        ValueError,
+        "LuongAttention: the memory has shape [2, 5, 4], needed is [B, S, Dq] with B=3 (from hidden), "
+        "Dq=4 (from hidden)",
+    ),
+    (
+        lambda: LuongAttention(torch.zeros(2), 4),
+        ValueError,
+        "LuongAttention: method is tensor([0., 0.]), needed is one of 'dot', 'general', 'concat'",
+    ),
+    (
         lambda: LuongAttention("dot", DQ)([1.0], zeros(B, S, DQ)),
         TypeError,
         "LuongAttention: hidden must be a torch.Tensor, got list",

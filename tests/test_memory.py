@@ -462,7 +462,7 @@ def test_made_within_autocast(name: str, each_backend: str) -> None:
     loop = Loop(name, dtype=torch.float32)
     with torch.autocast(cases.KERNELS, torch.bfloat16):
         memory = loop.memory()
-    text = "the memory is torch.bfloat16, as torch.autocast made it, but query is torch.float32; they must be the same"
+    text = "the memory is torch.bfloat16, as torch.autocast made it, but hidden is torch.float32; they must be the same"
     with pytest.raises(TypeError, match=text):
         loop.attention(loop.start, memory)
 
@@ -662,6 +662,37 @@ def test_in_place_change_is_noticed() -> None:
     encoder_outputs.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss_of(outputs).backward()
+
+
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
+@pytest.mark.parametrize("late", ["the memory", "its weight", "its v"])
+def test_a_gradient_asked_for_too_late(late: str, method: str, each_backend: str) -> None:
+    attention = LuongAttention(method, 6).requires_grad_(False)
+    query, encoder_outputs = torch.randn(2, 6), torch.randn(2, 5, 6)
+    memory = attention.memory(encoder_outputs)
+    tensor = {"the memory": memory.memory, "its weight": memory.weight, "its v": memory.v}[late]
+    if tensor is None:
+        pytest.skip(f"{method} has none")
+    expected = attention(query, memory)
+    tensor.requires_grad_()
+    with pytest.raises(ValueError, match=rf"^LuongAttention: {late} requires a gradient, .* after requires_grad_\(\)$"):
+        attention(query, memory)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(query, memory), expected)
+    attention(query, attention.memory(encoder_outputs))[0].sum().backward()
+    assert tensor.grad is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pinned_lengths_may_be_written_at_once() -> None:
+    """Their copy is not waited for: the device may take it much later."""
+    encoder_outputs = torch.randn(4, 50, 64, device="cuda")
+    lengths = torch.tensor([50, 1, 30, 0], device="cpu").pin_memory()
+    expected = lengths.tolist()
+    torch.cuda._sleep(100_000_000)
+    memory = AttentionMemory(encoder_outputs, lengths=lengths)
+    lengths.fill_(7)
+    assert memory.lengths.tolist() == expected
 
 
 @pytest.mark.fused
