@@ -1,7 +1,8 @@
 // What a kernel file exports: its functions by dtype.
 #pragma once
 
-#include "many_queries.h"
+#include "many_queries_backward.h"
+#include "many_queries_forward.h"
 #include "one_query.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
