@@ -29,6 +29,8 @@ def of_capability(name: str) -> tuple[str, ...]:
 
 # What setup.py compiles with on ARM's 64-bit processors.
 AARCH64 = (*of_capability("default"), *FLAGS_OF_AARCH64)
+# setup.py's and Python's own optimization: the code is what ships.
+SHIPPED = ("-O3", "-fPIC", "-fwrapv", "-DNDEBUG")
 
 
 def compile_program(
@@ -41,33 +43,33 @@ def compile_program(
 ) -> Path:
     """The program made of `sources`, paths from the project's root; fails with the compiler's own words.
 
-    `own_flags` are those that one source has besides `flags`.
+    `own_flags` are those that one source has besides `flags`. Programs share the objects that are the same.
     """
     own_flags = own_flags or {}
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     # A kernel's headers are many: whatever changes in csrc/ may be one of them.
-    headers = [*ROOT.glob("csrc/**/*.[ch]*"), *ROOT.glob("tests/*/*.h")]
-    contents = [path.read_text() for path in sorted(headers)]
-    contents += [(ROOT / source).read_text() for source in sources]
-    key = hashlib.sha256("\n".join((version, *flags, *link, repr(own_flags), *contents)).encode()).hexdigest()[:16]
-    folder = BUILD / f"{name}-{key}"
-    program = folder / name
+    headers = [path.read_text() for path in sorted([*ROOT.glob("csrc/**/*.[ch]*"), *ROOT.glob("tests/*/*.h")])]
+
+    def compile_one(source: str) -> Path:
+        path = ROOT / source
+        command = (compiler, *flags, *own_flags.get(source, ()), "-c", str(path))
+        return _made(f"{path.stem}.o", command, (path.read_text(), *headers))
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    return _made(name, (compiler, *flags, *map(str, objects), *link))
+
+
+def _made(name: str, command: Sequence[str], contents: Sequence[str] = ()) -> Path:
+    """The file that the command makes of such contents, once."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256("\n".join((version, *command, *contents)).encode()).hexdigest()[:16]
+    folder = BUILD / key
+    to = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # another worker of this test run may want it too
-        if not program.exists():
-            objects = [folder / f"{Path(source).stem}.o" for source in sources]
-
-            def compile_one(source: str, to: Path) -> None:
-                _run(compiler, *flags, *own_flags.get(source, ()), "-c", str(ROOT / source), "-o", str(to))
-
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(compile_one, sources, objects))
+        if not to.exists():
             unfinished = folder / "unfinished"
-            _run(compiler, *flags, *map(str, objects), *link, "-o", str(unfinished))
-            unfinished.replace(program)
-    return program
-
-
-def _run(*command: str) -> None:
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 0, " ".join(command) + "\n" + process.stderr[-4000:]
+            process = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+            assert process.returncode == 0, " ".join(command) + "\n" + process.stderr[-4000:]
+            unfinished.replace(to)
+    return to

@@ -20,14 +20,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.compilers import AARCH64, KERNELS, KERNELS_FLAGS, compile_program, of_capability
+from tests.compilers import AARCH64, KERNELS, KERNELS_FLAGS, SHIPPED, compile_program, of_capability
 
 RECORD = Path(__file__).with_suffix(".json")
 HOW_TO_RECORD = "to record the counts as they are now: python -m tests.instructions"
 
 CAPABILITIES = ("default", "avx2", "aarch64")  # valgrind knows no AVX-512; QEMU counts the last
-
-FLAGS = ("-O3", "-fPIC", "-fwrapv", "-DNDEBUG")  # setup.py's and Python's own: the code that is counted is what ships
 
 SOURCES = (*KERNELS, "tests/kernels/count.cpp")
 PLUGIN = ("tests/kernels/count_plugin.cpp",)
@@ -66,7 +64,7 @@ def _by_valgrind(capability: str, out: Path) -> tuple[list[str], list[int]]:
     # Without it, the C library's exponentials are others too.
     if "avx2" not in Path("/proc/cpuinfo").read_text().split():
         raise NotCountableError("instructions are counted on processors with AVX2 alone")
-    flags = (*KERNELS_FLAGS, *of_capability(capability), *FLAGS)
+    flags = (*KERNELS_FLAGS, *of_capability(capability), *SHIPPED)
     # Finding a function when it is first called is not counted.
     program = compile_program(f"count-{capability}", compiler, SOURCES, flags, ("-Wl,-z,now",))
     lines = _run(
@@ -84,7 +82,7 @@ def _by_qemu(capability: str, out: Path) -> tuple[list[str], list[int]]:
             "there is no aarch64-linux-gnu-g++, no g++ or no qemu-aarch64 here "
             "(Debian: g++-aarch64-linux-gnu, g++, qemu-user)"
         )
-    program = compile_program(f"count-{capability}", cross, SOURCES, (*KERNELS_FLAGS, *AARCH64, *FLAGS), ("-static",))
+    program = compile_program(f"count-{capability}", cross, SOURCES, (*KERNELS_FLAGS, *AARCH64, *SHIPPED), ("-static",))
     plugin = compile_program("count-plugin", native, PLUGIN, ("-std=c++20", "-O2", "-fPIC", "-Wall"), ("-shared",))
     try:
         lines = _run(qemu, "-plugin", f"{plugin},out={out}", str(program))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.limits import running_capability
-from tests.compilers import AARCH64, KERNELS, KERNELS_FLAGS, compile_program, of_capability
+from tests.compilers import AARCH64, KERNELS, KERNELS_FLAGS, SHIPPED, compile_program, of_capability
 
 SOURCES = (*KERNELS, "tests/kernels/check.cpp")
 LIBRARIES = Path(torch.__file__).with_name("lib")  # PyTorch's vectors call its exponential of float64
@@ -63,5 +63,5 @@ def test_on_aarch64() -> None:
         pytest.skip(
             "there is no aarch64-linux-gnu-g++ or no qemu-aarch64 here (Debian: g++-aarch64-linux-gnu, qemu-user)"
         )
-    program = compile_program("check-aarch64", compiler, SOURCES, (*KERNELS_FLAGS, *AARCH64, "-O2"), ("-static",))
+    program = compile_program("check-aarch64", compiler, SOURCES, (*KERNELS_FLAGS, *AARCH64, *SHIPPED), ("-static",))
     assert_passes(emulator, str(program), "1", "60")
