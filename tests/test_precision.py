@@ -103,6 +103,21 @@ def test_large_scores(dtype: torch.dtype, method: str, T: int, scale: float) -> 
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1e4, 1e7, 1e9], ids="scale={:g}".format)
+@pytest.mark.parametrize("S", [200, 300, 3000], ids="S={}".format)
+@pytest.mark.parametrize("T", [1, 3, 300], ids="T={}".format)
+@pytest.mark.parametrize("method", ["keyed_dot", "additive"])
+def test_recomputed_weights_are_at_most_1(method: str, T: int, S: int, scale: float) -> None:
+    """Of scores that are rounded otherwise than in the forward, by much more than exp's range."""
+    problem = Case(method, B=1, T=T, S=S, D=48, Dm=8, loss="no_weights", scale=scale).problem()
+    query = problem.tensors["query"].clone()
+    query[0, -1, 0] = 60.0  # out of the range of factored exponentials
+    results = problem.with_tensors(query=query).results()
+    assert all(result.isfinite().all() for result in results.values())
+    at_most = problem.grad_outputs["context"].abs().sum(1, keepdim=True) * (1 + 1e-5)
+    assert (results["grad values"].abs() <= at_most).all()
+
+
 @pytest.mark.parametrize("need_weights", [True, False], ids="weights={}".format)
 @pytest.mark.parametrize("S", [24, 300], ids="S={}".format)
 @pytest.mark.parametrize("T", [1, 5, 24], ids="T={}".format)

@@ -302,7 +302,7 @@ struct AttentionBackward {
     const acc* logsumexp = static_cast<const acc*>(f.logsumexp) + item.batch * f.problem.queries + first_query;
     acc sums[kChunk];
     for (int64_t t = 0; t < count; ++t) {
-      sums[t] = recompute_softmax(weights + t * stride, tile.count, logsumexp[t]);
+      sums[t] = recompute_softmax(weights + t * stride, tile.count, logsumexp[t], has_whole_rows(f));
       if (std::isnan(sums[t])) {
         spoil_weights(weights + t * stride, f.problem, item.batch, first_query + t, tile);
         sums[t] = 1;

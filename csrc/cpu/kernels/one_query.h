@@ -383,7 +383,7 @@ struct OneQueryBackward {
       } else {
         slot.score.scores(a, slot.memory);
         std::fill(a + tile.count, a + whole_vectors<acc>(tile.count), kNothing<acc>);
-        const acc total = recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch]);
+        const acc total = recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], one_group);
         if (one_group) {
           scale_row(a, a, tile.count, 1 / total);
         }

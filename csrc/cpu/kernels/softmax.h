@@ -51,18 +51,6 @@ struct Part {
   }
 };
 
-// A tile's weights out of its scores, filled up to whole vectors, and the row's log-sum-exp; returns their sum. The log-sum-exp is
-// rounded by as much as it is large, and the weights with it: those of a whole row want dividing by their sum, which is near 1.
-template <class acc>
-acc recompute_softmax(acc* row, int64_t steps, acc logsumexp) {
-  const int64_t count = whole_vectors<acc>(steps);
-  if (logsumexp == kNothing<acc>) {
-    std::fill_n(row, count, acc(0));
-    return 1;
-  }
-  return exponentials(row, count, logsumexp);
-}
-
 // row[j] = gradient(factor a_j, row[j], subtract), and 0 where the weight a_j is: 0 * inf is no gradient. Returns the sum.
 template <class acc, class Gradient>
 acc pass_on(acc* row, const acc* weights, int64_t steps, acc factor, acc subtract, const Gradient& gradient) {
@@ -106,6 +94,25 @@ acc maximum(const acc* row, int64_t count, acc start) {
     all = at::vec::maximum(all, Vec<acc>::loadu(row + j));
   }
   return largest(all);
+}
+
+// A tile's weights out of its scores, filled up to whole vectors, and the row's log-sum-exp; returns their sum, by which those of a
+// `whole` row are to be divided. The log-sum-exp is rounded by as much as it is large, the scores may be rounded otherwise than the
+// forward's were, and both grow with the scale: a whole row goes by its own maximum, and of a part no weight is more than 1.
+template <class acc>
+acc recompute_softmax(acc* row, int64_t steps, acc logsumexp, bool whole) {
+  const int64_t count = whole_vectors<acc>(steps);
+  const acc shift = whole ? maximum(row, count, kNothing<acc>) : logsumexp;
+  if (logsumexp == kNothing<acc> || shift == kNothing<acc>) {
+    std::fill_n(row, count, acc(0));
+    return 1;
+  }
+  if (!whole) {
+    for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
+      at::vec::clamp_max(Vec<acc>::loadu(row + j), Vec<acc>(shift)).store(row + j);
+    }
+  }
+  return exponentials(row, count, shift);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY
