@@ -25,6 +25,13 @@ def _require_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _unwrapped(tensor: Tensor | None) -> Tensor | None:
+    """What lies within a transform's tensor, which says of itself that it requires no gradient."""
+    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 class AttentionMemory:
     """The encoder outputs of one batch with everything that does not change from step to step.
 
@@ -61,7 +68,8 @@ class AttentionMemory:
         method: "dot", "general" or "concat".
         scale: as a float; 1.0 where none was given.
         keys: concat's, Wm memory + bias with [Wq Wm] = weight, [B, S, A]; rows that no query may attend hold anything,
-            and so has a gradient given to them no meaning. None otherwise.
+            and so has a gradient given to them no meaning. A loss may be made of them, but their own gradient, as hooks
+            and torch.autograd.grad see it, has nothing of the steps, which pass it on to the memory. None otherwise.
 
     Raises:
         ValueError, TypeError: as :func:`attn_ext.luong_attention`.
@@ -99,9 +107,15 @@ class AttentionMemory:
     def _prepare(self, bias: Tensor | None) -> None:
         """The keys, and what the ops for a loop's steps take besides: all of it made of the attributes above."""
         memory, weight, v = self.memory, self.weight, self.v
-        made_of = (memory, weight, v, bias)
-        self._made_with_grad = torch.is_grad_enabled()
-        self._is_in_graph = self._made_with_grad and _require_grad(*made_of)
+        made_of = {"the memory": memory, "its weight": weight, "its v": v, "its bias": bias}
+        is_grad_enabled = torch.is_grad_enabled()
+        self._is_in_graph = is_grad_enabled and _require_grad(*made_of.values())
+        # What it takes for granted has no gradient, by name.
+        self._constants = {
+            name: tensor
+            for name, tensor in made_of.items()
+            if is_grad_enabled and tensor is not None and not tensor.requires_grad
+        }
         self.keys: Tensor | None = None
         self._query_weight: Tensor | None = None
         self._prepared_keys: Tensor | None = None
@@ -120,6 +134,9 @@ class AttentionMemory:
         # A subclass would have an alias of the node, which no step could hang on.
         with functional.transforms_explained(), torch._C.DisableTorchFunctionSubclass():
             node, keys, prepared_keys = _OPS.memory_node.default(memory, weight, v, bias, self.lengths, self.mask)
+            is_blind = is_grad_enabled and not self._is_in_graph and not is_compiling()
+            if is_blind and _require_grad(*map(_unwrapped, made_of.values())):
+                raise RuntimeError("functorch transforms")  # the node would be missing
         if self._is_in_graph:
             self._node = node
         if v is not None:
@@ -179,10 +196,8 @@ class AttentionMemory:
 
     def _check_gradients(self, arguments: checks.Arguments) -> None:
         """ValueError where one would miss what went into the memory before it was asked for."""
-        if self._is_in_graph or not (self._made_with_grad and torch.is_grad_enabled()):
-            return
-        for name, tensor in {"the memory": self.memory, "its weight": self.weight, "its v": self.v}.items():
-            if tensor is not None and tensor.requires_grad:
+        for name, tensor in self._constants.items():
+            if tensor.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
                     f"{arguments.caller}: {name} requires a gradient, which it did not when the AttentionMemory was "
                     "made; needed is one that is made after requires_grad_()"
@@ -202,8 +217,8 @@ class AttentionMemory:
             return False
         if torch.is_grad_enabled():
             if self._node is not None:
-                return _is_short(query)
-            if _require_grad(query, self.memory, self.weight, self.v, self.keys):
+                return _is_short(query) and not (self._constants and _require_grad(*self._constants.values()))
+            if _require_grad(query, self.memory, self.weight, self.v, self.keys, *self._constants.values()):
                 return False
         # The steps' ops project the queries, of which there can be more than of the memory's rows.
         return (

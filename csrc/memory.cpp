@@ -37,15 +37,38 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// A tensor of others that a step's backward leaves for later. It is kept as it came: of a gradient that nobody else holds, autograd
+// makes a leaf's own, which the next one is added to.
+class Lent {
+ public:
+  explicit Lent(const Tensor& tensor) : tensor_(tensor), version_(version_of(tensor)) {}
+
+  void check_unchanged() const {
+    TORCH_CHECK(
+        version_ == version_of(tensor_),
+        "a query of an AttentionMemory's step, or its context's gradient, was modified by an inplace operation between the"
+        " backward of the step and that of the memory");
+  }
+
+ private:
+  static int64_t version_of(const Tensor& tensor) {
+    return !tensor.defined() || tensor.is_inference() ? 0 : tensor._version();
+  }
+
+  Tensor tensor_;
+  int64_t version_;
+};
+
 // What a step's backward leaves behind, each [B, T, ...]; weights and grad_scores in the accumulation type.
 struct Step {
   Tensor weights, grad_context;  // undefined if none came in
   Tensor grad_scores;
-  Tensor query;           // as it met the memory
-  Tensor features;        // as it came,
-  Tensor grad_query;      // and the gradient of what its projection gave
-  c10::Stream stream;     // of the backward that left this
-  variable_list origins;  // under create_graph=True, of what it owes: the query and the gradients that came in, in the graph
+  Tensor query;              // as it met the memory
+  Tensor features;           // as it came,
+  Tensor grad_query;         // and the gradient of what its projection gave
+  std::array<Lent, 2> lent;  // of these, what others made
+  c10::Stream stream;        // of the backward that left this
+  variable_list origins;     // under create_graph=True, of what it owes: the query and the gradients that came in, in the graph
 };
 
 c10::Stream current_stream(const Tensor& tensor) {
@@ -203,6 +226,9 @@ struct Node : torch::autograd::Function<Node> {
     if (grad_keys.defined()) {
       refuse_batches(incoming);
     }
+    for (const Step& step : steps) {
+      std::ranges::for_each(step.lent, &Lent::check_unchanged);
+    }
     wait_for(steps);
     variable_list saved = ctx->get_saved_variables();
     Wanted wanted{};
@@ -356,6 +382,11 @@ struct Arguments {
   }
 };
 
+// A leaf of the graph, or a view of one.
+bool is_of_leaf(const Tensor& tensor) {
+  return tensor.requires_grad() && (tensor.is_view() ? tensor._base() : tensor).is_leaf();
+}
+
 struct StepFunction : torch::autograd::Function<StepFunction> {
   enum Saved {
     kQuery,
@@ -456,13 +487,16 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
       // One step or several: [B, T, ...].
       const auto steps = [&](const Tensor& t) { return t.defined() && query.dim() == 2 ? t.unsqueeze(1) : t; };
       const bool is_projected = query_weight.defined();
+      // A hook of a parameter may bring it up to date as soon as its gradient is there.
+      const Tensor kept = is_of_leaf(query) ? query.clone() : query;
       ledger_of(*ctx).leave(
           {steps(weights),
            steps(grad_context),
            steps(grad_scores),
-           steps(projected),
-           is_projected ? steps(query) : Tensor(),
+           steps(is_projected ? projected : kept),
+           is_projected ? steps(kept) : Tensor(),
            is_projected ? steps(grad_query) : Tensor(),
+           {Lent(kept), Lent(grad_context)},
            current_stream(query),
            origins});
     }
@@ -521,7 +555,7 @@ std::tuple<Tensor, Tensor> memory_attention(
   const Arguments arguments{query_weight, keys, prepared_keys, v, memory, lengths, mask, scale, need_weights};
   refuse_tangents(query, query_weight, keys, v, memory);
   const bool has_node = node && node->requires_grad();
-  if (!(at::GradMode::is_enabled() && (query.requires_grad() || has_node))) {
+  if (!(at::GradMode::is_enabled() && has_node) && !torch::autograd::compute_requires_grad(query, keys, v, memory)) {
     const BelowAutograd guard;
     auto [context, weights, logsumexp, exact] = arguments.attend(arguments.project(query), need_weights, {});
     return {context, weights};

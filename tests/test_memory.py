@@ -298,6 +298,31 @@ def saved_tensors_elsewhere(loop: Loop) -> list[Tensor | None]:
         return loop.grads(loss_of(loop.steps(loop.memory())))
 
 
+def a_parameter_that_is_updated_within_the_backward(loop: Loop) -> list[Tensor | None]:
+    """A learned first state, by a hook, as soon as its gradient is there: before the memory's."""
+    first = loop.start[:1].detach().clone().requires_grad_()
+
+    def update(parameter: Tensor) -> None:
+        parameter.data -= parameter.grad
+        parameter.detach().mul_(2)
+        parameter.grad = None
+
+    first.register_post_accumulate_grad_hook(update)
+    loss_of(loop.steps(loop.memory(), start=first.expand(B, -1))).backward()
+    return [first.detach(), *loop.accumulated()]
+
+
+def a_gradient_that_a_leaf_makes_its_own(loop: Loop) -> list[Tensor | None]:
+    """That of a residual is the context's, and what is done to it later is done to the leaf's alone."""
+    residual = torch.zeros(B, DM, dtype=torch.float64).requires_grad_()
+    residual.register_post_accumulate_grad_hook(lambda leaf: [leaf.grad.mul_(0.01), None][1])
+    memory = loop.memory()
+    added = residual + 1.0  # whose backward is behind the step's and before the memory's
+    ((context, weights),) = loop.steps(memory, count=1)
+    ((context + added).square().sum() + weights.square().sum()).backward()
+    return [residual.grad, *loop.accumulated()]
+
+
 SCENARIOS = (
     one_loss,
     several_losses,
@@ -326,6 +351,8 @@ SCENARIOS = (
     only_v,
     only_the_hidden_states,
     saved_tensors_elsewhere,
+    a_parameter_that_is_updated_within_the_backward,
+    a_gradient_that_a_leaf_makes_its_own,
 )
 
 
@@ -664,15 +691,35 @@ def test_in_place_change_is_noticed() -> None:
         loss_of(outputs).backward()
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("method", ["dot", "general", "concat"])
-@pytest.mark.parametrize("late", ["the memory", "its weight", "its v"])
-def test_a_gradient_asked_for_too_late(late: str, method: str, each_backend: str) -> None:
-    attention = LuongAttention(method, 6).requires_grad_(False)
+def test_in_place_change_within_the_backward_is_noticed(method: str) -> None:
+    """Of a gradient that the step's backward has left for the memory's."""
+    attention = LuongAttention(method, 6)
+    memory = attention.memory(torch.randn(2, 5, 6).requires_grad_())
+    added = torch.randn(2, 6).requires_grad_() * 1
+    added.register_hook(lambda grad: [grad.mul_(2), None][1])
+    context, _ = attention(torch.randn(2, 6), memory)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation between the backward of the step and"):
+        (context + added).square().sum().backward()
+
+
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
+@pytest.mark.parametrize("late", ["the memory", "its weight", "its v", "its bias"])
+@pytest.mark.parametrize("others", [False, True], ids=["no other gradient", "others"])
+def test_a_gradient_asked_for_too_late(others: bool, late: str, method: str, each_backend: str) -> None:
+    attention = LuongAttention(method, 6, bias=method == "concat").requires_grad_(False)
     query, encoder_outputs = torch.randn(2, 6), torch.randn(2, 5, 6)
-    memory = attention.memory(encoder_outputs)
-    tensor = {"the memory": memory.memory, "its weight": memory.weight, "its v": memory.v}[late]
-    if tensor is None:
+    parts = {"the memory": encoder_outputs, "its v": attention.Va}
+    if attention.Wa is not None:
+        parts |= {"its weight": attention.Wa.weight, "its bias": attention.Wa.bias}
+    tensor = parts.pop(late, None)
+    others_there = [part for part in parts.values() if part is not None]
+    if tensor is None or (others and not others_there):
         pytest.skip(f"{method} has none")
+    if others:
+        others_there[0].requires_grad_()
+    memory = attention.memory(encoder_outputs)
     expected = attention(query, memory)
     tensor.requires_grad_()
     with pytest.raises(ValueError, match=rf"^LuongAttention: {late} requires a gradient, .* after requires_grad_\(\)$"):
