@@ -112,8 +112,15 @@ class Arguments:
                     f"{self.caller}: lengths go from {shortest} to {longest}, "
                     f"needed is 0 <= length <= S={self.sizes['S']} (from {self.fixed_by['S']})"
                 )
-        if device.type != "cpu" and value.is_pinned():
-            value = value.clone().pin_memory()  # the caller may write the next batch's into it before it is copied
+        is_eager = type(value) is Tensor and not torch.compiler.is_compiling()
+        if is_eager and value.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_initialized():
+            if torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"{self.caller}: lengths are on the CPU, from where the graph that is being captured would copy "
+                    "them at every replay; needed is a tensor on the GPU"
+                )
+            # A copy of its own: the caller may write the next batch's, or let go of it, before the device has it.
+            value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
         return value.to(device, non_blocking=True)
 
     def mask(self, value: Tensor | None) -> None:

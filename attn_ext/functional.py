@@ -14,6 +14,7 @@ from torch import Tensor, is_autocast_enabled
 from torch.compiler import is_compiling, is_exporting
 from torch.jit import is_tracing
 from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attn_ext import autocast, backend, checks, reference
 
@@ -40,6 +41,7 @@ _SLOW_ON_CPU = _slow_on_cpu()
 # Measured on CPU.
 _KEYS = 4
 _OPS = torch.ops.attn_ext
+_PLAIN = (Tensor, torch.nn.Parameter)
 # What an op, or a look at what is no tensor, says to wrong arguments.
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 Attended = tuple[Tensor, Tensor | None]
@@ -425,6 +427,8 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
     # A single query never is the dearer side. An exported program is for all sizes.
     if query.dim() != 3 or is_exporting() or query.size(1) == 1 or memory.dim() != 3 or not query.is_cpu:
         return False
+    if query.dtype is torch.float16:  # whose keys may overflow where the scores do not
+        return False
     B, T, Dq = query.shape
     _, S, Dm = memory.shape
     saved = B * ((T - S) * Dq * Dm + T * S * (Dm - Dq))  # the scores are products of Dm, or of Dq
@@ -437,7 +441,16 @@ def is_slow(features: Tensor) -> bool:
 
 
 def of_products(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """A projection's parameters, in the type that an op's product with `features` is to be taken in."""
+    """A projection's parameters, in the type that an op's product with `features` is to be taken in.
+
+    Raises:
+        TypeError: the weight is one that Python makes of others, whose gradient the ops would write as a plain tensor.
+    """
+    if type(weight) not in _PLAIN and not is_compiling() and is_traceable_wrapper_subclass(weight):
+        raise TypeError(
+            f"attn_ext: weight is a {type(weight).__name__}, of which the compiled ops make no gradient; "
+            "within attn_ext.use_backend('reference') it has one"
+        )
     if not is_slow(features) or (backend.multiplies and features.dtype is torch.float16):
         return weight, bias
     return weight.float(), None if bias is None else bias.float()

@@ -78,6 +78,9 @@ inline void check_projection(
   TORCH_CHECK_TYPE(memory.scalar_type() == type, "memory is ", memory.scalar_type(), ", needed is ", type);
   check_weight_type(weight, type);
   TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
+  const auto device = query_or_memory.device();
+  TORCH_CHECK_VALUE(weight.device() == device, "weight is on ", weight.device(), ", needed is ", device);
+  TORCH_CHECK_VALUE(!bias || bias->device() == device, "bias is on ", bias->device(), ", needed is ", device);
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sym_sizes(), ", needed are two dimensions");
   if (bias) {
     TORCH_CHECK_VALUE(v.has_value(), "bias came without v");

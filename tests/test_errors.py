@@ -423,6 +423,14 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "LuongAttention: the memory has shape [2, 5, 4], needed is [B, S, Dq] with B=3 (from hidden), "
         "Dq=4 (from hidden)",
     ),
+    *(
+        (
+            lambda method=method: LuongAttention(method, DQ, DM, device="meta")(zeros(B, DQ), zeros(B, S, DM)),
+            ValueError,
+            "luong_attention: weight is on meta, but query is on cpu; they must be on the same device",
+        )
+        for method in ("general", "concat")
+    ),
     (
         lambda: LuongAttention(torch.zeros(2), 4),
         ValueError,

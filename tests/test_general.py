@@ -176,10 +176,22 @@ def test_compiled() -> None:
 
 @pytest.mark.usefixtures("keys_cost_nothing")
 @pytest.mark.parametrize("masking", MASKINGS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=short)
 def test_keys_of_halves_whose_rows_have_much_in_common(dtype: torch.dtype, masking: str) -> None:
     """Rounded as they are, they would lose what they differ in, and their gradients' sum what it is to cancel."""
     problem = Case("general", B=4, T=70, S=37, D=64, Dm=64, dtype=dtype, masking=masking).problem()
     common = 10 * torch.randn(64, generator=torch.Generator().manual_seed(0))
     memory = 0.3 * problem.tensors["memory"].float() + common
     assert_accurate(problem.with_tensors(memory=memory.to(dtype)))
+
+
+def test_no_key_of_float16_overflows(each_backend: str) -> None:
+    """Where there are more queries than steps, projecting these costs more, but keys may be larger than all scores."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (60 * torch.randn(64, 8, generator=generator)).half()
+    memory = (300 * torch.randn(1, 4, 64, generator=generator)).half()
+    query = (1e-4 * torch.randn(1, 256, 8, generator=generator)).half()
+    assert not (memory @ weight).isfinite().all()
+    context, weights = attn_ext.luong_attention(query, memory, "general", weight=weight)
+    assert context.isfinite().all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 256).half(), atol=4e-3, rtol=0)

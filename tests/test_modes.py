@@ -229,6 +229,64 @@ def test_steps_over_a_memory_from_outside_of_a_transform_say_so() -> None:
         torch.func.grad(lambda memory: module(query, module.memory(memory))[0].sum())(memory)
 
 
+@pytest.mark.parametrize("name", ["query", "memory", "weight", "v"])
+@pytest.mark.parametrize("method", ["dot", "general", "concat"])
+def test_a_memory_made_within_vmap(method: str, name: str, each_backend: str) -> None:
+    """Without a gradient it works; one that it would lose is refused, whatever has it."""
+    tensors = Case(method).problem().tensors
+    if name not in tensors:
+        pytest.skip(f"{method} has no {name}")
+    several = {key: torch.stack([tensor, 0.5 * tensor]) for key, tensor in tensors.items()}
+    leaf = several[name].requires_grad_()
+
+    def context(given: dict[str, Tensor]) -> Tensor:
+        query = given.pop("query")
+        return attn_ext.AttentionMemory(method=method, **given).attend(query)[0]
+
+    expected = torch.stack([context({key: tensor[i] for key, tensor in several.items()}) for i in range(2)])
+    is_refused = each_backend == "fused"
+    with pytest.raises(RuntimeError, match="use_backend") if is_refused else nullcontext():
+        torch.autograd.grad(torch.vmap(context)(several).sum(), leaf)
+    if each_backend == "reference" or method != "dot":
+        with torch.no_grad():
+            torch.testing.assert_close(torch.vmap(context)(several), expected)
+
+
+def test_compiled_with_lengths_on_the_cpu(each_backend: str) -> None:
+    """Where all else is on another device."""
+    query, memory = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 5, 4, device="meta")
+    lengths = torch.tensor([5, 2], device="cpu")
+    attend = torch.compile(
+        lambda query, memory, lengths: attn_ext.luong_attention(query, memory, lengths=lengths),
+        fullgraph=True,
+        backend="eager",
+    )
+    context, weights = attend(query, memory, lengths)
+    assert context.shape == (2, 3, 4)
+    assert weights.shape == (2, 3, 5)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("with_memory", [False, True])
+@pytest.mark.parametrize("method", ["general", "concat"])
+def test_a_weight_that_python_makes_of_others(method: str, with_memory: bool) -> None:
+    """Its gradient would be a plain tensor."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    module = attn_ext.LuongAttention(method, 4)
+    plain = module.Wa.weight.detach()
+    module.Wa.weight = torch.nn.Parameter(two_tensor(plain, 2 * plain))
+    query, encoder_outputs = torch.randn(2, 4), torch.randn(2, 5, 4)
+
+    def call() -> Tensor:
+        return module(query, module.memory(encoder_outputs) if with_memory else encoder_outputs)[0]
+
+    with pytest.raises(TypeError, match="weight is a TwoTensor"):
+        call()
+    with attn_ext.use_backend("reference"):
+        call().sum().backward()
+    assert isinstance(module.Wa.weight.grad, two_tensor)
+
+
 @pytest.mark.fused
 @pytest.mark.parametrize("name", ["query", "memory", "weight", "v"])
 @pytest.mark.parametrize("method", ["dot", "general", "concat"])
