@@ -237,6 +237,20 @@ def test_an_incoming_gradient_that_is_no_number(
         assert (results[f"grad {name}"][hidden] == 0).all(), name
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("masking", ["lengths", "rows", "pairs"])
+@pytest.mark.parametrize("D", [6, 64], ids="D={}".format)
+@pytest.mark.parametrize("T", [1, 5, 33], ids="T={}".format)
+def test_a_v_that_is_no_number(T: int, D: int, masking: str, value: float, each_backend: str) -> None:
+    """Nor is any context; rows that no query may attend have a gradient of 0 all the same."""
+    problem = Case("additive", B=3, T=T, S=70, D=D, Dm=D, masking=masking).problem()
+    if masking == "pairs":
+        problem.options["mask"][1, :, 30:50] = False
+    results = problem.with_tensors(v=torch.full((D,), value)).results()
+    for name in ("keys", "values"):
+        assert (results[f"grad {name}"][never_attended(problem)] == 0).all(), name
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("T", [1, 3, 20], ids="T={}".format)
 @pytest.mark.parametrize("method", METHODS)

@@ -110,18 +110,17 @@ class Call {
     if (!hides_rows()) {
       return rows;
     }
-    Problem problem = of_all_queries();
+    Problem problem = of_all_queries(rows.size(2));
     problem.memory = view_of(rows);
-    problem.memory_size = rows.size(2);
     Tensor of_these = empty(rows.sizes());
-    attended_rows({problem, of_these.mutable_data_ptr()}, stream_);
+    copy_attended_rows({problem, of_these.mutable_data_ptr()}, stream_);
     return of_these;
   }
 
   // Gradients of such rows, as products with weights of 0 left them: 0 where no query attends, whatever came in.
   void clear_hidden(const Tensor& gradient) const {
     if (hides_rows() && gradient.numel() > 0) {
-      clear_hidden_rows({of_all_queries(), gradient.size(2), gradient.mutable_data_ptr()}, stream_);
+      clear_hidden_rows({of_all_queries(gradient.size(2)), gradient.mutable_data_ptr()}, stream_);
     }
   }
 
@@ -141,9 +140,10 @@ class Call {
     return problem_.lengths != nullptr || problem_.mask.data != nullptr;
   }
 
-  // With what its mask leaves to any query in the mask's place.
-  Problem of_all_queries() const {
+  // With what its mask leaves to any query in the mask's place, and rows of a size.
+  Problem of_all_queries(int64_t size) const {
     Problem problem = problem_;
+    problem.memory_size = size;
     if (problem.mask_per_query) {
       if (!by_any_.defined()) {
         by_any_ = inputs_.mask->any(1);
@@ -176,22 +176,20 @@ bool multiplies_into_float(const Tensor& halves) {
                                                : !at::globalContext().allowFP16AccumulationCuBLAS();
 }
 
-// result = a b, or result += a b, each [B, ...]. Halves' products may have a result of float32: all their bits.
-void multiply(Tensor& result, const Tensor& a, const Tensor& b, bool adds = false) {
+// result = a b, each [B, ...]. Halves' products may have a result of float32: all their bits.
+void multiply(Tensor& result, const Tensor& a, const Tensor& b) {
   const auto type = result.scalar_type();
   if (result.numel() == 0) {
     return;
   }
   if (a.size(2) == 0) {
-    if (!adds) {
-      result.zero_();
-    }
+    result.zero_();
   } else if (type == a.scalar_type()) {
-    adds ? at::baddbmm_out(result, result, a, b) : at::bmm_out(result, a, b);
+    at::bmm_out(result, a, b);
   } else if (multiplies_into_float(a)) {
-    adds ? at::baddbmm_out(result, result, a, b, type) : at::bmm_out(result, a, b, type);
+    at::bmm_out(result, a, b, type);
   } else {
-    multiply(result, a.to(type), b.to(type), adds);
+    multiply(result, a.to(type), b.to(type));
   }
 }
 
@@ -368,8 +366,10 @@ void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& s
     if (has_grad) {
       multiply(grad_memory, of.weights.mT(), *saved.grad_context);
     }
-    if (call.is_its_own_keys()) {
-      multiply(grad_memory, of.grad_scores.mT(), inputs.query, has_grad);
+    if (call.is_its_own_keys() && has_grad) {
+      at::baddbmm_out(grad_memory, grad_memory, of.grad_scores.mT(), inputs.query);
+    } else if (call.is_its_own_keys()) {
+      multiply(grad_memory, of.grad_scores.mT(), inputs.query);
     }
   }
   call.clear_hidden(grad_memory);
@@ -403,13 +403,13 @@ OptionalTensor with_queries(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->unsqueeze(1)) : std::nullopt;
 }
 
+// Whether queries [B, size] go as many [B, 1, size].
+bool is_one_of_many(const Inputs& inputs) {
+  return inputs.query.dim() == 2 && !takes_one_step(problem_of_sizes(inputs.method(), inputs.query, inputs.memory));
+}
+
 void forward(const Inputs& inputs, Outputs& outputs) {
-  Call call(inputs, "forward");
-  if (call.has_no_scores()) {
-    attend_nothing(outputs);
-  } else if (call.is_one_step()) {
-    attend_once(call, outputs);
-  } else if (inputs.query.dim() == 2) {
+  if (is_one_of_many(inputs)) {
     Outputs of_queries{
         with_queries(outputs.context),
         with_queries(outputs.weights),
@@ -418,18 +418,20 @@ void forward(const Inputs& inputs, Outputs& outputs) {
         with_queries(outputs.exact_weights)};
     const Tensor query = with_queries(inputs.query);
     forward({query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale}, of_queries);
+    return;
+  }
+  Call call(inputs, "forward");
+  if (call.has_no_scores()) {
+    attend_nothing(outputs);
+  } else if (call.is_one_step()) {
+    attend_once(call, outputs);
   } else {
     attend(call, inputs, outputs);
   }
 }
 
 void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
-  Call call(inputs, "backward");
-  if (call.has_no_scores()) {
-    differentiate_nothing(gradients);
-  } else if (call.is_one_step()) {
-    differentiate_once(call, saved, gradients);
-  } else if (inputs.query.dim() == 2) {
+  if (is_one_of_many(inputs)) {
     const OptionalTensor grad_context = with_queries(saved.grad_context), grad_weights = with_queries(saved.grad_weights);
     const OptionalTensor weights = with_queries(saved.weights);
     const OptionalTensor context = with_queries(saved.context);
@@ -440,6 +442,13 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
         {query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale},
         {grad_context, grad_weights, context, weights, with_queries(saved.logsumexp)},
         of_queries);
+    return;
+  }
+  Call call(inputs, "backward");
+  if (call.has_no_scores()) {
+    differentiate_nothing(gradients);
+  } else if (call.is_one_step()) {
+    differentiate_once(call, saved, gradients);
   } else {
     differentiate(call, inputs, saved, gradients);
   }

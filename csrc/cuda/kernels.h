@@ -2,7 +2,8 @@
 //
 // acc below is float, or double for Dtype::Double; unmarked tensors are of the problem's dtype. Workspaces and outputs are
 // contiguous and hold nothing yet. Kernels never read a row of memory or keys that lengths or a [B, S] mask keep from every query;
-// in the outputs such rows are zeros. A launcher raises std::runtime_error; none waits for the device.
+// in the gradients such rows, and those that a [B, T, S] mask does, are zeros. A launcher raises std::runtime_error; none waits for
+// the device.
 #pragma once
 
 #include "../problem.h"
@@ -41,20 +42,16 @@ struct SoftmaxBackward {
 };
 void softmax_backward(const SoftmaxBackward& call, Stream stream);
 
-// Rows of memory, with zeros for those that no query may attend, so that a product with weights of 0 is 0.
-struct AttendedRows {
+// hidden_rows.cu: of lengths and a [B, S] mask
+
+struct MemoryRows {
   Problem problem;
   void* rows;  // [B, S, memory_size]
 };
-void attended_rows(const AttendedRows& call, Stream stream);
-
-// Zeros into the rows that no query may attend: a product with weights of 0 left them there only if all else was finite.
-struct HiddenRows {
-  Problem problem;
-  int64_t size;
-  void* rows;  // [B, S, size]
-};
-void clear_hidden_rows(const HiddenRows& call, Stream stream);
+// The memory's, with zeros for those that no query may attend, so that a product with weights of 0 is 0.
+void copy_attended_rows(const MemoryRows& call, Stream stream);
+// Zeros into those: a product with weights of 0 left them there only if all else was finite.
+void clear_hidden_rows(const MemoryRows& call, Stream stream);
 
 // One query a batch element. A block takes `steps` source steps. What the blocks of a batch element leave is merged in their order,
 // by a launch behind.

@@ -36,6 +36,9 @@ inline int64_t blocks_by_shared_memory(size_t bytes) {
   return std::max<int64_t>(static_cast<int64_t>(of_multiprocessor) / static_cast<int64_t>(bytes + 1024), 1);
 }
 
+// Of CUDA 12.3, whose graphs are the first to know of launches that begin early.
+constexpr int kLeastDriver = 12030;
+
 // Whether a kernel may begin while the launch before it still runs: whether the current device's code of it waits. The PTX that it
 // was compiled to decides, not the device, nor the machine code, which a driver may have made of older PTX.
 template <auto kernel>
@@ -50,8 +53,10 @@ bool begins_early() {
   if (answers[device] == kUnasked) {
     const void* address = reinterpret_cast<const void*>(kernel);
     cudaFuncAttributes attributes{};
+    int driver = 0;
     check(cudaFuncGetAttributes(&attributes, address), address);
-    answers[device] = attributes.ptxVersion >= kLeastThatWaits ? kWaits : kDoesNot;
+    check(cudaDriverGetVersion(&driver), address);
+    answers[device] = attributes.ptxVersion >= kLeastThatWaits && driver >= kLeastDriver ? kWaits : kDoesNot;
   }
   return answers[device] == kWaits;
 }

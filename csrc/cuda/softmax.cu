@@ -67,20 +67,4 @@ void softmax_backward(const SoftmaxBackward& call, Stream stream) {
   });
 }
 
-void attended_rows(const AttendedRows& call, Stream stream) {
-  const Problem& problem = call.problem;
-  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
-    const bool by_vectors = takes_vectors<scalar>(problem.memory, problem.memory_size);  // the copy is fresh and lies on 16 bytes
-    launch_rows<1>(copy_attended_rows<scalar>, problem.batch * problem.steps, stream, call, by_vectors);
-  });
-}
-
-void clear_hidden_rows(const HiddenRows& call, Stream stream) {
-  const Problem& problem = call.problem;
-  for_dtype(problem.dtype, [&]<class scalar>(scalar) {
-    const bool by_vectors = are_aligned(call.rows) && call.size % kLanes<scalar> == 0;
-    launch_rows<1>(clear_rows<scalar>, problem.batch * problem.steps, stream, call, by_vectors);
-  });
-}
-
 }  // namespace attn_ext::cuda

@@ -1,4 +1,4 @@
-// Row softmax over what a query may attend, its backward, and the rows of memory that its weights may meet.
+// Row softmax over what a query may attend, and its backward.
 //
 //   forward    a_s = exp(e_s - max) / sum_s exp(e_s - max),  e = scale scores
 //   backward   de_s = scale a_s (da_s - sum_s a_s da_s)
@@ -410,56 +410,6 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
         rounded_grads[at] = from_acc<scalar>(to_acc(rounded_grads[at]) - excess);
       }
     }
-  }
-}
-
-// By a warp.
-template <class scalar>
-__device__ __forceinline__ void clear_row(scalar* row, int64_t size, bool by_vectors) {
-  const int lane = RowTeam<1>::rank();
-  if (by_vectors) {
-    for (int64_t d = lane * kLanes<scalar>; d < size; d += kWarp * kLanes<scalar>) {
-      store16(row + d, Vector16{});
-    }
-  } else {
-    for (int64_t d = lane; d < size; d += kWarp) {
-      row[d] = scalar{};
-    }
-  }
-}
-
-// A warp a row. `by_vectors`: of memory and of the copy.
-template <class scalar>
-__global__ void __launch_bounds__(RowTeam<1>::kBlock, 1) copy_attended_rows(const AttendedRows call, bool by_vectors) {
-  const Problem& problem = call.problem;
-  const int64_t row = RowTeam<1>::row(), size = problem.memory_size;
-  if (row >= problem.batch * problem.steps) {
-    return;
-  }
-  const int64_t b = row / problem.steps, s = row % problem.steps;
-  const scalar* from = row_of<scalar>(problem.memory, b, s);
-  scalar* to = static_cast<scalar*>(call.rows) + row * size;
-  const int lane = RowTeam<1>::rank();
-  if (!Attendable::by_any(problem, b)(s)) {
-    clear_row(to, size, by_vectors);
-  } else if (by_vectors) {
-    for (int64_t d = lane * kLanes<scalar>; d < size; d += kWarp * kLanes<scalar>) {
-      store16(to + d, load16_streaming(from + d));
-    }
-  } else {
-    for (int64_t d = lane; d < size; d += kWarp) {
-      to[d] = from[d * problem.memory.element];
-    }
-  }
-}
-
-// A warp a row.
-template <class scalar>
-__global__ void __launch_bounds__(RowTeam<1>::kBlock, 1) clear_rows(const HiddenRows call, bool by_vectors) {
-  const Problem& problem = call.problem;
-  const int64_t row = RowTeam<1>::row();
-  if (row < problem.batch * problem.steps && !Attendable::by_any(problem, row / problem.steps)(row % problem.steps)) {
-    clear_row(static_cast<scalar*>(call.rows) + row * call.size, call.size, by_vectors);
   }
 }
 

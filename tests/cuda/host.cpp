@@ -5,7 +5,6 @@
 #include "shim.h"
 
 #include <ATen/Context.h>
-#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <torch/library.h>
 
@@ -96,18 +95,6 @@ Tensor& bmm_out_dtype(const Tensor& a, const Tensor& b, at::ScalarType type, Ten
   return at::bmm_out(out, a.to(type), b.to(type));
 }
 
-Tensor& baddbmm_out_dtype(
-    const Tensor& added,
-    const Tensor& a,
-    const Tensor& b,
-    at::ScalarType type,
-    const at::Scalar& beta,
-    const at::Scalar& alpha,
-    Tensor& out) {
-  refuse_own_sums(a);
-  return at::baddbmm_out(out, added, a.to(type), b.to(type), beta, alpha);
-}
-
 }  // namespace
 
 const EntryPoints cpu::entry_points{cuda::entry_points.takes_context, forward, backward, backward_of_scores, prepare_keys};
@@ -127,7 +114,6 @@ int64_t cuda::major_capability(c10::Device) {
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) {
   m.impl("bmm.dtype_out", bmm_out_dtype);
-  m.impl("baddbmm.dtype_out", baddbmm_out_dtype);
 }
 
 }  // namespace attn_ext

@@ -71,6 +71,11 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
 inline cudaError_t cudaGetLastError() {
