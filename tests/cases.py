@@ -35,7 +35,8 @@ METHODS = ("dot", "additive", "general", "concat")  # the public ones
 MASKINGS = ("none", "lengths", "rows", "pairs", "lengths+rows", "lengths+pairs")
 # What the loss is made of; "no_weights" also asks for none.
 LOSSES = {"both": ("context", "weights"), "context": ("context",), "weights": ("weights",), "no_weights": ("context",)}
-KERNELS = "cpu"  # the type of the device that tensors lie on, and whose kernels run; tests/cuda says otherwise
+# The types of the devices that tensors lie on, and whose kernels run; tests/cuda says otherwise.
+DEVICE = KERNELS = "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # As exact as the factors of float32's products are to be, by PyTorch's precision.
 FACTORS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}

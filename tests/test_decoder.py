@@ -494,7 +494,7 @@ def runs_under_autocast(cell: str) -> bool:
     """Whether PyTorch's own recurrent layer does: its LSTM asks oneDNN for one of bfloat16, which needs AVX-512."""
     layer = torch.nn.LSTM(2, 2) if cell == "lstm" else torch.nn.GRU(2, 2)
     try:
-        with torch.autocast(cases.KERNELS, torch.bfloat16):
+        with torch.autocast(cases.DEVICE, torch.bfloat16):
             layer(torch.zeros(1, 1, 2))
     except RuntimeError:
         return False
@@ -511,7 +511,7 @@ def test_autocast(method: str, cell: str, input_feeding: bool, each_backend: str
     targets, hidden, encoder_outputs = inputs(decoder).values()
     exact, *_ = decoder(targets, hidden, encoder_outputs)
     decoder.float()
-    with torch.autocast(cases.KERNELS, torch.bfloat16):
+    with torch.autocast(cases.DEVICE, torch.bfloat16):
         log_probs, state, _ = decoder(targets, None, encoder_outputs.bfloat16())
         decoder(targets, state, encoder_outputs.float())
         decoder.forward_step(targets[:, :1], state, encoder_outputs.bfloat16())
@@ -530,7 +530,7 @@ def test_memory_under_autocast(where: str, each_backend: str) -> None:
     targets, _, encoder_outputs = inputs(decoder).values()
     expected, *_ = decoder(targets, None, encoder_outputs.float())
     memory = decoder.attention.memory(encoder_outputs.float())
-    with torch.autocast(cases.KERNELS, torch.bfloat16):
+    with torch.autocast(cases.DEVICE, torch.bfloat16):
         if where == "inside":
             memory = decoder.attention.memory(encoder_outputs.float())
         log_probs, *_ = decoder(targets, None, memory)
@@ -551,7 +551,7 @@ def test_checks_cast_nothing() -> None:
                 casts.append(args[0].shape)
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), torch.autocast(cases.KERNELS, torch.bfloat16, cache_enabled=False), Watch():
+    with torch.no_grad(), torch.autocast(cases.DEVICE, torch.bfloat16, cache_enabled=False), Watch():
         decoder.forward_step(torch.zeros(B, 1, dtype=torch.int64), None, torch.zeros(B, S, H))
     assert casts.count(decoder.output.weight.shape) == 1
 

@@ -411,7 +411,7 @@ def test_without_weights(name: str, queries: int, autocast: bool, each_backend: 
     """None for them, and the same context, on every way that a call may go."""
     loop = Loop(name, "lengths", torch.float32)
     hidden = loop.start.unsqueeze(1).expand(-1, queries, -1)
-    with torch.autocast(cases.KERNELS, torch.bfloat16, enabled=autocast):
+    with torch.autocast(cases.DEVICE, torch.bfloat16, enabled=autocast):
         memory = loop.memory()
         expected, weights = memory.attend(hidden)
         assert weights.shape == (B, queries, S)
@@ -457,7 +457,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     """The steps of a loop under autocast defer too: gradients in the parameters' own dtype, near the exact ones."""
     loop = Loop(name, "lengths", torch.float32)
     expected = loop.grads(loss_of(loop.steps(loop.encoder_outputs)))
-    with torch.autocast(cases.KERNELS, dtype):
+    with torch.autocast(cases.DEVICE, dtype):
         outputs = loop.steps(loop.memory())
         assert outputs[0][0].dtype == dtype
     counts, actual = calls(lambda: loop.grads(loss_of(outputs)))
@@ -474,7 +474,7 @@ def test_made_outside_of_autocast(name: str, each_backend: str) -> None:
     for queries in (loop.start, loop.start.unsqueeze(1).expand(-1, 17, -1)):
         expected = loop.attention(queries, loop.memory())
         memory = loop.memory()
-        with torch.autocast(cases.KERNELS, torch.bfloat16):
+        with torch.autocast(cases.DEVICE, torch.bfloat16):
             outputs = loop.attention(queries, memory)
             rounded = loop.attention(queries.bfloat16(), memory)
         torch.testing.assert_close(outputs, expected)
@@ -487,7 +487,7 @@ def test_made_outside_of_autocast(name: str, each_backend: str) -> None:
 def test_made_within_autocast(name: str, each_backend: str) -> None:
     """A refusal of float32 queries outside of it says where the other dtype is from."""
     loop = Loop(name, dtype=torch.float32)
-    with torch.autocast(cases.KERNELS, torch.bfloat16):
+    with torch.autocast(cases.DEVICE, torch.bfloat16):
         memory = loop.memory()
     text = "the memory is torch.bfloat16, as torch.autocast made it, but hidden is torch.float32; they must be the same"
     with pytest.raises(TypeError, match=text):

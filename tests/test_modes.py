@@ -27,7 +27,7 @@ def test_autocast(method: str, dtype: torch.dtype, each_backend: str) -> None:
     problem = Case(method, T=5, S=37, D=20, masking="lengths").problem()
     rounded = problem.to(dtype)
     under_autocast = replace(
-        problem, function=torch.autocast(cases.KERNELS, dtype)(problem.function), grad_outputs=rounded.grad_outputs
+        problem, function=torch.autocast(cases.DEVICE, dtype)(problem.function), grad_outputs=rounded.grad_outputs
     )
     expected = rounded.results()
     for name, result in under_autocast.results().items():
@@ -39,13 +39,13 @@ def test_autocast_takes_mixed_inputs(each_backend: str) -> None:
     """A float32 memory meets a bfloat16 hidden state, as after a layer that autocast ran."""
     problem = Case("general").problem()
     tensors = problem.tensors | {"query": problem.tensors["query"].bfloat16()}
-    with torch.autocast(cases.KERNELS, torch.bfloat16):
+    with torch.autocast(cases.DEVICE, torch.bfloat16):
         assert problem.function(**tensors)[0].dtype == torch.bfloat16
 
 
 def test_autocast_leaves_float64(each_backend: str) -> None:
     problem = Case("concat", dtype=torch.float64).problem()
-    under_autocast = replace(problem, function=torch.autocast(cases.KERNELS, torch.bfloat16)(problem.function))
+    under_autocast = replace(problem, function=torch.autocast(cases.DEVICE, torch.bfloat16)(problem.function))
     assert_same(under_autocast.results(), problem.results())
 
 
@@ -63,7 +63,7 @@ def test_second_derivative_within_autocast(method: str) -> None:
         penalty = sum(grad.square().sum() for grad in first)
         return [*first, *torch.autograd.grad(penalty, leaves.values())]
 
-    actual = derivatives(torch.autocast(cases.KERNELS, torch.bfloat16))
+    actual = derivatives(torch.autocast(cases.DEVICE, torch.bfloat16))
     assert all(map(torch.equal, actual, derivatives(nullcontext())))
 
 

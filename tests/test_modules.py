@@ -153,7 +153,7 @@ def test_classic_interface(method: str, batch: int, each_backend: str) -> None:
 def test_classic_interface_under_autocast(each_backend: str) -> None:
     """A bfloat16 hidden state meets float32 encoder outputs, as in LuongAttention."""
     module = Attention("general", B, DQ)
-    with torch.autocast(cases.KERNELS, torch.bfloat16):
+    with torch.autocast(cases.DEVICE, torch.bfloat16):
         weights = module(torch.randn(1, B, DQ).bfloat16(), torch.randn(B, S, DQ))
     assert weights.dtype == torch.bfloat16
 

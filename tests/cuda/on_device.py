@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch._dynamo.config.specialize_float = True
     from tests import cases
 
-    cases.KERNELS = torch.device(DEVICE).type
+    cases.DEVICE = cases.KERNELS = torch.device(DEVICE).type
     config.pluginmanager.register(Failures(config))
 
 
