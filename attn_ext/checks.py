@@ -149,10 +149,7 @@ class Arguments:
             return 1.0
         if not _is_number(value):
             raise TypeError(f"{self.caller}: scale must be a number or None, got {_kind(value)}")
-        try:
-            scale = float(value)
-        except OverflowError:
-            scale = math.inf
+        scale = _as_float(value)
         if not -math.inf < scale < math.inf:  # which torch.compile can trace
             raise ValueError(f"{self.caller}: scale is {value}, needed is a finite number")
         return scale
@@ -192,15 +189,15 @@ def fraction(caller: str, name: str, value: float) -> float:
     _number(caller, name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{caller}: {name} is {value}, needed is 0 <= {name} <= 1")
-    return float(value)
+    return _as_float(value)
 
 
 def not_negative(caller: str, name: str, value: float) -> float:
-    """`value` as a float: a finite number of at least 0."""
+    """`value` as a float, inf where it is beyond one: a finite number of at least 0."""
     _number(caller, name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{caller}: {name} is {value}, needed is a finite number of at least 0")
-    return float(value)
+    return _as_float(value)
 
 
 def _as_int(value: object) -> int | None:
@@ -213,6 +210,14 @@ def _as_int(value: object) -> int | None:
         return operator.index(value)
     except TypeError:  # NumPy's bool, or an array
         return None
+
+
+def _as_float(value: float) -> float:
+    """inf for an integer that is beyond a float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _number(caller: str, name: str, value: float) -> None:
