@@ -15,8 +15,8 @@
 //
 // x, and the product of those that share, must neither overflow nor lose its factors to underflow. While the exponentials are taken
 // the largest |2q| and |2k| are found; their sum, and how far the v are apart, decide how many features share a reciprocal. Where
-// even two could leave the type's range, E = exp(2 (q + k)) is taken directly, which is exact for any input; a backward of many
-// queries decides so for each vector of features. A single query takes it so too: for it the exponentials are as many either way,
+// even two could leave the type's range, E = exp(2 (q + k)) is taken directly, which any input may be; a backward of many queries
+// decides so for each vector of features. A single query takes it so too: for it the exponentials are as many either way,
 // and the keys are read where they stand. A decoder's steps share their keys: their exponentials come prepared.
 #include "additive_gradients.h"
 #include "additive_scores.h"

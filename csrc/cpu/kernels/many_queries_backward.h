@@ -3,6 +3,8 @@
 //   da_ts = g_t . m_s + gw_ts;  delta_t = g_t . c_t + sum_s a_ts gw_ts;  de_ts = scale a_ts (da_ts - delta_t)
 //   dm_s = sum_t a_ts g_t, and the score's own share of the gradients from de, which may also be given
 //
+// Where an item has all of a query's steps in one tile, delta_t is sum_s a_ts da_ts, which is the same, and no context is read.
+//
 // sum_s de_ts is 0, but delta_t is rounded apart from the da_ts: an excess r_t is left, a share a_ts r_t of it in every de_ts. What
 // the rows of the memory have in common multiplies it in dq_t = sum_s de_ts m_s, where it can outweigh the rest; it is r_t c_t
 // there, and is taken off.

@@ -5,6 +5,8 @@
 //   backward   da_s = g . m_s + gw_s;  delta = g . c + sum_s a_s gw_s;  de_s = scale a_s (da_s - delta);  dm_s = a_s g, and the
 //              score's own share of the gradients from de, which may also be given
 //
+// Of one group, delta is sum_s a_s da_s, which is the same, and no context is read.
+//
 // It is bound by the memory's bandwidth. Rows are read one after the other, as they lie, and whoever reads a row first has later
 // ones fetched, line by line: the prefetchers in hardware stop at each page's end. A gradient that no cache holds is written past
 // all of them, which spares its lines' being read. And what is read, written and computed in turns adds up: of a large memory, what
