@@ -257,6 +257,12 @@ def attend(
     return context, weights if need_weights else None
 
 
+NO_TRANSFORMS = (
+    "attn_ext's compiled ops have no rules for torch.func's transforms (vmap, grad, jvp) and forward-mode "
+    "derivatives, which work within attn_ext.use_backend('reference'), with a memory made there"
+)
+
+
 def transforms_explained() -> AbstractContextManager[None]:
     """Where the ops run: PyTorch's own words for what they do not go with are of its insides."""
     return nullcontext() if is_compiling() else _transforms_explained()
@@ -277,10 +283,7 @@ def _transforms_explained() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         if any(words in str(error) for words in _HAS_NO_RULE):
-            raise RuntimeError(
-                "attn_ext's compiled ops have no rules for torch.func's transforms (vmap, grad, jvp) and forward-mode "
-                "derivatives, which work within attn_ext.use_backend('reference'), with a memory made there"
-            ) from error
+            raise RuntimeError(NO_TRANSFORMS) from error
         raise
 
 

@@ -50,8 +50,8 @@ class AttentionMemory:
     Where any of what it is made of requires a gradient, the memory is one node of the graph that all its steps hang on:
     of several backwards over them, all but the last need retain_graph=True, or each needs a memory of its own, as the
     chunks of truncated backpropagation and steps in reentrant checkpoints do. A gradient that is asked for after it is
-    made, by requires_grad_(), comes too late. Made under torch.no_grad() it has no node, and its keys have no part in
-    the gradients of concat's parameters, nor in the memory's.
+    made, by requires_grad_(), is refused. Made under torch.no_grad() it has no node, and its keys have no part in the
+    gradients of concat's parameters, nor in the memory's.
 
     The beams of a beam search are queries of one memory: [B, K, Dq] for K hypotheses a sentence.
 
@@ -136,7 +136,7 @@ class AttentionMemory:
             node, keys, prepared_keys = _OPS.memory_node.default(memory, weight, v, bias, self.lengths, self.mask)
             is_blind = is_grad_enabled and not self._is_in_graph and not is_compiling()
             if is_blind and _require_grad(*map(_unwrapped, made_of.values())):
-                raise RuntimeError("functorch transforms")  # the node would be missing
+                raise RuntimeError(functional.NO_TRANSFORMS)  # there would be no node, and so no gradient
         if self._is_in_graph:
             self._node = node
         if v is not None:

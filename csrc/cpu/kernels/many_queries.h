@@ -65,9 +65,6 @@ struct StepsRow {
   }
 };
 
-// Of rows that go past the caches by way of scratch, so much at a time.
-constexpr int64_t kNearBytes = int64_t{1} << 15;
-
 // Of what comes after the source steps before `written`: another tile of the item, or the item that most often comes next.
 class Next {
  public:

@@ -7,6 +7,9 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
+// Of rows that go past the caches by way of scratch, so much at a time.
+constexpr int64_t kNearBytes = int64_t{1} << 15;
+
 // Score is DotScore or AdditiveScore: what the queries are scored against, tile by tile.
 template <class Score>
 struct AttentionForward {
