@@ -14,7 +14,7 @@ from torch import Tensor, is_autocast_enabled
 from torch.compiler import is_compiling, is_exporting
 from torch.jit import is_tracing
 from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 
 from attn_ext import autocast, backend, checks, reference
 
@@ -430,12 +430,22 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
     # A single query never is the dearer side. An exported program is for all sizes.
     if query.dim() != 3 or is_exporting() or query.size(1) == 1 or memory.dim() != 3 or not query.is_cpu:
         return False
-    if query.dtype is torch.float16:  # whose keys may overflow where the scores do not
-        return False
     B, T, Dq = query.shape
     _, S, Dm = memory.shape
     saved = B * ((T - S) * Dq * Dm + T * S * (Dm - Dq))  # the scores are products of Dm, or of Dq
-    return saved > _KEYS * B * S * Dm
+    return saved > _KEYS * B * S * Dm and (query.dtype is not torch.float16 or _keys_fit_float16(memory, weight))
+
+
+def _keys_fit_float16(memory: Tensor, weight: Tensor) -> bool:
+    """Whether none overflows, as one can where no score does: known by what they are at most, where one can look."""
+    if is_compiling() or is_tracing() or is_in_torch_dispatch_mode() or memory.numel() == 0:
+        return False
+    if any(type(t) not in _PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (memory, weight)):
+        return False
+    smallest, largest = (extreme.item() for extreme in torch.aminmax(memory.detach()))  # NaN where a hidden row is
+    factors = weight.detach().abs().sum(0, dtype=torch.float32).max().item()
+    # Twice, since the memory's average is taken off first.
+    return 2 * max(-smallest, largest) * max(factors, 1.0) < torch.finfo(torch.float16).max
 
 
 def is_slow(features: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,15 @@ pytestmark = [pytest.mark.fused, pytest.mark.cpu]
 def has_keys(T: int, S: int, Dq: int = 64, Dm: int = 64) -> bool:
     query, memory, weight = torch.zeros(8, T, Dq), torch.zeros(8, S, Dm), torch.zeros(Dm, Dq)
     return functional.has_fewer_keys(query, memory, weight)
+
+
+def test_float16_has_keys_where_none_can_overflow() -> None:
+    query, memory, weight = (torch.ones(shape).half() for shape in ((8, 50, 64), (8, 20, 64), (64, 64)))
+    assert functional.has_fewer_keys(query, memory, weight)
+    for factor, fits in ((500, True), (520, False), (math.inf, False), (math.nan, False)):
+        assert functional.has_fewer_keys(query, memory * factor, weight) == fits
+        assert functional.has_fewer_keys(query, memory * -factor, weight) == fits
+        assert functional.has_fewer_keys(query, memory, weight * factor) == fits
 
 
 def test_the_fewer_rows_are_projected() -> None:
@@ -174,27 +184,39 @@ def test_compiled() -> None:
             torch.testing.assert_close(result, expected[name])
 
 
+@pytest.mark.usefixtures("keys_cost_nothing")
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
-def test_halves_whose_rows_have_much_in_common(
-    dtype: torch.dtype, masking: str, request: pytest.FixtureRequest
-) -> None:
-    """Keys rounded as they are would lose what they differ in, and their gradients' sum what it is to cancel."""
-    if dtype is torch.bfloat16:  # queries of float16 are projected
-        request.getfixturevalue("keys_cost_nothing")
+def test_keys_of_halves_whose_rows_have_much_in_common(dtype: torch.dtype, masking: str) -> None:
+    """Rounded as they are, they would lose what they differ in, and their gradients' sum what it is to cancel."""
     problem = Case("general", B=4, T=70, S=37, D=64, Dm=64, dtype=dtype, masking=masking).problem()
     common = 10 * torch.randn(64, generator=torch.Generator().manual_seed(0))
     memory = 0.3 * problem.tensors["memory"].float() + common
     assert_accurate(problem.with_tensors(memory=memory.to(dtype)))
 
 
-def test_no_key_of_float16_overflows(each_backend: str) -> None:
-    """Where there are more queries than steps, projecting these costs more, but keys may be larger than all scores."""
+@pytest.mark.parametrize("large", ["keys", "differences"])
+def test_no_key_of_float16_overflows(large: str, each_backend: str) -> None:
+    """Where projecting the memory costs less, but its keys, or what it differs by from its average, are too large."""
     generator = torch.Generator().manual_seed(0)
-    weight = (60 * torch.randn(64, 8, generator=generator)).half()
-    memory = (300 * torch.randn(1, 4, 64, generator=generator)).half()
     query = (1e-4 * torch.randn(1, 256, 8, generator=generator)).half()
-    assert not (memory @ weight).isfinite().all()
+    weight, memory = torch.randn(64, 8, generator=generator), torch.randn(1, 4, 64, generator=generator)
+    if large == "keys":
+        weight, memory = (60 * weight).half(), (300 * memory).half()
+        assert not (memory @ weight).isfinite().all()
+    else:
+        weight, memory = (1e-3 * weight).half(), memory.half()
+        memory[0, :, 0] = torch.tensor([-5e4, 5e4, 5e4, 5e4])
     context, weights = attn_ext.luong_attention(query, memory, "general", weight=weight)
     assert context.isfinite().all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 256).half(), atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf], ids=str)
+def test_no_key_of_float16_is_known_by_what_is_hidden(junk: float, each_backend: str) -> None:
+    problem = Case("general", B=2, T=256, S=9, D=16, Dm=16, dtype=torch.float16, masking="lengths").problem()
+    memory = problem.tensors["memory"].clone()
+    memory[1, int(problem.options["lengths"][1]) :] = junk
+    expected = problem.results()
+    for name, result in problem.with_tensors(memory=memory).results().items():
+        torch.testing.assert_close(result, expected[name], atol=4e-3, rtol=4e-3)
