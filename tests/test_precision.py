@@ -103,6 +103,21 @@ def test_large_scores(dtype: torch.dtype, method: str, T: int, scale: float) -> 
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [300.0, 1000.0], ids="scale={:g}".format)
+@pytest.mark.parametrize(("T", "S"), [(1, 300), (3, 300), (17, 300), (64, 257), (130, 600)])
+@pytest.mark.parametrize("method", ["dot", "keyed_dot", "additive"])
+def test_all_the_weight_on_one_step(method: str, T: int, S: int, scale: float) -> None:
+    """Its score has no gradient, and the scale is not to multiply one that rounding made."""
+    problem = Case(method, T=T, S=S, D=33, Dm=20, loss="context", scale=scale).problem()
+    results, own, truth = problem.results(), problem.reference_results(), problem.to(torch.float64).reference_results()
+    all_on_one = truth["weights"].amax(-1) > 1 - 1e-12
+    assert all_on_one.any()
+    error, own_error = (
+        (r["grad query"].double() - truth["grad query"])[all_on_one].abs().max() for r in (results, own)
+    )
+    assert error <= 2 * own_error + 1e-8
+
+
 @pytest.mark.parametrize("scale", [1e4, 1e7, 1e9], ids="scale={:g}".format)
 @pytest.mark.parametrize("S", [200, 300, 3000], ids="S={}".format)
 @pytest.mark.parametrize("T", [1, 3, 300], ids="T={}".format)

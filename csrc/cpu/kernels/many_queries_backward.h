@@ -285,9 +285,11 @@ struct AttentionBackward {
       delta[t] = dot_product(weights + t * stride, grad_scores + t * stride, tile.count);
     }
     const acc scale = static_cast<acc>(problem.scale);
+    const bool apart = !has_whole_rows(f) && f.weights.data != nullptr;
     acc sums[kChunk];
     for (int64_t t = 0; t < count; ++t) {
-      sums[t] = differentiate_softmax(grad_scores + t * stride, weights + t * stride, tile.count, delta[t], scale);
+      acc* row = grad_scores + t * stride;
+      sums[t] = differentiate_softmax(row, weights + t * stride, tile.count, delta[t], scale, apart);
       excess[t] += sums[t];
     }
     for (int64_t t = 0; has_whole_rows(f) && t < count; ++t) {

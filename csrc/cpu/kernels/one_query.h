@@ -399,7 +399,7 @@ struct OneQueryBackward {
       }
       const acc scale = static_cast<acc>(f.problem.scale);
       const acc subtract = one_group ? dot_product(a, de, tile.count) : delta;
-      const acc excess = differentiate_softmax(de, a, tile.count, subtract, scale);
+      const acc excess = differentiate_softmax(de, a, tile.count, subtract, scale, !one_group && weights != nullptr);
       if (one_group) {
         take_off_excess(de, a, tile.count, excess);
       }

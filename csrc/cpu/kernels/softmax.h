@@ -66,11 +66,15 @@ acc pass_on(acc* row, const acc* weights, int64_t steps, acc factor, acc subtrac
 }
 
 // The gradients of scores out of those of their weights, de_s = scale a_s (da_s - delta). Returns their sum, which over a whole row
-// is 0 but for what rounding left in delta.
+// is 0 but for what rounding left in delta. Summed `apart` from the da_s, out of the context, delta would be rounded otherwise than
+// the one whose weight is 1, and the scale would multiply their difference: such a weight leaves the others nothing, and has no
+// gradient. Of weights that are recomputed that cannot be told, since a log-sum-exp is rounded by as much as it is large.
 template <class acc>
-acc differentiate_softmax(acc* row, const acc* weights, int64_t steps, acc delta, acc scale) {
-  return pass_on(
-      row, weights, steps, scale, delta, [](const auto& a, const auto& da, const auto& delta) { return a * (da - delta); });
+acc differentiate_softmax(acc* row, const acc* weights, int64_t steps, acc delta, acc scale, bool apart) {
+  const Vec<acc> all(apart ? scale : std::numeric_limits<acc>::quiet_NaN());
+  return pass_on(row, weights, steps, scale, delta, [&](const auto& a, const auto& da, const auto& delta) {
+    return Vec<acc>::blendv(a * (da - delta), Vec<acc>(0), a == all);
+  });
 }
 
 // That sum, of steps that are all there are, out of their gradients.
