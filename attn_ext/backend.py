@@ -47,21 +47,31 @@ class use_backend:  # noqa: N801 - a function to its users
     """
 
     _current = "auto"
+    _choices = 0  # made so far, and blocks ended
 
     def __init__(self, name: str) -> None:
         checks.choice("use_backend", "name", name, BACKENDS)
         if name == "fused" and (problem := unavailable()):
             raise RuntimeError(f"use_backend: the fused ops cannot run: {problem}")
         self._name = name
-        self._previous = use_backend._current
-        use_backend._current = name
+        self._replaced = [use_backend._current]  # by each block that is open, and by the one that begins here
+        _choose(name)
+        self._choice = use_backend._choices
 
     def __enter__(self) -> use_backend:
-        use_backend._current = self._name  # again, where it is entered later or once more
+        if use_backend._choices != self._choice:  # it is entered later, or once more
+            self._replaced.append(use_backend._current)
+            _choose(self._name)
+        self._choice = 0
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        use_backend._current = self._previous
+        _choose(self._replaced.pop())
+
+
+def _choose(name: str) -> None:
+    use_backend._current = name
+    use_backend._choices += 1
 
 
 def current() -> str:

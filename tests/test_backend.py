@@ -41,6 +41,35 @@ def test_a_choice_can_be_entered_again() -> None:
         assert backend.current() == before
 
 
+def test_a_choice_that_is_entered_later_ends_with_what_it_replaced() -> None:
+    before = backend.current()
+    auto = attn_ext.use_backend("auto")
+    try:
+        attn_ext.use_backend("reference")
+        with auto, auto:
+            assert backend.current() == "auto"
+        assert backend.current() == "reference"
+        attn_ext.use_backend("auto")
+        late = attn_ext.use_backend("reference")
+        attn_ext.use_backend("auto")
+        attn_ext.use_backend("reference")
+        with late:
+            assert backend.current() == "reference"
+        assert backend.current() == "reference"
+    finally:
+        attn_ext.use_backend(before)
+
+
+def test_a_choice_within_itself_leaves_the_outer_one() -> None:
+    before = backend.current()
+    reference = attn_ext.use_backend("reference")
+    with reference:
+        with reference:
+            assert backend.current() == "reference"
+        assert backend.current() == "reference"
+    assert backend.current() == before
+
+
 def test_context_manager_ends_what_was_set_inside() -> None:
     before = backend.current()
     with attn_ext.use_backend("reference"):
