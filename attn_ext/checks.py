@@ -86,42 +86,52 @@ class Arguments:
         """[B] integers in [0, S], as int64 on the leader's device; the range is checked where the CPU can see it."""
         if value is None:
             return None
-        assert self.leader is not None
-        device = self.leader[1].device
-        if not isinstance(value, Tensor):
-            # An array of NumPy's is no Sequence, and without dimensions cannot be gone through.
-            is_row = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
-            numbers = [_as_int(n) for n in value] if is_row else [None]
-            known = [n for n in numbers if n is not None]
-            if len(known) < len(numbers):
-                raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")
-            longest_possible = torch.iinfo(torch.int64).max
-            value = torch.tensor([min(max(n, -1), longest_possible) for n in known], dtype=torch.int64, device="cpu")
-        self.tensor("lengths", value)
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"{self.caller}: lengths must be integers, got {value.dtype}")
-        value = value.to(torch.int64)
-        self.shape("lengths", value, "B")
+        lengths = value if isinstance(value, Tensor) else self._row_of_integers(value)
+        self.tensor("lengths", lengths)
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(f"{self.caller}: lengths must be integers, got {lengths.dtype}")
+        lengths = lengths.to(torch.int64)
+        self.shape("lengths", lengths, "B")
         # Lengths on the CPU serve tensors on any device: pack_padded_sequence wants them there too.
-        if value.device.type != "cpu":
-            self.device("lengths", value)
-        elif value.numel() and not torch.compiler.is_compiling() and type(value) is Tensor:
-            shortest, longest = (int(n) for n in torch.aminmax(value))
-            if shortest < 0 or longest > self.sizes["S"]:
-                raise ValueError(
-                    f"{self.caller}: lengths go from {shortest} to {longest}, "
-                    f"needed is 0 <= length <= S={self.sizes['S']} (from {self.fixed_by['S']})"
-                )
-        is_eager = type(value) is Tensor and not torch.compiler.is_compiling()
-        if is_eager and value.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_initialized():
-            if torch.cuda.is_current_stream_capturing():
-                raise ValueError(
-                    f"{self.caller}: lengths are on the CPU, from where the graph that is being captured would copy "
-                    "them at every replay; needed is a tensor on the GPU"
-                )
-            # A copy of its own: the caller may write the next batch's, or let go of it, before the device has it.
-            value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
-        return value.to(device, non_blocking=True)
+        if lengths.device.type != "cpu":
+            self.device("lengths", lengths)
+        elif type(lengths) is Tensor and not torch.compiler.is_compiling():
+            self._check_range(lengths)
+            lengths = self._pinned(lengths)
+        assert self.leader is not None
+        return lengths.to(self.leader[1].device, non_blocking=True)
+
+    def _row_of_integers(self, value: Collection[int]) -> Tensor:
+        # An array of NumPy's is no Sequence, and without dimensions cannot be gone through.
+        is_row = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+        numbers = [_as_int(n) for n in value] if is_row else [None]
+        known = [n for n in numbers if n is not None]
+        if len(known) < len(numbers):
+            raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")
+        longest_possible = torch.iinfo(torch.int64).max
+        return torch.tensor([min(max(n, -1), longest_possible) for n in known], dtype=torch.int64, device="cpu")
+
+    def _check_range(self, lengths: Tensor) -> None:
+        if lengths.numel() == 0:
+            return
+        shortest, longest = (int(n) for n in torch.aminmax(lengths))
+        if shortest < 0 or longest > self.sizes["S"]:
+            raise ValueError(
+                f"{self.caller}: lengths go from {shortest} to {longest}, "
+                f"needed is 0 <= length <= S={self.sizes['S']} (from {self.fixed_by['S']})"
+            )
+
+    def _pinned(self, lengths: Tensor) -> Tensor:
+        """Lengths for a GPU as a copy of their own: the caller may write the next batch's before the GPU has them."""
+        assert self.leader is not None
+        if self.leader[1].device.type != "cuda" or not torch.cuda.is_initialized():
+            return lengths
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"{self.caller}: lengths are on the CPU, from where the graph that is being captured would copy "
+                "them at every replay; needed is a tensor on the GPU"
+            )
+        return torch.empty(lengths.shape, dtype=lengths.dtype, pin_memory=True).copy_(lengths)
 
     def mask(self, value: Tensor | None) -> None:
         """[B, S] or [B, T, S] bool, True = may be attended."""

@@ -175,7 +175,7 @@ class AttentionDecoder(nn.Module):
             if teacher_forcing_ratio < 1:
                 is_forced = torch.rand(tokens.shape, device=tokens.device) < teacher_forcing_ratio
                 tokens = torch.where(is_forced, tokens, predicted)
-            log_probs, state, weights = self._advance(tokens, state, memory.of_step(t))
+            log_probs, state, weights = self._advance(tokens, state, memory._of_step(t))
             predicted = log_probs.argmax(dim=-1)
             outputs.append((log_probs, weights))
         log_probs, weights = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
@@ -322,12 +322,8 @@ class AttentionDecoder(nn.Module):
     ) -> Tensor | None:
         """The lengths, as a tensor."""
         if isinstance(encoder_outputs, AttentionMemory):
-            checks.choice(arguments.caller, "encoder_outputs.method", encoder_outputs.method, [self.attention.method])
-            encoder_outputs.check_maker(arguments.caller, "encoder_outputs", self.attention._identity)
-            encoder_outputs.refuse_second_opinion(
-                arguments.caller, "encoder_outputs", self.attention.method, lengths=lengths
-            )
-            encoder_outputs.check(arguments, "encoder_outputs", "B S Dm")
+            self.attention._check_memory(arguments.caller, encoder_outputs, lengths=lengths)
+            encoder_outputs._check(arguments, "encoder_outputs", "B S Dm")
         else:
             arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")
         return arguments.lengths(lengths)

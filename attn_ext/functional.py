@@ -104,7 +104,7 @@ def luong_attention(
         from attn_ext.memory import AttentionMemory
 
         if isinstance(memory, AttentionMemory):
-            memory.refuse_second_opinion(
+            memory._refuse_second_opinion(
                 "luong_attention",
                 "memory",
                 method,
@@ -116,29 +116,9 @@ def luong_attention(
                 scale=scale,
             )
             return memory.attend(query, need_weights=need_weights)
-    attended = attend_unchecked(method, query, None, v, memory, lengths, mask, scale, need_weights, weight, bias)
-    if attended is not None:
-        return attended
-    query, memory, weight, v, bias = autocast.cast(query, memory, weight, v, bias)
-    arguments = checks.Arguments("luong_attention")
-    check_query(arguments, query)
-    check_memory(arguments, memory, method, weight, v, bias)
-    lengths = arguments.lengths(lengths)
-    arguments.mask(mask)
-    scale = arguments.scale(scale)
-    arguments.flag("need_weights", need_weights)
-    return attend(
-        query,
-        None,
-        v,
-        memory,
-        lengths=lengths,
-        mask=mask,
-        scale=scale,
-        need_weights=need_weights,
-        weight=weight,
-        bias=bias,
-    )
+    arguments = (method, query, None, v, memory, lengths, mask, scale, need_weights, weight, bias)
+    attended = attend_unchecked(*arguments)
+    return attend_checked("luong_attention", *arguments) if attended is None else attended
 
 
 def dot_attention(
@@ -163,18 +143,9 @@ def dot_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    attended = attend_unchecked("dot", query, None, None, memory, lengths, mask, scale, need_weights)
-    if attended is not None:
-        return attended
-    query, memory = autocast.cast(query, memory)
-    arguments = checks.Arguments("dot_attention")
-    check_query(arguments, query)
-    arguments.floating("memory", memory, "B S Dq")
-    lengths = arguments.lengths(lengths)
-    arguments.mask(mask)
-    scale = arguments.scale(scale)
-    arguments.flag("need_weights", need_weights)
-    return attend(query, None, None, memory, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
+    arguments = ("dot", query, None, None, memory, lengths, mask, scale, need_weights)
+    attended = attend_unchecked(*arguments)
+    return attend_checked("dot_attention", *arguments) if attended is None else attended
 
 
 def additive_attention(
@@ -205,20 +176,9 @@ def additive_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    attended = attend_unchecked("additive", query, keys, v, values, lengths, mask, scale, need_weights)
-    if attended is not None:
-        return attended
-    query, keys, v, values = autocast.cast(query, keys, v, values)
-    arguments = checks.Arguments("additive_attention")
-    check_query(arguments, query, "A")
-    arguments.floating("keys", keys, "B S A")
-    arguments.floating("v", v, "A")
-    arguments.floating("values", values, "B S Dm")
-    lengths = arguments.lengths(lengths)
-    arguments.mask(mask)
-    scale = arguments.scale(scale)
-    arguments.flag("need_weights", need_weights)
-    return attend(query, keys, v, values, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
+    arguments = ("additive", query, keys, v, values, lengths, mask, scale, need_weights)
+    attended = attend_unchecked(*arguments)
+    return attend_checked("additive_attention", *arguments) if attended is None else attended
 
 
 def attend(
@@ -313,8 +273,8 @@ def attend_unchecked(
 ) -> Attended | None:
     """`attend` for arguments as the caller gave them; None if they need a conversion, or a check's words for a refusal.
 
-    "additive" is of projected tensors. The checks would be most of a small call's time. The ops refuse what they
-    refuse, so they come after a refusal.
+    "additive" is of projected tensors. The checks would be most of a small call's time. The ops refuse all that the
+    checks would, which therefore run after a refusal alone, to word it.
     """
     try:
         if not goes_unchecked(query, weight, bias, keys, v, memory, lengths, mask):
@@ -341,6 +301,39 @@ def attend_unchecked(
         return None
 
 
+def attend_checked(
+    caller: str,
+    method: str,
+    query: Tensor,
+    keys: Tensor | None,
+    v: Tensor | None,
+    memory: Tensor,
+    lengths: Any,
+    mask: Tensor | None,
+    scale: float | None,
+    need_weights: bool,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Attended:
+    """`attend` for the same arguments, cast as autocast wants them and checked as `caller`'s."""
+    query, keys, memory, weight, v, bias = autocast.cast(query, keys, memory, weight, v, bias)
+    arguments = checks.Arguments(caller)
+    if caller == "additive_attention":  # no one else's method has this name
+        check_query(arguments, query, "A")
+        arguments.floating("keys", keys, "B S A")
+        arguments.floating("v", v, "A")
+        arguments.floating("values", memory, "B S Dm")
+    else:
+        check_query(arguments, query)
+        check_memory(arguments, memory, method, weight, v, bias)
+    lengths = arguments.lengths(lengths)
+    arguments.mask(mask)
+    scale = arguments.scale(scale)
+    arguments.flag("need_weights", need_weights)
+    options: dict[str, Any] = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
+    return attend(query, keys, v, memory, **options, weight=weight, bias=bias)
+
+
 def _project_and_attend(
     op: Callable[..., Attended],
     query: Tensor,
@@ -362,7 +355,7 @@ def _project_and_attend(
 def _has_its_parameters(
     method: str, query: Tensor, weight: Tensor | None, v: Tensor | None, bias: Tensor | None
 ) -> bool:
-    """Whether a refusal of the products or of the ops is all that these parameters can lead to."""
+    """Whether these parameters are right, or wrong in a way that the products or the ops refuse."""
     if method == "dot":
         return weight is None and v is None and bias is None
     # The products would take others, and broadcast a bias.

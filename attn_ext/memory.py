@@ -145,9 +145,9 @@ class AttentionMemory:
 
     def attend(self, query: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
         """:func:`attn_ext.luong_attention` of `query` [B, T, Dq] or [B, Dq] over this memory."""
-        return self.attend_for("AttentionMemory", "query", query, need_weights)
+        return self._attend_for("AttentionMemory", "query", query, need_weights)
 
-    def attend_for(self, caller: str, name: str, query: Tensor, need_weights: bool) -> functional.Attended:
+    def _attend_for(self, caller: str, name: str, query: Tensor, need_weights: bool) -> functional.Attended:
         """The same, for a `caller` whose argument `name` the query is."""
         try:
             if functional.goes_unchecked(query, self.memory) and type(need_weights) is bool and self._is_step(query):
@@ -161,7 +161,7 @@ class AttentionMemory:
     def _attend_checked(self, caller: str, name: str, query: Tensor, need_weights: bool) -> functional.Attended:
         arguments = checks.Arguments(caller)
         functional.check_query(arguments, query, name=name)
-        self.check(arguments, "the memory", "B S Dq" if self.method == "dot" else "B S Dm")
+        self._check(arguments, "the memory", "B S Dq" if self.method == "dot" else "B S Dm")
         if self.method == "general":
             arguments.floating("weight", self.weight, "Dm Dq")
         elif self.method == "concat":
@@ -190,7 +190,7 @@ class AttentionMemory:
             weight=weight,
         )
 
-    def check(self, arguments: checks.Arguments, name: str, dims: str) -> None:
+    def _check(self, arguments: checks.Arguments, name: str, dims: str) -> None:
         """The memory against a call's other arguments, which name it `name`."""
         arguments.floating(name, self.memory, dims, self._of_its_dtype)
 
@@ -203,9 +203,9 @@ class AttentionMemory:
                     "made; needed is one that is made after requires_grad_()"
                 )
 
-    def check_maker(self, caller: str, name: str, maker: object) -> None:
+    def _check_maker(self, caller: str, name: str, maker: object) -> None:
         """ValueError where another module made it."""
-        if not self.is_for(maker):
+        if not self._is_for(maker):
             raise ValueError(
                 f"{caller}: {name} is an AttentionMemory that another module made, of its own parameters; "
                 "needed is one that this module's memory() made, or the encoder outputs"
@@ -245,15 +245,15 @@ class AttentionMemory:
             self._node,
         )
 
-    def made_by(self, maker: object) -> AttentionMemory:
+    def _made_by(self, maker: object) -> AttentionMemory:
         """This memory, for the calls of `maker` alone: of another module's parameters nothing would come into them."""
         self._maker = maker
         return self
 
-    def is_for(self, maker: object) -> bool:
+    def _is_for(self, maker: object) -> bool:
         return self._maker is None or self._maker is maker
 
-    def of_step(self, t: int) -> AttentionMemory:
+    def _of_step(self, t: int) -> AttentionMemory:
         """This memory as step `t` of a loop attends it: under its own row of a mask [B, T, S]."""
         if self.mask is None or self.mask.dim() == 2:
             return self
@@ -274,7 +274,7 @@ class AttentionMemory:
             )
         return super().__reduce_ex__(protocol)
 
-    def refuse_second_opinion(self, caller: str, name: str, method: str, **overrides: object) -> None:
+    def _refuse_second_opinion(self, caller: str, name: str, method: str, **overrides: object) -> None:
         """A call that brings its own method or parameters to a memory that has them is a mistake: ValueError."""
         if method not in ("dot", self.method):
             raise ValueError(f"{caller}: method is {method!r}, but {name} is an AttentionMemory for {self.method!r}")

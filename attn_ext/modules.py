@@ -121,9 +121,8 @@ class LuongAttention(nn.Module):
         is_memory = isinstance(encoder_outputs, AttentionMemory)
         try:
             # Sizes that fit each other, or in sum the weight, need not be this module's; if one is, the other is.
-            if hidden.size(-1) != self.hidden_size:
-                raise ValueError
-            if not is_memory:
+            fits = hidden.size(-1) == self.hidden_size
+            if fits and not is_memory:
                 return functional.luong_attention(
                     hidden,
                     encoder_outputs,
@@ -138,13 +137,12 @@ class LuongAttention(nn.Module):
             # In the names of this call, if the sizes are what is wrong.
             self._check_sizes(encoder_outputs.memory if is_memory else encoder_outputs, hidden)
             raise
-        is_for_this = encoder_outputs.is_for(self._identity)
-        if encoder_outputs.method != self.method or not is_for_this or lengths is not None or mask is not None:
-            caller = type(self).__name__
-            checks.choice(caller, "the memory's method", encoder_outputs.method, [self.method])
-            encoder_outputs.check_maker(caller, "encoder_outputs", self._identity)
-            encoder_outputs.refuse_second_opinion(caller, "encoder_outputs", self.method, lengths=lengths, mask=mask)
-        return encoder_outputs.attend_for(type(self).__name__, "hidden", hidden, need_weights)
+        if not fits:
+            self._check_sizes(encoder_outputs.memory if is_memory else encoder_outputs, hidden)
+        is_for_this = encoder_outputs.method == self.method and encoder_outputs._is_for(self._identity)
+        if not is_for_this or lengths is not None or mask is not None:
+            self._check_memory(type(self).__name__, encoder_outputs, lengths=lengths, mask=mask)
+        return encoder_outputs._attend_for(type(self).__name__, "hidden", hidden, need_weights)
 
     def memory(
         self, encoder_outputs: Tensor, lengths: Tensor | Collection[int] | None = None, mask: Tensor | None = None
@@ -162,7 +160,13 @@ class LuongAttention(nn.Module):
             mask=mask,
             scale=self.scale,
         )
-        return memory.made_by(self._identity)
+        return memory._made_by(self._identity)
+
+    def _check_memory(self, caller: str, encoder_outputs: AttentionMemory, **overrides: object) -> None:
+        """That it is of this module, and comes without what it has itself."""
+        checks.choice(caller, "encoder_outputs.method", encoder_outputs.method, [self.method])
+        encoder_outputs._check_maker(caller, "encoder_outputs", self._identity)
+        encoder_outputs._refuse_second_opinion(caller, "encoder_outputs", self.method, **overrides)
 
     def _check_sizes(self, encoder_outputs: Tensor, *hidden: Tensor) -> None:
         arguments = checks.Arguments(type(self).__name__)

@@ -402,7 +402,7 @@ def test_a_mask_for_every_step(method: str, each_backend: str) -> None:
     whole, *_ = decoder(targets, hidden, decoder.attention.memory(encoder_outputs, mask=mask))
     memory, state, parts = decoder.attention.memory(encoder_outputs, mask=mask), hidden, []
     for t in range(T):
-        log_probs, state, weights = decoder.forward_step(targets[:, t : t + 1], state, memory.of_step(t))
+        log_probs, state, weights = decoder.forward_step(targets[:, t : t + 1], state, memory._of_step(t))
         assert (weights[:, 0][~mask[:, t]] == 0).all()
         parts.append(log_probs)
     assert_near(torch.stack(parts, 1), whole)
