@@ -40,8 +40,8 @@ class BeamSearch:
         self._max_length = max_length
         self._end_symbol = end_symbol
         self._length_penalty = length_penalty
-        # All beams begin alike: one of them will do.
-        self._scores = torch.full((batch_size, beam_size), float("-inf"), device=device)
+        # All beams begin alike: one of them will do. Of halves, the sums are not halves.
+        self._scores = torch.full((batch_size, beam_size), float("-inf"), dtype=torch.float32, device=device)
         self._scores[:, 0] = 0.0
         # Of each step, the beams' origins and symbols [B, K] and their weights [B, K, S].
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -173,7 +173,8 @@ class AttentionDecoder(nn.Module):
         predicted = targets[:, :1]  # so that the first draw is between the start symbol and itself
         for t, tokens in enumerate(targets.split(1, dim=1)):  # [B, 1]
             if teacher_forcing_ratio < 1:
-                is_forced = torch.rand(tokens.shape, device=tokens.device) < teacher_forcing_ratio
+                drawn = torch.rand(tokens.shape, dtype=torch.float32, device=tokens.device)
+                is_forced = drawn < teacher_forcing_ratio
                 tokens = torch.where(is_forced, tokens, predicted)
             log_probs, state, weights = self._advance(tokens, state, memory._of_step(t))
             predicted = log_probs.argmax(dim=-1)

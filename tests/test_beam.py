@@ -49,6 +49,22 @@ def log_probability(decoder: AttentionDecoder, sentence: tuple[int, ...], b: int
     return log_probs[0, range(len(sentence)), list(sentence)].sum().item(), weights[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_the_default_dtype_decides_nothing(dtype: torch.dtype) -> None:
+    """Scores of halves would no longer tell long hypotheses apart."""
+    torch.manual_seed(0)
+    decoder, memory = AttentionDecoder(50, 8, 16).to(torch.bfloat16), torch.randn(8, 5, 16).to(torch.bfloat16)
+    options = {"start_symbol": 1, "max_length": 40, "beam_size": 4}
+    expected, _ = decoder.generate(None, memory, **options)
+    torch.set_default_dtype(dtype)
+    try:
+        symbols, _ = decoder.generate(None, memory, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(symbols, expected)
+
+
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
 @pytest.mark.parametrize("options", [{}, {"cell": "lstm", "input_feeding": True, "num_layers": 2}], ids=["gru", "lstm"])
 @pytest.mark.parametrize("method", ["dot", "general", "concat"])
