@@ -87,9 +87,9 @@ class AttentionMemory:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> None:
-        given = memory
+        given = {"the memory": memory, "its weight": weight, "its v": v, "its bias": bias}
         memory, weight, v, bias = autocast.cast(memory, weight, v, bias)
-        self._of_its_dtype = ", as torch.autocast made it" if memory is not given else ""
+        self._of_its_dtype = ", as torch.autocast made it" if memory is not given["the memory"] else ""
         self._maker: object = None
         arguments = checks.Arguments("AttentionMemory")
         functional.check_memory(arguments, memory, method, weight, v, bias)
@@ -101,21 +101,20 @@ class AttentionMemory:
         arguments.mask(mask)
         self.mask = mask
         self.scale = arguments.scale(scale)
+        # What it takes for granted has no gradient, by name: as given, not what autocast has made of it.
+        self._constants = {
+            name: tensor
+            for name, tensor in given.items()
+            if torch.is_grad_enabled() and tensor is not None and not tensor.requires_grad
+        }
         with autocast.disabled(memory):
             self._prepare(bias)
 
     def _prepare(self, bias: Tensor | None) -> None:
         """The keys, and what the ops for a loop's steps take besides: all of it made of the attributes above."""
         memory, weight, v = self.memory, self.weight, self.v
-        made_of = {"the memory": memory, "its weight": weight, "its v": v, "its bias": bias}
         is_grad_enabled = torch.is_grad_enabled()
-        self._is_in_graph = is_grad_enabled and _require_grad(*made_of.values())
-        # What it takes for granted has no gradient, by name.
-        self._constants = {
-            name: tensor
-            for name, tensor in made_of.items()
-            if is_grad_enabled and tensor is not None and not tensor.requires_grad
-        }
+        self._is_in_graph = is_grad_enabled and _require_grad(memory, weight, v, bias)
         self.keys: Tensor | None = None
         self._query_weight: Tensor | None = None
         self._prepared_keys: Tensor | None = None
@@ -135,7 +134,7 @@ class AttentionMemory:
         with functional.transforms_explained(), torch._C.DisableTorchFunctionSubclass():
             node, keys, prepared_keys = _OPS.memory_node.default(memory, weight, v, bias, self.lengths, self.mask)
             is_blind = is_grad_enabled and not self._is_in_graph and not is_compiling()
-            if is_blind and _require_grad(*map(_unwrapped, made_of.values())):
+            if is_blind and _require_grad(*map(_unwrapped, (memory, weight, v, bias))):
                 raise RuntimeError(functional.NO_TRANSFORMS)  # there would be no node, and so no gradient
         if self._is_in_graph:
             self._node = node

@@ -46,8 +46,8 @@ class Lent {
   void check_unchanged() const {
     TORCH_CHECK(
         version_ == version_of(tensor_),
-        "a query of an AttentionMemory's step, or its context's gradient, was modified by an inplace operation between the"
-        " backward of the step and that of the memory");
+        "a query of an AttentionMemory's step, its weights, or its context's gradient was modified by an inplace operation"
+        " between the backward of the step and that of the memory");
   }
 
  private:
@@ -66,7 +66,7 @@ struct Step {
   Tensor query;              // as it met the memory
   Tensor features;           // as it came,
   Tensor grad_query;         // and the gradient of what its projection gave
-  std::array<Lent, 2> lent;  // of these, what others made
+  std::array<Lent, 3> lent;  // of these, what others made
   c10::Stream stream;        // of the backward that left this
   variable_list origins;     // under create_graph=True, of what it owes: the query and the gradients that came in, in the graph
 };
@@ -496,7 +496,7 @@ struct StepFunction : torch::autograd::Function<StepFunction> {
            steps(is_projected ? projected : kept),
            is_projected ? steps(kept) : Tensor(),
            is_projected ? steps(grad_query) : Tensor(),
-           {Lent(kept), Lent(grad_context)},
+           {Lent(kept), Lent(weights), Lent(grad_context)},
            current_stream(query),
            origins});
     }

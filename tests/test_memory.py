@@ -704,10 +704,22 @@ def test_in_place_change_within_the_backward_is_noticed(method: str) -> None:
         (context + added).square().sum().backward()
 
 
+@pytest.mark.fused
+def test_in_place_change_of_weights_within_the_backward_is_noticed() -> None:
+    attention = LuongAttention("dot", 6)
+    memory = attention.memory(torch.randn(2, 5, 6).requires_grad_())
+    query = torch.randn(2, 6).requires_grad_() * 1  # made later, and so differentiated before the memory
+    context, weights = attention(query, memory)
+    query.register_hook(lambda grad: [weights.detach().zero_(), None][1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation between the backward of the step and"):
+        (context.square().sum() + weights.sum()).backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("method", ["dot", "general", "concat"])
 @pytest.mark.parametrize("late", ["the memory", "its weight", "its v", "its bias"])
 @pytest.mark.parametrize("others", [False, True], ids=["no other gradient", "others"])
-def test_a_gradient_asked_for_too_late(others: bool, late: str, method: str, each_backend: str) -> None:
+def test_a_gradient_asked_for_too_late(others: bool, late: str, method: str, autocast: bool, each_backend: str) -> None:
     attention = LuongAttention(method, 6, bias=method == "concat").requires_grad_(False)
     query, encoder_outputs = torch.randn(2, 6), torch.randn(2, 5, 6)
     parts = {"the memory": encoder_outputs, "its v": attention.Va}
@@ -719,14 +731,16 @@ def test_a_gradient_asked_for_too_late(others: bool, late: str, method: str, eac
         pytest.skip(f"{method} has none")
     if others:
         others_there[0].requires_grad_()
-    memory = attention.memory(encoder_outputs)
+    with torch.autocast(cases.DEVICE, torch.bfloat16, enabled=autocast):
+        memory = attention.memory(encoder_outputs)
+    query = query.to(memory.memory.dtype)
     expected = attention(query, memory)
     tensor.requires_grad_()
     with pytest.raises(ValueError, match=rf"^LuongAttention: {late} requires a gradient, .* after requires_grad_\(\)$"):
         attention(query, memory)
     with torch.no_grad():
         torch.testing.assert_close(attention(query, memory), expected)
-    attention(query, attention.memory(encoder_outputs))[0].sum().backward()
+    attention(query.float(), attention.memory(encoder_outputs))[0].sum().backward()
     assert tensor.grad is not None
 
 
