@@ -40,6 +40,9 @@ _SLOW_ON_CPU = _slow_on_cpu()
 # What a tensor of keys costs for each element of the memory, in the multiply-adds of products that take as long.
 # Measured on CPU.
 _KEYS = 4
+# Keys that are not the memory have exact gradients where a tile of the kernels has a query's steps at once. And a key's
+# rounding is common to all queries: of fewer features than that in halves, it would be most of an error.
+_LONGEST_BY_KEYS, _LEAST_HALF_KEY = 256, 64
 _OPS = torch.ops.attn_ext
 _PLAIN = (Tensor, torch.nn.Parameter)
 # What an op, or a look at what is no tensor, says to wrong arguments.
@@ -425,13 +428,15 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
         return False
     B, T, Dq = query.shape
     _, S, Dm = memory.shape
+    if S > _LONGEST_BY_KEYS or (query.element_size() < 4 and Dq < _LEAST_HALF_KEY):
+        return False
     saved = B * ((T - S) * Dq * Dm + T * S * (Dm - Dq))  # the scores are products of Dm, or of Dq
     return saved > _KEYS * B * S * Dm and (query.dtype is not torch.float16 or _keys_fit_float16(memory, weight))
 
 
 def _keys_fit_float16(memory: Tensor, weight: Tensor) -> bool:
     """Whether none overflows, as one can where no score does: known by what they are at most, where one can look."""
-    if is_compiling() or is_tracing() or is_in_torch_dispatch_mode() or memory.numel() == 0:
+    if is_compiling() or is_tracing() or is_in_torch_dispatch_mode() or memory.numel() == 0 or weight.numel() == 0:
         return False
     if any(type(t) not in _PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (memory, weight)):
         return False

@@ -20,8 +20,8 @@ from tests.cases import DTYPES, MASKINGS, Case, assert_accurate, short
 pytestmark = [pytest.mark.fused, pytest.mark.cpu]
 
 
-def has_keys(T: int, S: int, Dq: int = 64, Dm: int = 64) -> bool:
-    query, memory, weight = torch.zeros(8, T, Dq), torch.zeros(8, S, Dm), torch.zeros(Dm, Dq)
+def has_keys(T: int, S: int, Dq: int = 64, Dm: int = 64, dtype: torch.dtype = torch.float32) -> bool:
+    query, memory, weight = (torch.zeros(shape, dtype=dtype) for shape in ((8, T, Dq), (8, S, Dm), (Dm, Dq)))
     return functional.has_fewer_keys(query, memory, weight)
 
 
@@ -34,6 +34,27 @@ def test_float16_has_keys_where_none_can_overflow() -> None:
         assert functional.has_fewer_keys(query, memory, weight * factor) == fits
 
 
+def test_float16_has_none_of_a_query_without_features() -> None:
+    query, memory, weight = torch.zeros(1, 5, 0).half(), torch.ones(1, 3, 2).half(), torch.zeros(2, 0).half()
+    context, weights = attn_ext.luong_attention(query, memory, "general", weight=weight)
+    torch.testing.assert_close(context, torch.ones_like(context))
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
+
+
+@pytest.mark.parametrize(("T", "S"), [(40, 130), (150, 130), (400, 250), (400, 300)])
+@pytest.mark.parametrize("peak", [1.0, 1000.0], ids="peak={:g}".format)
+def test_peaked_weights(T: int, S: int, peak: float) -> None:
+    """What rounding leaves of a sum of score gradients is not multiplied by what the keys have in common."""
+    problem = Case("general", B=1, T=T, S=S, D=8, Dm=64, loss="context").problem()
+    problem = problem.with_tensors(memory=peak * problem.tensors["memory"])
+    results, own, truth = problem.results(), problem.reference_results(), problem.to(torch.float64).reference_results()
+    for name in ("grad query", "grad memory", "grad weight"):
+        largest, error, own_error = (
+            each.abs().max() for each in (truth[name], results[name] - truth[name], own[name] - truth[name])
+        )
+        assert error <= 3 * own_error + 1e-6 * largest, name
+
+
 def test_the_fewer_rows_are_projected() -> None:
     assert has_keys(T=50, S=20)
     assert not has_keys(T=20, S=20)
@@ -42,6 +63,9 @@ def test_the_fewer_rows_are_projected() -> None:
     assert has_keys(T=6, S=2)
     # The scores are products of the query's size then, which may be much the larger or the smaller.
     assert has_keys(T=100, S=100, Dm=256)
+    assert not has_keys(T=100, S=100, Dm=256, Dq=32, dtype=torch.bfloat16)  # whose rounding is common to all queries
+    assert has_keys(T=1000, S=256)
+    assert not has_keys(T=1000, S=257)
     assert not has_keys(T=110, S=100, Dq=256)
 
 

@@ -59,10 +59,10 @@ inline int64_t work_of_step(const Problem& problem) {
 
 // A tile of memory stays in the second-level cache from the scores to the context: 256 KiB of floats, half as much where a few
 // queries pass by keys too. Many queries' dot products find in that cache the panels that they pack, however long the tile is: it
-// is as long as they are deep.
+// is as long as they are deep. So is keyed dot's, whatever its queries: its gradients want whole rows (backward_plan).
 inline int64_t tile_of(const Problem& problem, int64_t chunk) {
   const bool many = chunk >= kMany;
-  if (many && problem.method != Method::Additive) {
+  if (problem.method == Method::KeyedDot || (many && problem.method == Method::Dot)) {
     return kTile;
   }
   const int64_t size = (many || problem.method == Method::Dot ? 1 << 18 : 1 << 17) / sizeof(float);
@@ -143,9 +143,12 @@ inline bool streams_queries(const Problem& problem, int64_t size, int64_t tensor
   return problem.steps <= kShallow && tensors * bytes >= kLarge;
 }
 
-// `has_context`: without it the source is not split. `writes_rows`: gradients of keys or memory.
+// `has_context`: without it the source is not split. `writes_rows`: gradients of keys or memory. Keyed dot's source is not split
+// either. What rounding leaves of a query's sum of score gradients multiplies all that its keys have in common, and no context
+// tells what that is: of whole rows next to nothing is left.
 inline Plan backward_plan(const Problem& problem, int64_t threads, bool has_context, bool writes_rows) {
-  Plan plan = plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges, has_context, writes_rows);
+  const bool may_split = has_context && problem.method != Method::KeyedDot;
+  Plan plan = plan_of(problem, std::max<int64_t>(problem.queries, 1), threads, kWaitForMerges, may_split, writes_rows);
   plan.streams_queries = streams_queries(problem, problem.key_size, 1);
   return plan;
 }
