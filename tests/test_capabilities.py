@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,13 @@ from tests.cases import Case
 from tests.processes import PACKAGE, python
 
 # A machine that has one has those before it. The last two, what it has beyond avx512, cannot be asked for by name.
+PRINT_CAPABILITY = """
+import torch
+from attn_ext import backend
+
+assert backend.unavailable() is None
+print(torch.ops.attn_ext.cpu_capability())
+"""
 CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
 
@@ -26,6 +35,15 @@ def test_numerics_under(capability: str) -> None:
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-1000:]
     assert "passed" in process.stdout
     assert "skipped" not in process.stdout
+
+
+@pytest.mark.fused
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="this run has asked for one by its name")
+@pytest.mark.parametrize("name", ["", "AVX512", "fast"])
+def test_a_name_that_nobody_knows_changes_nothing(name: str) -> None:
+    """PyTorch ignores it."""
+    process = python("-c", PRINT_CAPABILITY, cwd=PACKAGE.parent, ATEN_CPU_CAPABILITY=name)
+    assert process.stdout.split() == [torch.ops.attn_ext.cpu_capability()], process.stderr
 
 
 @pytest.mark.numerics

@@ -5,6 +5,7 @@
 #include <ATen/cpu/Utils.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 namespace attn_ext::cpu {
@@ -60,9 +61,10 @@ const MatmulKernels* by_tiles() {
   return &AVX512_AMX::matmul_kernels();
 }
 
-// Whoever asks for AVX512 by name gets no more than that.
+// Whoever asks for AVX512 by name gets no more than that. PyTorch ignores a name that it does not know.
 bool unasked_bfloat16() {
-  return std::getenv("ATEN_CPU_CAPABILITY") == nullptr && __builtin_cpu_supports("avx512bf16");
+  const char* const asked = std::getenv("ATEN_CPU_CAPABILITY");
+  return (asked == nullptr || std::strcmp(asked, "avx512") != 0) && __builtin_cpu_supports("avx512bf16");
 }
 
 // All processors with matrix tiles have them for bfloat16. The system has to be asked for their state, which PyTorch does.
