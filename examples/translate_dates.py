@@ -80,11 +80,11 @@ def styles(locale: Locale) -> list[str]:
 
 
 def spells_the_date_out(pattern: str) -> bool:
-    """Whether a CLDR pattern names one day: "y" or "yyyy" is the year in full, "yy" is its last two digits."""
+    """Whether a CLDR pattern names one day as people do: not by a year "yy" of two digits, nor a day "ddd" of three."""
     widths = dict(token for kind, token in tokenize_pattern(pattern) if kind == "field")
     has_month = "M" in widths or "L" in widths
     knows_only_days = widths.keys() <= set("GyMLdEec")  # era, year, month, day, weekday
-    return widths.get("y") in (1, 4) and has_month and "d" in widths and knows_only_days
+    return widths.get("y") in (1, 4) and has_month and widths.get("d") in (1, 2) and knows_only_days
 
 
 def draw_days(training: int, test: int, rng: random.Random) -> tuple[list[date], list[date]]:
@@ -391,6 +391,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint; otherwise it is replaced")
     parser.add_argument("--plot", type=Path, default=Path("out/translate_dates.png"), metavar="PATH")
     options = parser.parse_args(arguments)
+    try:
+        torch.device(options.device)
+    except RuntimeError as error:
+        parser.error(f"--device: {error}")
     there_are = (LAST_DAY - FIRST_DAY).days + 1
     if options.training_days + options.test_days > there_are:
         parser.error(f"--training-days and --test-days: {there_are} days are to be had in all")

@@ -96,6 +96,7 @@ def test_styles_spell_the_year_out(name: str) -> None:
         ("yyyy-MM-dd", True),
         ("dd.LL.y", True),
         ("d.M.yy", False),
+        ("E, MMM ddd, y", False),
         ("MMMM y", False),
         ("d. MMMM", False),
         ("y年M月d日 HH:mm", False),
