@@ -10,7 +10,6 @@ exit status is 1 where a row is slower. Changes too small for all that show in t
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grid import Cell
-from benchmarks.report import rows_of, settings_of
+from benchmarks.report import NotARecordError, read, rows_of, settings_of
 from benchmarks.timing import Ratio
 
 TOLERANCE = 0.25
@@ -153,9 +152,9 @@ def main() -> None:
     documents = []
     for path in (arguments.old, arguments.new):
         try:
-            documents.append(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            sys.exit(f"{path} cannot be read: {error}")
+            documents.append(read(path))
+        except NotARecordError as error:
+            sys.exit(str(error))
     try:
         for line in lines(*documents, arguments.tolerance, arguments.all):
             print(line)

@@ -14,9 +14,9 @@ roofline  what it computes in a second, by what it computes for a byte, under th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
+import sys
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from matplotlib.patches import Patch
 from benchmarks import bounds
 from benchmarks.grid import Cell
 from benchmarks.implementations import DIRECTIONS, FUSED, OPS
-from benchmarks.report import Row, rows_of, settings_of
+from benchmarks.report import NotARecordError, Row, read, rows_of, settings_of
 from benchmarks.resident_size import STEPS
 from benchmarks.shapes import Shape
 
@@ -293,7 +293,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="what one of them wrote")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER")
     arguments = parser.parse_args()
-    data = json.loads(arguments.results.read_text())
+    try:
+        data = read(arguments.results)
+    except NotARecordError as error:
+        sys.exit(str(error))
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, draw in PLOTS.items():
         figure = draw(data)

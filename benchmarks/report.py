@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -187,6 +189,25 @@ def settings() -> dict[str, str]:
 def settings_of(document: dict[str, Any]) -> dict[str, str]:
     """What a run's numbers depend on: of the targets' JSON or pytest-benchmark's; empty if it is neither."""
     return document.get("settings") or document.get("machine_info", {}).get("attn_ext", {})
+
+
+class NotARecordError(ValueError):
+    """A file is missing, or holds nothing of what is to be made of it."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON that a run has left.
+
+    Raises:
+        NotARecordError: it cannot be read, or is none of this project's.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NotARecordError(f"{path} cannot be read: {error}") from None
+    if not isinstance(document, dict) or not settings_of(document):
+        raise NotARecordError(f"{path} has none of the settings that benchmarks/report.py writes")
+    return document
 
 
 def header() -> Iterator[str]:

@@ -11,7 +11,6 @@ writes each table anew between the lines `<!-- benchmarks.standing TABLE -->` an
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 from benchmarks.grid import Cell
 from benchmarks.implementations import COMPILED, DIRECTIONS, EAGER, METHODS, OPS, SDPA
-from benchmarks.report import Finding, Row, rows_of, settings_of, weakest_first
+from benchmarks.report import Finding, NotARecordError, Row, read, rows_of, settings_of, weakest_first
 from benchmarks.shapes import GRID, Shape
 from benchmarks.timing import Ratio
 
@@ -70,10 +69,6 @@ MACHINES = (
 )
 
 
-class NotARecordError(ValueError):
-    """A file is missing, or holds nothing of what a table is made of."""
-
-
 def record(name: str) -> dict[str, Any]:
     """The JSON of a record.
 
@@ -83,15 +78,7 @@ def record(name: str) -> dict[str, Any]:
     return _read(RESULTS / f"{name}.json")
 
 
-@cache
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise NotARecordError(f"{path} cannot be read: {error}") from None
-    if not isinstance(document, dict) or not settings_of(document):
-        raise NotARecordError(f"{path} has none of the settings that benchmarks/report.py writes")
-    return document
+_read = cache(read)
 
 
 def findings(name: str) -> list[Finding]:

@@ -6,13 +6,12 @@ The file is what `python -m pytest --benchmark --benchmark-json report.json` wro
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.implementations import DIRECTIONS
-from benchmarks.report import Row, rows_of, weakest_first
+from benchmarks.report import NotARecordError, Row, read, rows_of, weakest_first
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
@@ -43,7 +42,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
     arguments = parser.parse_args()
-    rows = rows_of(json.loads(arguments.report.read_text()))
+    try:
+        rows = rows_of(read(arguments.report))
+    except NotARecordError as error:
+        sys.exit(str(error))
     if not weakest_first(rows):
         sys.exit(f"{arguments.report} has no row of the speed report with a peer in it")
     for line in lines(rows):

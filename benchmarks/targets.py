@@ -79,8 +79,11 @@ class Document:
             "grid": [],
         }
         if path is not None and path.exists():
-            found = json.loads(path.read_text())
-            if found["settings"] != self.data["settings"]:
+            try:
+                found = report.read(path)
+            except report.NotARecordError as error:
+                sys.exit(str(error))
+            if found.get("settings") != self.data["settings"]:
                 sys.exit(
                     f"{path} holds the results of another commit, machine or setting: remove it or name another file"
                 )
@@ -502,6 +505,10 @@ def main() -> None:
     precisions = ("highest", "high", "medium")
     parser.add_argument("--precision", choices=precisions, default="highest", help="PyTorch's, of float32 products")
     arguments = parser.parse_args()
+    if not arguments.seconds_per_row > 0 or not arguments.minutes > 0:
+        parser.error("--seconds-per-row and --minutes must be positive")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {arguments.json.parent}")
 
     torch.set_float32_matmul_precision(arguments.precision)
     if problem := backend.unavailable():
