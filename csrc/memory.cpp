@@ -180,7 +180,7 @@ struct Keys {
   }
 };
 
-struct Node : torch::autograd::Function<Node> {
+struct MemoryNode : torch::autograd::Function<MemoryNode> {
   // The tensors that have gradients: forward's first arguments. Each is there only if those before it are, so the numbers are those
   // of the edges.
   enum Input { kMemory, kWeight, kV, kBias, kInputs };
@@ -368,11 +368,19 @@ struct Arguments {
 
   Tensor project(const Tensor& query) const {
     // The product of a sparse one would be dense, which the op takes.
-    TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
+    check_dense("query", query);
     if (!query_weight) {
       return query;
     }
     check_weight_type(*query_weight, query.scalar_type());
+    const auto needed = query_weight->sym_size(1);
+    TORCH_CHECK_VALUE(
+        query.dim() > 0 && query.sym_size(-1) == needed,
+        "query has shape ",
+        query.sym_sizes(),
+        ", needed are ",
+        needed,
+        " features");
     return attn_ext::project(query, *query_weight);
   }
 
@@ -387,7 +395,7 @@ bool is_of_leaf(const Tensor& tensor) {
   return tensor.requires_grad() && (tensor.is_view() ? tensor._base() : tensor).is_leaf();
 }
 
-struct StepFunction : torch::autograd::Function<StepFunction> {
+struct MemoryStep : torch::autograd::Function<MemoryStep> {
   enum Saved {
     kQuery,
     kNode,
@@ -522,9 +530,9 @@ std::tuple<Tensor, Tensor, Tensor> memory_node(
     const OptionalTensor& bias,
     const OptionalTensor& lengths,
     const OptionalTensor& mask) {
-  TORCH_CHECK_VALUE(weight || !v, "v came without weight");
+  TORCH_CHECK_VALUE(weight || !v, "v came without weight, needed are both of concat");
   if (weight) {
-    check_projection(memory, *weight, memory, v, bias);
+    check_projection(std::nullopt, *weight, memory, v, bias);
   }
   refuse_tangents(memory, weight, v, bias);
   const Tensor none = at::empty({0}, memory.options());
@@ -535,7 +543,7 @@ std::tuple<Tensor, Tensor, Tensor> memory_node(
     made = Keys::make(memory, weight, v, bias, {lengths, mask});
     return {none, or_none(made.keys), or_none(made.prepared)};
   }
-  const variable_list outputs = Node::apply(memory, weight, v, bias, lengths, mask, &made);
+  const variable_list outputs = MemoryNode::apply(memory, weight, v, bias, lengths, mask, &made);
   return {outputs[0], v ? outputs[1] : none, or_none(made.prepared)};
 }
 
@@ -560,9 +568,9 @@ std::tuple<Tensor, Tensor> memory_attention(
     auto [context, weights, logsumexp, exact] = arguments.attend(arguments.project(query), need_weights, {});
     return {context, weights};
   }
-  const auto* made = has_node ? dynamic_cast<torch::autograd::CppNode<Node>*>(node->grad_fn().get()) : nullptr;
+  const auto* made = has_node ? dynamic_cast<torch::autograd::CppNode<MemoryNode>*>(node->grad_fn().get()) : nullptr;
   TORCH_CHECK_VALUE(made != nullptr, "node must be what memory_node returned, of tensors that require a gradient");
-  const variable_list outputs = StepFunction::apply(query, *node, made->ctx_.saved_data.at(kLedger), &arguments);
+  const variable_list outputs = MemoryStep::apply(query, *node, made->ctx_.saved_data.at(kLedger), &arguments);
   return {outputs[0], outputs.size() > 1 ? outputs[1] : at::empty({0}, query.options())};
 }
 

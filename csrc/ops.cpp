@@ -1,4 +1,5 @@
-// Every op's schema, registration and argument checks: the only file that says what exists.
+// Every op's schema, and the implementations by device with their argument checks. What is composed of them, with its autograd, is
+// in projected.cpp and memory.cpp; the others' autograd in autograd.cpp.
 #include "cuda/build.h"
 #include "dispatch.h"
 #include "tensors.h"
@@ -131,7 +132,10 @@ Sizes<Size> check(const Inputs& inputs) {
   }
   if (inputs.prepared_keys != nullptr) {
     check_argument<Size>("prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, prepared_size(size)});
-    TORCH_CHECK_VALUE(inputs.prepared_keys->sym_stride(2) == 1, "prepared_keys must be what prepare_keys returned");
+    TORCH_CHECK_VALUE(
+        inputs.prepared_keys->sym_stride(2) == 1,
+        "prepared_keys must be what prepare_keys returned, got strides ",
+        inputs.prepared_keys->sym_strides());
   }
   if (inputs.lengths) {
     check_argument<Size>("lengths", *inputs.lengths, at::kLong, query, {B});
@@ -165,7 +169,7 @@ void check(const Inputs& inputs, const Saved& saved) {
     check_argument<Size>("grad_context", *saved.grad_context, query.scalar_type(), query, sizes.of_rows(sizes.memory_size));
   }
   if (saved.grad_weights) {
-    TORCH_CHECK_VALUE(saved.weights.has_value(), "grad_weights came without weights");
+    TORCH_CHECK_VALUE(saved.weights.has_value(), "grad_weights came without weights, needed are those that the forward returned");
     check_argument<Size>("grad_weights", *saved.grad_weights, query.scalar_type(), query, sizes.of_rows(sizes.S));
   }
 }
@@ -301,8 +305,9 @@ Inputs step_inputs(
     const OptionalTensor& lengths,
     const OptionalTensor& mask,
     double scale) {
-  TORCH_CHECK_VALUE(keys.has_value() == v.has_value(), "keys and v go together");
-  TORCH_CHECK_VALUE(keys || !prepared_keys, "prepared_keys came without keys");
+  TORCH_CHECK_VALUE(keys || !v, "v came without keys, needed are both or neither");
+  TORCH_CHECK_VALUE(v || !keys, "keys came without v, needed are both or neither");
+  TORCH_CHECK_VALUE(keys || !prepared_keys, "prepared_keys came without keys, needed are those that prepare_keys was given");
   return {query, if_given(keys), if_given(v), memory, lengths, mask, scale, if_given(prepared_keys)};
 }
 

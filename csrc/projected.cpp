@@ -115,7 +115,7 @@ Gradients differentiate(
   return grads;
 }
 
-struct Node : torch::autograd::Function<Node> {
+struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
   // The tensors that have gradients: forward's first arguments. There is no bias without a v, so the numbers are those of the
   // edges.
   enum Input { kQuery, kWeight, kMemory, kV, kBias, kInputs };
@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor> projected_attention(
     double scale,
     bool need_weights,
     bool by_keys) {
-  TORCH_CHECK_TYPE(query.layout() == at::kStrided, "query must be a dense (strided) tensor");
+  check_dense("query", query);
   TORCH_CHECK_VALUE(
       query.dim() == 3 || query.dim() == 2, "query has shape ", query.sym_sizes(), ", needed is [B, T, size] or [B, size]");
   check_projection(query, weight, memory, v, bias);
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor> projected_attention(
     return {std::move(context), std::move(weights)};
   }
   // Where there are tangents, apply() says that there is no forward mode.
-  const variable_list outputs = Node::apply(query, weight, memory, v, bias, &options, need_weights);
+  const variable_list outputs = ProjectedNode::apply(query, weight, memory, v, bias, &options, need_weights);
   return {outputs[0], outputs.size() > 1 ? outputs[1] : at::empty({0}, query.options())};
 }
 

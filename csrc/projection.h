@@ -65,25 +65,38 @@ inline void check_weight_type(const Tensor& weight, at::ScalarType type) {
       type);
 }
 
-// What the products would take, or would say in words of their own. What is made of these tensors, the ops check.
+inline void check_dense(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " must be a dense (strided) tensor, got layout ", tensor.layout());
+}
+
+// What the products would take, or would say in words of their own. What is made of these tensors, the ops check. Without a query,
+// what its weight is for is not known yet.
 inline void check_projection(
-    const Tensor& query_or_memory,
-    const Tensor& weight,
-    const Tensor& memory,
-    const OptionalTensor& v,
-    const OptionalTensor& bias) {
-  const auto type = query_or_memory.scalar_type();
-  TORCH_CHECK_TYPE(weight.layout() == at::kStrided, "weight must be a dense (strided) tensor");
-  TORCH_CHECK_TYPE(memory.layout() == at::kStrided, "memory must be a dense (strided) tensor");
+    const OptionalTensor& query, const Tensor& weight, const Tensor& memory, const OptionalTensor& v, const OptionalTensor& bias) {
+  const auto type = query ? query->scalar_type() : memory.scalar_type();
+  check_dense("weight", weight);
+  check_dense("memory", memory);
   TORCH_CHECK_TYPE(memory.scalar_type() == type, "memory is ", memory.scalar_type(), ", needed is ", type);
   check_weight_type(weight, type);
   TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
-  const auto device = query_or_memory.device();
+  const auto device = query ? query->device() : memory.device();
   TORCH_CHECK_VALUE(weight.device() == device, "weight is on ", weight.device(), ", needed is ", device);
   TORCH_CHECK_VALUE(!bias || bias->device() == device, "bias is on ", bias->device(), ", needed is ", device);
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sym_sizes(), ", needed are two dimensions");
+  TORCH_CHECK_VALUE(v || !bias, "bias came without v, but general has neither");
+  const auto memory_size = memory.sym_size(2), columns = weight.sym_size(1);
+  if (!v) {
+    TORCH_CHECK_VALUE(
+        weight.sym_size(0) == memory_size, "weight has shape ", weight.sym_sizes(), ", needed is [", memory_size, ", Dq]");
+  }
+  if (query) {
+    const auto needed = v ? query->sym_size(-1) + memory_size : query->sym_size(-1);
+    TORCH_CHECK_VALUE(columns == needed, "weight has shape ", weight.sym_sizes(), ", needed are ", needed, " columns");
+  } else if (v) {
+    TORCH_CHECK_VALUE(
+        columns >= memory_size, "weight has shape ", weight.sym_sizes(), ", needed are ", memory_size, " columns and more");
+  }
   if (bias) {
-    TORCH_CHECK_VALUE(v.has_value(), "bias came without v");
     TORCH_CHECK_VALUE(
         bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
         "bias has shape ",

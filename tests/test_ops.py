@@ -322,7 +322,7 @@ def test_a_context_that_is_missing(method: str, dtype: torch.dtype, T: int, S: i
     """A backward that would read it says so; of the others it changes no bit."""
     *others, context, weights, logsumexp, wanted = arguments(Case(method, T=T, S=S, D=20, dtype=dtype), "backward")
     one_query = T == 1 and method != "keyed_dot"
-    if one_query or (S > 256 and cases.KERNELS == "cpu"):
+    if S > 256 if cases.KERNELS == "cpu" else one_query:
         with pytest.raises(ValueError, match="context is missing"):
             op(method, "backward")(*others, None, weights, logsumexp, wanted)
         return
@@ -404,6 +404,14 @@ def test_a_bias_without_a_v(projection: str) -> None:
     query, weight, memory, _, _, *options = projected_arguments(projection, Case(projection.split()[0]))
     with pytest.raises(ValueError, match="bias came without v"):
         torch.ops.attn_ext.projected_attention(query, weight, memory, None, torch.zeros(4), *options)
+
+
+@each_projection
+def test_a_weight_of_the_wrong_size(projection: str) -> None:
+    query, weight, *others = projected_arguments(projection, Case(projection.split()[0]))
+    for wrong in (weight[:, 1:], torch.cat((weight, weight), 1), *([weight[1:]] if projection != "concat" else [])):
+        with pytest.raises(ValueError, match=r"^weight has shape .*, needed "):
+            torch.ops.attn_ext.projected_attention(query, wrong, *others)
 
 
 @each_projection
