@@ -17,7 +17,8 @@
 namespace attn_ext::cpu {
 namespace {
 
-// Runs every item; if the items' results are merged, each keeps its slot until all are, an even part of the rows by each.
+// Runs every item. If their results are merged, every item keeps its slot until all have run; each then merges an even share of
+// the rows.
 template <class Call>
 void run_all(
     const Call& call,
@@ -59,9 +60,10 @@ Tensor contiguous(const OptionalTensor& tensor) {
   return tensor ? tensor->contiguous() : Tensor();
 }
 
-// Whether a backward on so many threads reads the context; on one, nothing is split, and what is read then has to be there.
+// Whether a backward on so many threads reads the context. With one thread nothing is split: a context that is read even then must
+// be given. Without gradients of rows, one query's groups are the smaller.
 bool takes_context(const Problem& sizes, int64_t threads) {
-  return !backward_plan(sizes, threads, true, true).has_whole_rows(sizes);
+  return !backward_plan(sizes, threads, true, false).has_whole_rows(sizes);
 }
 
 // `call` lacks the problem, the plan and the outputs.
@@ -138,11 +140,11 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   const auto sizes = problem_of_sizes(inputs.method(), inputs.query, inputs.memory);
   TORCH_CHECK_VALUE(
       has_context || !takes_context(sizes, 1),
-      "context is missing: a backward of ",
+      "context is missing: a backward of T=",
       sizes.queries,
-      " queries and ",
+      ", S=",
       sizes.steps,
-      " steps reads it");
+      " reads it");
   run_backward(inputs, call, has_context, gradients);
 }
 

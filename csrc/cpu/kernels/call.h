@@ -66,10 +66,10 @@ struct Plan {
     return groups(problem) * splits;
   }
 
-  // Whether a backward has an item's weights and their gradients at once: what a softmax's gradient sums over them, it need not
-  // take from the context.
+  // Whether an item has a query's scores at once, and in a backward their gradients: what a softmax's gradient sums over them, it
+  // need not take from the context.
   bool has_whole_rows(const Problem& problem) const {
-    return !problem.is_one_query() && splits == 1 && problem.steps <= tile;
+    return splits == 1 && problem.steps <= (problem.is_one_query() ? group : tile);
   }
 
   // Items are numbered batch-major, the splits of one group next to each other.

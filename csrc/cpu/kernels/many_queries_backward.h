@@ -22,48 +22,32 @@ struct AttentionBackward {
   using acc = typename Factors<element>::acc;
 
   struct Slot {
-    Slot(const Backward& f, char* base)
-        : arena(base),
-          query_in_place(
-              f.grad_query != nullptr && Gradient::query_in_place(f.problem) && f.plan.splits == 1 &&
-              f.problem.dtype == kAccumulated<acc>),
-          query_stride(query_in_place ? f.problem.key_size : padded<acc>(f.problem.key_size)),
-          grad_query(query_in_place ? nullptr : arena.take<acc>(f.plan.chunk * query_stride)),
-          delta(arena.take<acc>(f.plan.chunk)),
-          excess(arena.take<acc>(f.plan.chunk)),
-          tile_stride(padded<acc>(f.plan.tile)),
-          coefficients(arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride)),
-          work(arena, f.problem.factors, f.plan.chunk, Gradient::takes_tiles(f.problem, f.plan)),
-          transposes(kTransposesCoefficients && !work.by_tiles && f.plan.chunk >= kMany),
-          columns_stride(padded<acc>(2 * std::min(kChunk, f.plan.chunk))),
-          columns(transposes ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr),
-          weights_row(arena.take<acc>(f.problem.steps)),
-          grad_weights_row(arena.take<acc>(f.problem.steps)),
-          grad_context(arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size),
-          context(arena, kAccumulated<acc>, f.context, f.plan.chunk, f.problem.memory_size),
-          memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
-          grad_memory(arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size),
-          gradient(f, arena) {}
+    Slot(const Backward& f, char* base) : f(f), arena(base) {}
 
+    const Backward& f;
     Arena arena;
-    bool query_in_place;
-    int64_t query_stride;
-    acc* grad_query;  // [chunk][key_size]: the split's share, or the output itself
-    acc* delta;
-    acc* excess;  // sum_s de_ts of the item's steps
-    int64_t tile_stride;
-    acc* coefficients;  // [count][tile_stride], of the chunk at hand, its weights, and right behind them its scores' gradients
-    Workspace<element> work;
-    bool transposes;
-    int64_t columns_stride;
-    acc* columns;  // [tile][2 kChunk] the coefficients transposed, if they are
-    acc* weights_row;
-    acc* grad_weights_row;
-    Rows<element> grad_context;
-    Rows<acc> context;
-    Rows<element> memory;
-    TileGradient<acc> grad_memory;
-    Gradient gradient;
+    bool query_in_place = f.grad_query != nullptr && Gradient::query_in_place(f.problem) && f.plan.splits == 1 &&
+                          f.problem.dtype == kAccumulated<acc>;
+    int64_t query_stride = query_in_place ? f.problem.key_size : padded<acc>(f.problem.key_size);
+    // [chunk][key_size]: the split's share, or the output itself.
+    acc* grad_query = query_in_place ? nullptr : arena.take<acc>(f.plan.chunk * query_stride);
+    acc* delta = arena.take<acc>(f.plan.chunk);
+    acc* excess = arena.take<acc>(f.plan.chunk);  // sum_s de_ts of the item's steps
+    int64_t tile_stride = padded<acc>(f.plan.tile);
+    // [count][tile_stride], of the chunk at hand, its weights, and right behind them its scores' gradients.
+    acc* coefficients = arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride);
+    Workspace<element> work{arena, f.problem.factors, f.plan.chunk, Gradient::takes_tiles(f.problem, f.plan)};
+    bool transposes = kTransposesCoefficients && !work.by_tiles && f.plan.chunk >= kMany;
+    int64_t columns_stride = padded<acc>(2 * std::min(kChunk, f.plan.chunk));
+    // [tile][2 kChunk] the coefficients transposed, if they are.
+    acc* columns = transposes ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr;
+    acc* weights_row = arena.take<acc>(f.problem.steps);
+    acc* grad_weights_row = arena.take<acc>(f.problem.steps);
+    Rows<element> grad_context{arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size};
+    Rows<acc> context{arena, kAccumulated<acc>, f.context, f.plan.chunk, f.problem.memory_size};
+    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size};
+    TileGradient<acc> grad_memory{arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size};
+    Gradient gradient{f, arena};
   };
 
   static size_t slot_size(const Backward& f) {

@@ -18,48 +18,33 @@ struct AttentionForward {
 
   // One item's scratch. Until merge() it holds the result of one of several splits.
   struct Slot {
-    Slot(const Forward& f, char* base)
-        : arena(base),
-          counts_gained(kIsPaired<element> && f.is_read_back),
-          context_size(f.problem.memory_size + counts_gained),
-          context_stride(padded<acc>(context_size)),
-          kept(f.weights == nullptr ? 1 : f.plan.split_tiles),
-          stride(padded<acc>(kept * f.plan.tile)),
-          rounds(f.problem.dtype != kAccumulated<acc>),
-          row_max(arena.take<acc>(f.plan.chunk)),
-          row_sum(arena.take<acc>(f.plan.chunk)),
-          factors(arena.take<acc>(f.plan.chunk)),
-          context(arena.take<acc>(f.plan.chunk * context_stride)),
-          tiles(arena.take<Tile>(kept + 1)),
-          tile_max(arena.take<acc>(f.plan.chunk * kept)),
-          used(arena.take<int64_t>(1)),
-          tile_scores(arena.take<acc>(f.plan.chunk * stride)),
-          residuals_stride(padded<acc>(f.plan.tile)),
-          residuals(counts_gained && f.problem.method != Method::Dot ? arena.take<acc>(f.plan.chunk * residuals_stride) : nullptr),
-          work(arena, f.problem.factors, f.plan.chunk, Score::takes_tiles(f.problem, f.plan)),
-          memory(arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size),
-          score(f.problem, f.plan.chunk, f.plan.tile, arena) {}
+    Slot(const Forward& f, char* base) : f(f), arena(base) {}
 
+    const Forward& f;
     Arena arena;
-    bool counts_gained;
-    int64_t context_size;  // the memory's, and what rounding has added to the sum of the weights, if that counts
-    int64_t context_stride;
-    int64_t kept;    // tiles whose exponentials are: all, until they can be divided by their sums; without weights one
-    int64_t stride;  // of tile_scores
-    bool rounds;     // the results are of another type than acc
-    acc* row_max;
-    acc* row_sum;
-    acc* factors;      // of a product's rows
-    acc* context;      // not yet divided by the sum of the weights
-    Tile* tiles;       // those that are kept, and the next one
-    acc* tile_max;     // [chunk][kept] row_max when the tile's exponentials were taken
-    int64_t* used;     // so many tiles have steps
-    acc* tile_scores;  // [chunk][stride], those of the tiles that are kept one behind the other
-    int64_t residuals_stride;
-    acc* residuals;  // [chunk][residuals_stride] what a tile's exponentials lose as they are rounded, or null
-    Workspace<element> work;
-    Rows<element> memory;
-    Score score;
+    bool counts_gained = kIsPaired<element> && f.is_read_back;
+    // The memory's, and what rounding has added to the sum of the weights, if that counts.
+    int64_t context_size = f.problem.memory_size + counts_gained;
+    int64_t context_stride = padded<acc>(context_size);
+    // Tiles whose exponentials are kept: all, until they can be divided by their sums; without weights one.
+    int64_t kept = f.weights == nullptr ? 1 : f.plan.split_tiles;
+    int64_t stride = padded<acc>(kept * f.plan.tile);  // of tile_scores
+    bool rounds = f.problem.dtype != kAccumulated<acc>;
+    acc* row_max = arena.take<acc>(f.plan.chunk);
+    acc* row_sum = arena.take<acc>(f.plan.chunk);
+    acc* factors = arena.take<acc>(f.plan.chunk);                   // of a product's rows
+    acc* context = arena.take<acc>(f.plan.chunk * context_stride);  // not yet divided by the sum of the weights
+    Tile* tiles = arena.take<Tile>(kept + 1);                       // those that are kept, and the next one
+    acc* tile_max = arena.take<acc>(f.plan.chunk * kept);           // [chunk][kept] row_max when the tile's exponentials were taken
+    int64_t* used = arena.take<int64_t>(1);                         // so many tiles have steps
+    // [chunk][stride], those of the tiles that are kept one behind the other.
+    acc* tile_scores = arena.take<acc>(f.plan.chunk * stride);
+    int64_t residuals_stride = padded<acc>(f.plan.tile);
+    // [chunk][residuals_stride] what a tile's exponentials lose as they are rounded, or null.
+    acc* residuals = counts_gained && f.problem.method != Method::Dot ? arena.take<acc>(f.plan.chunk * residuals_stride) : nullptr;
+    Workspace<element> work{arena, f.problem.factors, f.plan.chunk, Score::takes_tiles(f.problem, f.plan)};
+    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size};
+    Score score{f.problem, f.plan.chunk, f.plan.tile, arena};
   };
 
   static size_t slot_size(const Forward& f) {

@@ -22,11 +22,6 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Whether a row's scores are all there at once.
-inline bool is_one_group(const Problem& problem, const Plan& plan) {
-  return plan.splits == 1 && problem.steps <= plan.group;
-}
-
 // f(tile, next) over the groups of an item, the index-th, each with the one after it; of a large memory the next item's is that of
 // the last, elsewhere it is empty.
 template <class F>
@@ -117,22 +112,18 @@ struct OneQueryForward {
 
   // One item's scratch. Until merge() it holds the result of one of several splits.
   struct Slot {
-    Slot(const Forward& f, char* base)
-        : arena(base),
-          row_max(arena.take<acc>(1)),
-          row_sum(arena.take<acc>(1)),
-          context(arena.take<acc>(f.problem.memory_size)),
-          weights(f.weights == nullptr ? nullptr : arena.take<acc>(f.plan.split_size)),
-          memory(arena, f.problem.dtype, f.problem.memory, f.plan, f.problem.memory_size),
-          score(f.problem, f.plan, arena) {}
+    Slot(const Forward& f, char* base) : f(f), arena(base) {}
 
+    const Forward& f;
     Arena arena;
-    acc* row_max;
-    acc* row_sum;
-    acc* context;  // not yet divided by row_sum; but of one group it is, and may be the output itself
-    acc* weights;  // of the split's steps, where they are wanted, not yet divided either
-    RowGroup<acc> memory;
-    Score score;
+    acc* row_max = arena.take<acc>(1);
+    acc* row_sum = arena.take<acc>(1);
+    // Not yet divided by row_sum; but of one group it is, and may be the output itself.
+    acc* context = arena.take<acc>(f.problem.memory_size);
+    // Of the split's steps, where they are wanted, not yet divided either.
+    acc* weights = f.weights == nullptr ? nullptr : arena.take<acc>(f.plan.split_size);
+    RowGroup<acc> memory{arena, f.problem.dtype, f.problem.memory, f.plan, f.problem.memory_size};
+    Score score{f.problem, f.plan, arena};
   };
 
   static size_t slot_size(const Forward& f) {
@@ -145,14 +136,14 @@ struct OneQueryForward {
     Slot slot(f, base);
     acc row_max = kNothing<acc>, row_sum = 0;
     // Of one group the sum is known before the context is taken, which then goes where it belongs.
-    const bool one_group = is_one_group(problem, f.plan);
-    if (one_group && f.exact_context != nullptr) {
+    const bool is_whole = f.plan.has_whole_rows(problem);
+    if (is_whole && f.exact_context != nullptr) {
       slot.context = static_cast<acc*>(f.exact_context) + item.batch * problem.memory_size;
     }
     if (f.weights != nullptr) {
       std::fill_n(slot.weights, item.end_step - item.first_step, acc(0));
     }
-    const bool adds_later = slot.memory.overlaps() && !one_group;
+    const bool adds_later = slot.memory.overlaps() && !is_whole;
     if (adds_later) {
       std::fill_n(slot.context, problem.memory_size, acc(0));
     }
@@ -186,7 +177,7 @@ struct OneQueryForward {
       if (adds_later) {
         slot.memory.add_later(slot.context, row);
       } else {
-        slot.memory.sum_to(slot.context, row, one_group ? 1 / row_sum : acc(1), adds);
+        slot.memory.sum_to(slot.context, row, is_whole ? 1 / row_sum : acc(1), adds);
       }
     });
     slot.memory.finish();
@@ -196,7 +187,7 @@ struct OneQueryForward {
     *slot.row_max = row_max;
     *slot.row_sum = row_sum;
     if (f.plan.splits == 1) {
-      store_context(f, item, slot, one_group ? acc(1) : inverse(row_sum));
+      store_context(f, item, slot, is_whole ? acc(1) : inverse(row_sum));
       store_weights(f, item, slot, inverse(row_sum));
     }
   }
@@ -265,28 +256,19 @@ struct OneQueryBackward {
   using acc = typename Score::acc;
 
   struct Slot {
-    Slot(const Backward& f, char* base)
-        : arena(base),
-          grad_query(arena.take<acc>(f.problem.key_size)),
-          grad_context(arena, f.problem.dtype, f.grad_context, 1, f.problem.memory_size),
-          context(arena, kAccumulated<acc>, f.context, 1, f.problem.memory_size),
-          weights(arena, kAccumulated<acc>, f.weights, 1, f.problem.steps),
-          grad_weights(arena, f.problem.dtype, f.grad_weights, 1, f.problem.steps),
-          score_gradients(arena, kAccumulated<acc>, f.score_gradients, 1, f.problem.steps),
-          memory(arena, f.problem.dtype, f.problem.memory, f.plan, f.problem.memory_size),
-          grad_memory(arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size, 0),
-          score(f.problem, f.plan, arena, &f) {}
+    Slot(const Backward& f, char* base) : f(f), arena(base) {}
 
+    const Backward& f;
     Arena arena;
-    acc* grad_query;  // the split's share
-    Rows<acc> grad_context;
-    Rows<acc> context;
-    Rows<acc> weights;
-    Rows<acc> grad_weights;
-    Rows<acc> score_gradients;
-    RowGroup<acc> memory;
-    GradientRows<acc> grad_memory;
-    Score score;
+    acc* grad_query = arena.take<acc>(f.problem.key_size);  // the split's share
+    Rows<acc> grad_context{arena, f.problem.dtype, f.grad_context, 1, f.problem.memory_size};
+    Rows<acc> context{arena, kAccumulated<acc>, f.context, 1, f.problem.memory_size};
+    Rows<acc> weights{arena, kAccumulated<acc>, f.weights, 1, f.problem.steps};
+    Rows<acc> grad_weights{arena, f.problem.dtype, f.grad_weights, 1, f.problem.steps};
+    Rows<acc> score_gradients{arena, kAccumulated<acc>, f.score_gradients, 1, f.problem.steps};
+    RowGroup<acc> memory{arena, f.problem.dtype, f.problem.memory, f.plan, f.problem.memory_size};
+    GradientRows<acc> grad_memory{arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size, 0};
+    Score score{f.problem, f.plan, arena, &f};
   };
 
   static size_t slot_size(const Backward& f) {
@@ -360,7 +342,7 @@ struct OneQueryBackward {
           grad_weights(slot.grad_weights.load_only(b)),
           score_gradients(slot.score_gradients.load_only(b)),
           batch(b) {
-      if (score_gradients != nullptr || is_one_group(f.problem, f.plan)) {
+      if (score_gradients != nullptr || f.plan.has_whole_rows(f.problem)) {
         return;
       }
       if (grad_context != nullptr) {
@@ -375,7 +357,7 @@ struct OneQueryBackward {
     // Returns the sum of de. `fetches`: the memory's next rows here, unless its scores have.
     acc find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool fetches) const {
       // Of one group delta is sum_s a_s da_s, of what is there, and the context is not read.
-      const bool one_group = is_one_group(f.problem, f.plan);
+      const bool is_whole = f.plan.has_whole_rows(f.problem);
       if (score_gradients != nullptr) {
         gather(de, score_gradients, tile);
         return 0;
@@ -385,8 +367,8 @@ struct OneQueryBackward {
       } else {
         slot.score.scores(a, slot.memory);
         std::fill(a + tile.count, a + whole_vectors<acc>(tile.count), kNothing<acc>);
-        const acc total = recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], one_group);
-        if (one_group) {
+        const acc total = recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], is_whole);
+        if (is_whole) {
           scale_row(a, a, tile.count, 1 / total);
         }
       }
@@ -398,9 +380,9 @@ struct OneQueryBackward {
         de[j] += grad_weights[tile.steps[j]];
       }
       const acc scale = static_cast<acc>(f.problem.scale);
-      const acc subtract = one_group ? dot_product(a, de, tile.count) : delta;
-      const acc excess = differentiate_softmax(de, a, tile.count, subtract, scale, !one_group && weights != nullptr);
-      if (one_group) {
+      const acc subtract = is_whole ? dot_product(a, de, tile.count) : delta;
+      const acc excess = differentiate_softmax(de, a, tile.count, subtract, scale, !is_whole && weights != nullptr);
+      if (is_whole) {
         take_off_excess(de, a, tile.count, excess);
       }
       return excess;
