@@ -32,13 +32,13 @@ struct View {
   int64_t element = 0;
 };
 
-// A prepared key is exp(2k), filled up with ones to a whole number of 64 features, and a line of 16 that begins with the largest
-// |2k|.
+// A prepared key is exp(2k), filled up with ones to whole blocks of features, and a line that begins with the largest |2k|.
+constexpr int64_t kPreparedBlock = 64;
 constexpr int64_t kPreparedLine = 16;
 
 template <class Size>
 constexpr Size prepared_size(const Size& key_size) {
-  return (key_size + 63) / 64 * 64 + kPreparedLine;
+  return (key_size + (kPreparedBlock - 1)) / kPreparedBlock * kPreparedBlock + kPreparedLine;
 }
 
 struct Problem {

@@ -35,6 +35,17 @@ def test_additive_opposite_query_and_keys(dtype: torch.dtype, edge: float, T: in
     assert_accurate(problem.with_tensors(query=query - shift, keys=keys + shift))
 
 
+@pytest.mark.parametrize("shift", [50.0, -50.0], ids="{:+g}".format)
+@pytest.mark.parametrize("T", [1, 3, 70], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_additive_saturated(dtype: torch.dtype, T: int, shift: float) -> None:
+    """Where every tanh is 1 or -1 to the last bit, query and keys get nothing, however much comes in."""
+    problem = additive(dtype, T)
+    results = problem.with_tensors(keys=problem.tensors["keys"] + shift).results()
+    assert (results["grad query"] == 0).all()
+    assert (results["grad keys"] == 0).all()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("T", [1, 3, 70], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

@@ -13,9 +13,6 @@ namespace attn_ext::cpu {
 constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kTanhCost = 8;
 
-// Items of less than that are taken several at a time, an eighth of it.
-constexpr int64_t kPartsOfGrain = 8;
-
 // The least that a part has where an item's queries are divided, since each part reads the tiles again and gradients are merged:
 // queries, twice as many where every thread has work anyhow, since the products of fewer are slower; and multiply-adds.
 constexpr int64_t kLeastQueries = 8;

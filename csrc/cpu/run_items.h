@@ -11,6 +11,9 @@
 
 namespace attn_ext::cpu {
 
+// Items of less than kGrain are taken several at a time, an eighth of it.
+constexpr int64_t kPartsOfGrain = 8;
+
 struct Work {
   int64_t items;
   int64_t multiply_adds;  // of all of them

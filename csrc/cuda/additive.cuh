@@ -12,14 +12,6 @@
 
 namespace attn_ext::cuda {
 
-// Two elements share a reciprocal, 1/x0 = x1 / (x0 x1), where queries and keys are no larger than this: x is 2^93 at most, and
-// where a product is more than a reciprocal can be taken of, 2^126, both r are less than 2^-32 and may be 0. One for each element
-// would keep the special-function unit, 16 results a clock, busy for longer than the instructions take that are left.
-constexpr float kFactorable = 16;
-
-// Numerators that share a reciprocal take the other's factor on: v must leave them room.
-constexpr float kModerate = 1e6f;
-
 // double has no approximate reciprocal that sharing could save, and takes tanh itself.
 template <class acc>
 constexpr bool kFactors = std::is_same_v<acc, float>;

@@ -18,6 +18,11 @@
 
 namespace attn_ext::cuda {
 
+// Two elements share a reciprocal, 1/x0 = x1 / (x0 x1), where queries and keys are no larger than this: x is 2^93 at most, and
+// where a product is more than a reciprocal can be taken of, 2^126, both r are less than 2^-32 and may be 0. One for each element
+// would keep the special-function unit, 16 results a clock, busy for longer than the instructions take that are left.
+constexpr float kFactorable = 16;
+
 // How a launch of the backward divides its work; blocks are numbered batch element, tile of queries, split of the steps, chunk of
 // features.
 struct AdditiveBackwardPlan {

@@ -16,6 +16,9 @@
 
 namespace attn_ext::cuda {
 
+// Numerators that share a reciprocal take the other's factor on: v must leave them room.
+constexpr float kModerate = 1e6f;
+
 // A pair's reciprocal takes 1/v1 in, v1 being the larger of its two v: with v1 no nearer to 0 than kLeastDivisor, which is nothing
 // beside the sum's rounding, 1 + E up to 2^58 (queries and keys of 10) leave the denominator below 2^126 wherever 1/x0 is more than
 // 2^-28 of v0. Two pairs share one where no denominator comes near to 2^126: v1 within 2^10 of 1, and 1 + E up to 2^26.

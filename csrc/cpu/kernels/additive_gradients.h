@@ -1,4 +1,4 @@
-// Their gradients.
+// The gradients of additive.cpp's scores, of many queries.
 #pragma once
 
 #include "additive_scores.h"
@@ -6,6 +6,9 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 namespace {  // one unit includes this: what it calls once is inlined
+
+// So many source steps may share a reciprocal in a backward of many queries. Not queries: a NaN of one would come into the next.
+constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
 
 template <class element>
 class AdditiveGradient : public AdditiveScore<element> {
@@ -19,7 +22,7 @@ class AdditiveGradient : public AdditiveScore<element> {
   }
 
   AdditiveGradient(const Backward& f, Arena& arena)
-      : AdditiveScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, wanted(f)),
+      : AdditiveScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, needs(f)),
         f_(f),
         half_exponentials_(arena, only_queries(f) ? f.plan.chunk : 0, f.problem.key_size),
         grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, crowds(f.problem)),
@@ -105,7 +108,7 @@ class AdditiveGradient : public AdditiveScore<element> {
     return f.grad_keys == nullptr && f.grad_v == nullptr;
   }
 
-  static Wanted wanted(const Backward& f) {
+  static Needs needs(const Backward& f) {
     const bool scores = f.weights.data == nullptr && f.score_gradients.data == nullptr;
     return {scores, scores || only_queries(f), !only_queries(f)};
   }

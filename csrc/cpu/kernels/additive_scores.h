@@ -10,6 +10,13 @@
 namespace attn_ext::cpu::CPU_CAPABILITY {
 namespace {  // one unit includes this: what it calls once is inlined
 
+// Queries of a register tile of scores, by kColumns keys.
+constexpr int kScoreRows = std::min(kRows, 4);
+
+// A smaller |v|, relative to the largest, adds nothing to a score: it counts as this much.
+template <class acc>
+constexpr acc kLeastV = std::is_same_v<acc, double> ? acc(0x1p-62) : acc(0x1p-32);
+
 // exp(2x) of rows, scaled or not, in scratch or as they were prepared, and the largest |2x|. Rows end in ones, behind a whole
 // number of blocks of features that share a reciprocal.
 template <class acc>
@@ -29,6 +36,7 @@ class Exponentials {
   // `size` in whole blocks.
   static int64_t shared_size(int64_t size) {
     constexpr int64_t block = kMostShared * Vec<acc>::size();
+    static_assert(kPreparedBlock % block == 0, "prepared rows are read by whole blocks");
     return round_up(size, block);
   }
 
@@ -72,7 +80,7 @@ class Exponentials {
 };
 
 // What is asked of an AdditiveScore: scores(), its keys' exponentials, and its keys even where those would do.
-struct Wanted {
+struct Needs {
   bool scores = true;
   bool exponentials = true;
   bool keys = false;
@@ -90,27 +98,27 @@ class AdditiveScore {
     return is_worth_tiles<element>(excess.of_rows() + excess.of_exponentials());
   }
 
-  AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, Wanted wanted = {})
+  AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, Needs needs = {})
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
         query_(arena, problem.dtype, problem.query, queries, size_),
         keys_(arena, problem.dtype, problem.keys, tile, size_),
-        has_exponentials_(wanted.exponentials || problem.prepared_keys.data != nullptr),
+        has_exponentials_(needs.exponentials || problem.prepared_keys.data != nullptr),
         key_exponentials_(arena, has_exponentials_ ? tile : 0, size_, problem.prepared_keys),
         v_(arena.take<acc>(Exponentials<acc>::shared_size(size_))),
         problem_(problem),
-        wanted_(wanted),
+        needs_(needs),
         inverse_v_(arena.take<acc>(Exponentials<acc>::shared_size(size_))),
-        query_over_v_(arena, wanted.scores ? queries : 0, size_) {}
+        query_over_v_(arena, needs.scores ? queries : 0, size_) {}
 
   void load_queries(int64_t b, int64_t first, int64_t count) {
     query_.load(b, first, count);
     load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
-    if (wanted_.scores) {
+    if (needs_.scores) {
       invert_v();
     }
     std::fill(v_ + size_, v_ + Exponentials<acc>::shared_size(size_), acc(0));
-    if (wanted_.scores) {
+    if (needs_.scores) {
       query_over_v_.take(query_.addresses(), count, [&](const Vec<acc>& exponentials, int64_t a) {
         return exponentials * Vec<acc>::loadu(inverse_v_ + a);
       });
@@ -121,7 +129,7 @@ class AdditiveScore {
   void load_keys(int64_t b, const Tile& tile, const Rows<element>&) {
     if (key_exponentials_.is_prepared()) {
       key_exponentials_.find(b, tile);
-      if (!wanted_.keys && may_share(2)) {  // nobody looks at the keys themselves
+      if (!needs_.keys && may_share(2)) {  // nobody looks at the keys themselves
         return;
       }
     }
@@ -287,7 +295,7 @@ class AdditiveScore {
     }
   }
 
-  Wanted wanted_;
+  Needs needs_;
   acc* inverse_v_;  // times unit_; ends in ones
   Exponentials<acc> query_over_v_;
   acc unit_ = 1;

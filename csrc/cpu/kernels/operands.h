@@ -80,24 +80,10 @@ constexpr int kAccumulators = 4, kWidest = 2;
 constexpr int64_t kPanelWidth = kWidest * Vec<float>::size();
 constexpr int64_t kPanelDepth = 256;
 
-// The depth of a transposed block: at most 32 KiB, so that it stays in that cache.
-constexpr int64_t kTransposedDepth = std::min<int64_t>(kPanelDepth, (1 << 15) / (kPanelWidth * sizeof(float)));
-
 static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products of a tile and of a chunk take their depth at once");
-
-// Rows of b that are asked for ahead.
-constexpr int64_t kAhead = 16;
 
 // Rows that are worth transposing a panel for, if they are not few; no shallower product is worth packing one.
 constexpr int64_t kPanelRows = 16;
-
-// Rows of a result that are worth packing a panel for. Intel's second-level cache is the slower one to read rows from that crowd
-// the first.
-#if defined(__AMX_BF16__)
-constexpr int64_t kPackedRows = 32;
-#else
-constexpr int64_t kPackedRows = kMany;
-#endif
 
 // Pairs that the left factor of a product takes, of a tile's or a chunk's rows.
 template <class element>

@@ -31,6 +31,20 @@ constexpr int tallest(int width) {
 constexpr int kColumns = kWidest;
 constexpr int kRows = tallest(kColumns);
 
+// The depth of a transposed block: at most 32 KiB, so that it stays in that cache.
+constexpr int64_t kTransposedDepth = std::min<int64_t>(kPanelDepth, (1 << 15) / (kPanelWidth * sizeof(float)));
+
+// Rows of b that are asked for ahead.
+constexpr int64_t kAhead = 16;
+
+// Rows of a result that are worth packing a panel for. Intel's second-level cache is the slower one to read rows from that crowd
+// the first.
+#if defined(__AMX_BF16__)
+constexpr int64_t kPackedRows = 32;
+#else
+constexpr int64_t kPackedRows = kMany;
+#endif
+
 // f(std::integral_constant<int, n>, first) over blocks of at most `block` that cover 0 .. count.
 template <int block, class F>
 void for_blocks(int64_t count, const F& f) {

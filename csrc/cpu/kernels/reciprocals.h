@@ -22,9 +22,6 @@ constexpr bool kAddsBesideProducts = false;
 constexpr bool kAddsBesideProducts = true;
 #endif
 
-// So many source steps may share a reciprocal in a backward of many queries. Not queries: a NaN of one would come into the next.
-constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
-
 // Whether the scores of many queries are divided: a Zen 4 divides a vector in 6 cycles, which an estimate of the reciprocal, its
 // Newton step and the product would have kept the ports for products for; Intel's take 16.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
@@ -43,18 +40,11 @@ constexpr bool divides() {
 }
 #endif
 
-// Queries of a register tile of scores, by kColumns keys.
-constexpr int kScoreRows = std::min(kRows, 4);
-
 // The largest |2q| + |2k| at which `shared` factors 1 + E <= 2 exp(|2q| + |2k|) have a product in range.
 template <class acc>
 constexpr acc range_of(int shared) {
   return kRange<acc> / shared - acc(0.6931472);
 }
-
-// A smaller |v|, relative to the largest, adds nothing to a score: it counts as this much.
-template <class acc>
-constexpr acc kLeastV = std::is_same_v<acc, double> ? acc(0x1p-62) : acc(0x1p-32);
 
 template <class acc>
 inline Vec<acc> reciprocal(const Vec<acc>& x) {
@@ -69,8 +59,7 @@ inline Vec<acc> negative_tanh(const Vec<acc>& x) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-// An estimate and one Newton step: where each number has a quotient of its own, the divider would be the bottleneck. |x| is in
-// exp(+-kRange).
+// What one Newton step makes a reciprocal of. |x| is in exp(+-kRange).
 inline Vec<float> estimate(const Vec<float>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_rcp14_ps(x);
@@ -78,7 +67,11 @@ inline Vec<float> estimate(const Vec<float>& x) {
   return _mm256_rcp_ps(x);
 #endif
 }
+#endif
 
+#if defined(CPU_CAPABILITY_AVX512)
+// Where each number has a quotient of its own, the divider would be the bottleneck. AVX2's is not, and its estimate, of 12 bits for
+// these 14, would leave 1 - h^2 a rounding where tanh is 1.
 template <>
 inline Vec<float> reciprocal(const Vec<float>& x) {
   const Vec<float> first = estimate(x);
