@@ -55,7 +55,7 @@ class BeamSearch:
     def checked_penalty(caller: str, max_length: int, length_penalty: float) -> float:
         """The penalty as a float: a number that leaves the worths of hypotheses apart, or ValueError or TypeError."""
         penalty = checks.not_negative(caller, "length_penalty", length_penalty)
-        most = 100 / math.log2((5 + max(max_length, 2)) / 6)  # a divisor of 2^100; float32 ends at 2^127
+        most = 100 / _log2_of_base(max(max_length, 2))  # a divisor of 2^100; float32 ends at 2^127
         if penalty > most:
             raise ValueError(
                 f"{caller}: length_penalty is {length_penalty}, "
@@ -133,4 +133,9 @@ class BeamSearch:
         self._ended = self._ended + scores.isfinite().sum(dim=1)
 
     def _penalty(self, length: int) -> float:
-        return ((5 + length) / 6) ** self._length_penalty
+        return 2.0 ** (self._length_penalty * _log2_of_base(length))
+
+
+def _log2_of_base(length: int) -> float:
+    """Of (5 + length) / 6, which of the largest integers is no float."""
+    return math.log2(5 + length) - math.log2(6)

@@ -337,10 +337,14 @@ class AttentionDecoder(nn.Module):
         if hidden is None:
             zeros = weight.new_zeros(self.rnn.num_layers, batch_size, self.rnn.hidden_size)
             hidden = (zeros, zeros) if is_lstm else zeros
+        name_of_hidden = name if attentional is None else f"{name}.hidden"
+        came = f"{type(hidden).__name__} of {len(hidden)}" if isinstance(hidden, tuple) else type(hidden).__name__
         if is_lstm and not (isinstance(hidden, tuple) and len(hidden) == 2):
-            came = type(hidden).__name__
-            raise TypeError(f"{arguments.caller}: {name} must be the tuple (h, c) of an LSTM, got {came}")
-        parts = {f"{name}[{i}]": part for i, part in enumerate(hidden)} if is_lstm else {name: hidden}
+            raise TypeError(f"{arguments.caller}: {name_of_hidden} must be the tuple (h, c) of an LSTM, got {came}")
+        if self.input_feeding and not is_lstm and isinstance(hidden, tuple):
+            needed = "a torch.Tensor, or with input feeding a DecoderState"
+            raise TypeError(f"{arguments.caller}: {name_of_hidden} must be {needed}, got {came}")
+        parts = {f"{name_of_hidden}[{i}]": h for i, h in enumerate(hidden)} if is_lstm else {name_of_hidden: hidden}
         for part_name, part in parts.items():
             arguments.floating(part_name, part, "L B H")
         # cuDNN refuses any other layout.

@@ -275,6 +275,7 @@ class AttentionMemory:
 
     def _refuse_second_opinion(self, caller: str, name: str, method: str, **overrides: object) -> None:
         """A call that brings its own method or parameters to a memory that has them is a mistake: ValueError."""
+        checks.choice(caller, "method", method, functional.METHODS)
         if method not in ("dot", self.method):
             raise ValueError(f"{caller}: method is {method!r}, but {name} is an AttentionMemory for {self.method!r}")
         for override, value in overrides.items():

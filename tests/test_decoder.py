@@ -687,6 +687,21 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "hidden must be the tuple (h, c) of an LSTM, got Tensor",
     ),
     (
+        lambda: call(options=lstm, hidden=(zeros(1, B, H),) * 3),
+        TypeError,
+        "hidden must be the tuple (h, c) of an LSTM, got tuple of 3",
+    ),
+    (
+        lambda: call(options=lstm | {"input_feeding": True}, hidden=DecoderState(zeros(1, B, H), zeros(B, H))),
+        TypeError,
+        "hidden.hidden must be the tuple (h, c) of an LSTM, got Tensor",
+    ),
+    (
+        lambda: call(options={"input_feeding": True}, hidden=(zeros(1, B, H), zeros(B, H))),
+        TypeError,
+        "hidden must be a torch.Tensor, or with input feeding a DecoderState, got tuple of 2",
+    ),
+    (
         lambda: call(options=lstm, hidden=(zeros(1, B, H), zeros(1, B, 5))),
         ValueError,
         "hidden[1] has shape [1, 3, 5], needed is [L, B, H]",
