@@ -145,6 +145,7 @@ class Build(BuildExtension):
         asked = os.environ.get("MAX_JOBS", "")  # what is no number PyTorch passes over, too
         jobs = int(asked) if asked.isdigit() else os.cpu_count() or 1
         with ThreadPoolExecutor(max(jobs, 1)) as pool:
+            # DEFAULT's come first, which the linker keeps of what several have (of ours nothing: tests/test_build.py).
             compiled = pool.map(compile_one, product(sources("csrc/cpu/kernels", "*.cpp"), CPU_CAPABILITIES))
             return [object for objects in compiled for object in objects]
 
@@ -169,7 +170,7 @@ facts = {
 }
 build_info = Extension(
     "attn_ext._build_info",
-    ["csrc/build_info.cpp"],
+    ["csrc/python/build_info.cpp"],
     include_dirs=include_paths("cpu"),  # PyTorch carries pybind11's headers
     extra_compile_args={"cxx": [*CXX_FLAGS, *(f'-D{name}="{value}"' for name, value in facts.items())]},
     extra_link_args=LINK_FLAGS,
@@ -179,10 +180,7 @@ make_extension = CUDAExtension if with_cuda else CppExtension
 ops = make_extension(
     "attn_ext._C",
     [
-        "csrc/ops.cpp",
-        "csrc/autograd.cpp",
-        "csrc/memory.cpp",
-        "csrc/projected.cpp",
+        *sources("csrc", "*.cpp"),
         *sources("csrc/cpu", "*.cpp"),
         *(sources("csrc/cuda", "*.cpp") + sources("csrc/cuda", "*.cu") if with_cuda else []),
     ],
@@ -192,7 +190,7 @@ ops = make_extension(
 )
 
 calls = CppExtension(
-    "attn_ext._calls", ["csrc/calls.cpp"], extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS
+    "attn_ext._calls", ["csrc/python/calls.cpp"], extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS
 )
 
 setup(ext_modules=[build_info, ops, calls], cmdclass={"build_ext": Build})

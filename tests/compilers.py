@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
@@ -16,6 +18,11 @@ from tests.processes import PACKAGE
 
 ROOT = PACKAGE.parent
 BUILD = ROOT / "build" / "tests"
+
+
+class NotBuiltError(RuntimeError):
+    """setup.py has not compiled here what a program is to be made of."""
+
 
 # The CPU kernels by themselves.
 KERNELS = ("csrc/cpu/kernels/dot.cpp", "csrc/cpu/kernels/additive.cpp")
@@ -40,10 +47,12 @@ def compile_program(
     flags: Sequence[str],
     link: Sequence[str],
     own_flags: Mapping[str, Sequence[str]] | None = None,
+    compiled: Sequence[Path] = (),
 ) -> Path:
     """The program made of `sources`, paths from the project's root; fails with the compiler's own words.
 
-    `own_flags` are those that one source has besides `flags`. Programs share the objects that are the same.
+    `own_flags` are those that one source has besides `flags`. Programs share the objects that are the same; those in
+    `compiled` are there already.
     """
     own_flags = own_flags or {}
     # A kernel's headers are many: whatever changes in csrc/ may be one of them.
@@ -55,8 +64,25 @@ def compile_program(
         return _made(f"{path.stem}.o", command, (path.read_text(), *headers))
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    return _made(name, (compiler, *flags, *map(str, objects), *link))
+        objects = [*pool.map(compile_one, sources), *compiled]
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in compiled]
+    return _made(name, (compiler, *flags, *map(str, objects), *link), contents)
+
+
+def shipped_kernels(capability: str) -> list[Path]:
+    """The CPU kernels' objects for an instruction set, as setup.py has compiled them for this PyTorch.
+
+    Raises:
+        NotBuiltError: one is missing.
+    """
+    objects = []
+    for source in KERNELS:
+        folder = f"build/*-{sys.implementation.cache_tag}-torch-{torch.__version__}/attn_ext._C/{capability.upper()}"
+        found = list(ROOT.glob(f"{folder}/{Path(source).stem}/{Path(source).with_suffix('.o')}"))
+        if not found:
+            raise NotBuiltError(f"setup.py has compiled no {source} for {capability} here (make build)")
+        objects += found
+    return objects
 
 
 def _made(name: str, command: Sequence[str], contents: Sequence[str] = ()) -> Path:

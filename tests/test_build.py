@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 import attn_ext
 from attn_ext import backend
+from tests.compilers import NotBuiltError, shipped_kernels
 from tests.processes import PACKAGE, info, python
 
 KERNELS = {"AVX2": "avx2", "AVX512": "avx512"}
@@ -26,6 +30,23 @@ def test_build_facts() -> None:
     facts = backend.build_facts()
     assert facts["torch_version"] == torch.__version__
     assert all(facts[name] for name in ("compiler", "cpu_capabilities", "cuda"))
+
+
+@pytest.mark.fused
+def test_instruction_sets_share_no_code() -> None:
+    """Of what several compilations have, the linker keeps one: it could be one that not every processor runs."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("there is no nm here (Debian: binutils)")
+    for capability in backend.build_facts()["cpu_capabilities"].split(", "):
+        try:
+            objects = shipped_kernels(capability)
+        except NotBuiltError as error:
+            pytest.skip(str(error))
+        process = subprocess.run([nm, "--defined-only", *objects], capture_output=True, text=True, check=True)
+        shared = re.findall(r"^\w+ [uVW] (_Z.*)$", process.stdout, re.MULTILINE)
+        own = f"{len(capability)}{capability}"  # the namespace, PyTorch's vectors' too
+        assert [name for name in shared if own not in name] == []
 
 
 @pytest.mark.fused

@@ -1,6 +1,6 @@
 // The ops as Python functions of their own: torch.ops takes longer to look at the arguments of a small call than its kernel to run.
 // For attn_ext/functional.py and memory.py, where nothing is traced; beneath are the same ops by way of the same dispatcher.
-#include "dispatch.h"
+#include "../dispatch.h"
 
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
