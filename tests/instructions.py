@@ -20,14 +20,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.compilers import AARCH64, KERNELS, KERNELS_FLAGS, SHIPPED, compile_program, of_capability
+from tests.compilers import (
+    AARCH64,
+    KERNELS,
+    KERNELS_FLAGS,
+    SHIPPED,
+    NotBuiltError,
+    compile_program,
+    of_capability,
+    shipped_kernels,
+)
 
 RECORD = Path(__file__).with_suffix(".json")
 HOW_TO_RECORD = "to record the counts as they are now: python -m tests.instructions"
 
 CAPABILITIES = ("default", "avx2", "aarch64")  # valgrind knows no AVX-512; QEMU counts the last
 
-SOURCES = (*KERNELS, "tests/kernels/count.cpp")
+COUNT = "tests/kernels/count.cpp"
 PLUGIN = ("tests/kernels/count_plugin.cpp",)
 
 # Shares of the recorded count. Runs differ by a few in a million. Kernels that an edit did not mean, inlined another
@@ -65,8 +74,12 @@ def _by_valgrind(capability: str, out: Path) -> tuple[list[str], list[int]]:
     if "avx2" not in Path("/proc/cpuinfo").read_text().split():
         raise NotCountableError("instructions are counted on processors with AVX2 alone")
     flags = (*KERNELS_FLAGS, *of_capability(capability), *SHIPPED)
+    try:
+        kernels = shipped_kernels(capability)
+    except NotBuiltError as error:
+        raise NotCountableError(str(error)) from error
     # Finding a function when it is first called is not counted.
-    program = compile_program(f"count-{capability}", compiler, SOURCES, flags, ("-Wl,-z,now",))
+    program = compile_program(f"count-{capability}", compiler, (COUNT,), flags, ("-Wl,-z,now",), compiled=kernels)
     lines = _run(
         *(valgrind, "--tool=callgrind", f"--callgrind-out-file={out}", "--combine-dumps=yes"),
         *("--toggle-collect=counted", "--dump-after=counted", str(program)),
@@ -82,7 +95,8 @@ def _by_qemu(capability: str, out: Path) -> tuple[list[str], list[int]]:
             "there is no aarch64-linux-gnu-g++, no g++ or no qemu-aarch64 here "
             "(Debian: g++-aarch64-linux-gnu, g++, qemu-user)"
         )
-    program = compile_program(f"count-{capability}", cross, SOURCES, (*KERNELS_FLAGS, *AARCH64, *SHIPPED), ("-static",))
+    flags = (*KERNELS_FLAGS, *AARCH64, *SHIPPED)
+    program = compile_program(f"count-{capability}", cross, (*KERNELS, COUNT), flags, ("-static",))
     plugin = compile_program("count-plugin", native, PLUGIN, ("-std=c++20", "-O2", "-fPIC", "-Wall"), ("-shared",))
     try:
         lines = _run(qemu, "-plugin", f"{plugin},out={out}", str(program))

@@ -71,9 +71,12 @@ acc pass_on(acc* row, const acc* weights, int64_t steps, acc factor, acc subtrac
 // gradient. Of weights that are recomputed that cannot be told, since a log-sum-exp is rounded by as much as it is large.
 template <class acc>
 acc differentiate_softmax(acc* row, const acc* weights, int64_t steps, acc delta, acc scale, bool apart) {
-  const Vec<acc> all(apart ? scale : std::numeric_limits<acc>::quiet_NaN());
+  const auto gradient = [](const auto& a, const auto& da, const auto& delta) { return a * (da - delta); };
+  if (!apart) {
+    return pass_on(row, weights, steps, scale, delta, gradient);
+  }
   return pass_on(row, weights, steps, scale, delta, [&](const auto& a, const auto& da, const auto& delta) {
-    return Vec<acc>::blendv(a * (da - delta), Vec<acc>(0), a == all);
+    return Vec<acc>::blendv(gradient(a, da, delta), Vec<acc>(0), a == Vec<acc>(scale));
   });
 }
 
