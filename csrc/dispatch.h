@@ -1,4 +1,4 @@
-// The ops by name, from wherever they are called in C++, and what a call within one of them stands beneath.
+// Calls of the registered ops from C++, and the guards (autograd, autocast) beneath which ops call each other.
 #pragma once
 
 #include "attention.h"

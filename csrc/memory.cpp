@@ -37,8 +37,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A tensor of others that a step's backward leaves for later. It is kept as it came: of a gradient that nobody else holds, autograd
-// makes a leaf's own, which the next one is added to.
+// A tensor that a step's backward leaves for later without owning it. No copy: its version is checked. (A gradient that nobody else
+// holds autograd makes a leaf's own, and adds the next one to it in place.)
 class Lent {
  public:
   explicit Lent(const Tensor& tensor) : tensor_(tensor), version_(version_of(tensor)) {}

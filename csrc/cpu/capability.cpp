@@ -51,7 +51,7 @@ const MatmulKernels* no_matmul() {
 }
 
 #if defined(__x86_64__)
-// MKL takes AVX-512 on its maker's processors alone. Other libraries are not known to leave it.
+// MKL takes AVX-512 on Intel's processors alone. Any other library is taken to use it everywhere.
 const MatmulKernels* where_mkl_leaves_it() {
   return !at::hasMKL() || __builtin_cpu_is("intel") ? nullptr : &AVX512::matmul_kernels();
 }

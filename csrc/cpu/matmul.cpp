@@ -28,7 +28,7 @@ constexpr int64_t kDeep = 4096;
 // Multiply-adds of a few rows that pairs of bfloat16 are not worth waiting for.
 constexpr int64_t kFewPairs = int64_t{1} << 22;
 
-// Who allows factors of bfloat16 gets PyTorch's.
+// At precision "medium" products are left to PyTorch.
 bool may_multiply() {
   return multiplies() && factors_of_float() != Dtype::BFloat16;
 }

@@ -1,4 +1,4 @@
-// Launches of the additive kernels of many queries: their tiles, and where in the workspace they leave what for each other.
+// Launches of the additive kernels of many queries: their tiles, and the workspace through which they hand each other results.
 #include "additive_gradients.cuh"
 #include "additive_scores.cuh"
 

@@ -314,6 +314,12 @@ __device__ __forceinline__ acc shift_of(acc largest) {
   return largest == -kInfinity<acc> ? acc(0) : largest;
 }
 
+// Of exponentials, which are weights times their sum: all 0 where there is nothing to attend.
+template <class acc>
+__device__ __forceinline__ acc inverse_of_sum(acc total) {
+  return total == 0 ? acc(0) : 1 / total;
+}
+
 // The plain one: tanh.approx is good to 2^-11 only.
 __device__ __forceinline__ float tanh_of(float x) {
   return tanhf(x);

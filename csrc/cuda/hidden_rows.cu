@@ -9,7 +9,7 @@ namespace {
 
 void launch_by_row(auto kernel, const MemoryRows& call, bool by_vectors, Stream stream) {
   const int64_t threads = call.problem.batch * call.problem.steps * kWarp;
-  launch(kernel, dim3((threads + kRowsBlock - 1) / kRowsBlock), kRowsBlock, 0, stream, call, by_vectors);
+  launch(kernel, dim3(ceil_div(threads, kRowsBlock)), kRowsBlock, 0, stream, call, by_vectors);
 }
 
 }  // namespace

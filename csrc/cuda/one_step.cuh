@@ -91,7 +91,7 @@ struct Softmaxed {
   }
 
   __device__ __forceinline__ acc inverse() const {
-    return total == 0 ? 0 : 1 / total;
+    return inverse_of_sum(total);
   }
 };
 

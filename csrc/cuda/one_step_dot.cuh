@@ -267,6 +267,7 @@ constexpr int kStepShared = std::max<int>(  // of a warp
     RowsUnderWay<rows * pieces, depth>::kBytes,
     kWarp * pieces * kLanes<scalar> * sizeof(accumulated_t<scalar>));
 
+// The bounds below are not the block's size: they leave registers for kDotBlocks of kStepBlock threads on a multiprocessor.
 template <class scalar, int pieces, int rows, int depth>
 __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
     attend_one_step(const OneStep call, const Columns<scalar, pieces, true> columns, accumulated_t<scalar> scale) {

@@ -17,7 +17,7 @@ void merge_splits(const OneStep& call, Stream stream) {
   for_dtype(problem.dtype, [&]<class scalar>(scalar) {
     // Of weights, which are more than the columns as a rule, a thread takes several.
     const int64_t work = std::max<int64_t>({problem.memory_size, call.weights == nullptr ? 0 : problem.steps / 4, 1});
-    const int parts = static_cast<int>((work + kStepBlock - 1) / kStepBlock);
+    const int parts = static_cast<int>(ceil_div(work, kStepBlock));
     launch_behind<merge_one_step<scalar>>(dim3(problem.batch * parts), kStepBlock, 0, stream, call, parts);
   });
 }

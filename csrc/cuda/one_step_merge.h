@@ -1,4 +1,4 @@
-// What the launches of one query a batch element end with: one behind theirs, whose kernels let it begin, for what the splits left.
+// The launch behind a one-step kernel that merges what its splits left; it may begin before that one ends.
 #pragma once
 
 #include "kernels.h"

@@ -37,7 +37,7 @@ template <int held>
 void launch_rows(auto kernel, int64_t rows, Stream stream, const auto&... arguments) {
   using Team = RowTeam<held>;
   const size_t shared = held > 0 ? 0 : kRowBlock / kWarp * sizeof(double);
-  launch(kernel, dim3((rows + Team::kRows - 1) / Team::kRows), Team::kBlock, shared, stream, arguments...);
+  launch(kernel, dim3(ceil_div(rows, Team::kRows)), Team::kBlock, shared, stream, arguments...);
 }
 
 }  // namespace

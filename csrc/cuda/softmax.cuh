@@ -164,12 +164,6 @@ __device__ __forceinline__ void store_if_wanted(T* row, int64_t s, accumulated_t
   }
 }
 
-// Of weights, which are all 0 where there is nothing to attend.
-template <class acc>
-__device__ __forceinline__ acc inverse_of_sum(acc total) {
-  return total == 0 ? 0 : 1 / total;
-}
-
 // A weight out of its exponential: 0 of what is not attended, also where the sum is no number.
 template <class acc>
 __device__ __forceinline__ acc part_of_sum(acc exponential, acc inverse) {

@@ -1,4 +1,4 @@
-// The source steps that queries may attend.
+// The source steps that queries may attend, in tiles.
 #pragma once
 
 #include "call.h"

@@ -88,7 +88,7 @@ template <class acc, class scalar, class Count>
   }
 }
 
-// What such a product takes: pairs, of bfloat16. Its instruction takes subnormal numbers for zeros.
+// How a row of `scalar` enters a product: bfloat16 as pairs, whose instruction takes subnormal numbers for zeros.
 template <class scalar>
 using Paired = std::conditional_t<std::is_same_v<scalar, c10::BFloat16>, Pair, scalar>;
 

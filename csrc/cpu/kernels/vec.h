@@ -114,7 +114,7 @@ inline Vec<float> exponential(const Vec<float>& x, float factor) {
 #endif
 #endif
 
-// a, or b where that is larger, which a NaN of b is not: an instruction, where PyTorch's maximum() is a chain of four.
+// The larger, and a where b is NaN: one instruction, where PyTorch's maximum() is a chain of four.
 template <class acc>
 Vec<acc> raised(const Vec<acc>& a, const Vec<acc>& b) {
   return at::vec::clamp_min(a, b);
