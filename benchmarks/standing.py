@@ -54,7 +54,7 @@ MACHINES = (
     ),
     Machine(
         "Zen 4",
-        targets="epyc-zen4-avx512_bf16-torch-2.13.0-e3aa71b-targets",
+        targets="epyc-zen4-avx512_bf16-torch-2.13.0-631a3ce-targets",
         decoders="epyc-zen4-avx512_bf16-torch-2.13.0-022e94c-training-steps",
         grid="epyc-zen4-avx512_bf16-torch-2.13.0-29dccf1-grid",
         report="epyc-zen4-avx512_bf16-torch-2.13.0-6c86b86-report",
