@@ -34,11 +34,14 @@ def test_context_manager() -> None:
 def test_a_choice_can_be_entered_again() -> None:
     before = backend.current()
     reference = attn_ext.use_backend("reference")
-    attn_ext.use_backend("auto")
-    for _ in range(2):
-        with reference:
-            assert backend.current() == "reference"
-        assert backend.current() == before
+    try:
+        attn_ext.use_backend("auto")
+        for _ in range(2):
+            with reference:
+                assert backend.current() == "reference"
+            assert backend.current() == "auto"
+    finally:
+        attn_ext.use_backend(before)
 
 
 def test_a_choice_that_is_entered_later_ends_with_what_it_replaced() -> None:
