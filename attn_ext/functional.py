@@ -321,7 +321,7 @@ def attend_checked(
     """`attend` for the same arguments, cast as autocast wants them and checked as `caller`'s."""
     query, keys, memory, weight, v, bias = autocast.cast(query, keys, memory, weight, v, bias)
     arguments = checks.Arguments(caller)
-    if caller == "additive_attention":  # no one else's method has this name
+    if caller == "additive_attention":  # another caller may have been given its method, "additive", and refuses it
         check_query(arguments, query, "A")
         arguments.floating("keys", keys, "B S A")
         arguments.floating("v", v, "A")
