@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,36 +32,40 @@ def test_context_manager() -> None:
     assert backend.current() == before
 
 
+@pytest.fixture
+def restored() -> Iterator[None]:
+    before = backend.current()
+    yield
+    attn_ext.use_backend(before)
+
+
+@pytest.mark.usefixtures("restored")
 def test_a_choice_can_be_entered_again() -> None:
-    before = backend.current()
     reference = attn_ext.use_backend("reference")
-    try:
-        attn_ext.use_backend("auto")
-        for _ in range(2):
-            with reference:
-                assert backend.current() == "reference"
-            assert backend.current() == "auto"
-    finally:
-        attn_ext.use_backend(before)
-
-
-def test_a_choice_that_is_entered_later_ends_with_what_it_replaced() -> None:
-    before = backend.current()
-    auto = attn_ext.use_backend("auto")
-    try:
-        attn_ext.use_backend("reference")
-        with auto, auto:
-            assert backend.current() == "auto"
-        assert backend.current() == "reference"
-        attn_ext.use_backend("auto")
-        late = attn_ext.use_backend("reference")
-        attn_ext.use_backend("auto")
-        attn_ext.use_backend("reference")
-        with late:
+    attn_ext.use_backend("auto")
+    for _ in range(2):
+        with reference:
             assert backend.current() == "reference"
+        assert backend.current() == "auto"
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_choice_that_is_entered_later_ends_with_what_it_replaced() -> None:
+    auto = attn_ext.use_backend("auto")
+    attn_ext.use_backend("reference")
+    with auto, auto:
+        assert backend.current() == "auto"
+    assert backend.current() == "reference"
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_choice_that_has_been_made_again_since() -> None:
+    late = attn_ext.use_backend("reference")
+    attn_ext.use_backend("auto")
+    attn_ext.use_backend("reference")
+    with late:
         assert backend.current() == "reference"
-    finally:
-        attn_ext.use_backend(before)
+    assert backend.current() == "reference"
 
 
 def test_a_choice_within_itself_leaves_the_outer_one() -> None:
@@ -125,6 +130,7 @@ def test_wrong_name_in_the_environment_variable() -> None:
 # Every method, forward and backward; what it warned of, how it refuses to be "fused", and its info.
 EXERCISE = """
 import warnings
+from collections.abc import Iterator
 import torch
 import attn_ext
 import attn_ext.info

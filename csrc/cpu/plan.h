@@ -21,8 +21,8 @@ constexpr int64_t kQueriesGrain = 8 * kGrain;
 // What a split of the source has at least where the queries are too few to be divided instead, and is a multiple of.
 constexpr int64_t kLeastSteps = 64, kSplitMultiple = 8;
 
-// Items are divided further where a call would take so many times as long as if no thread waited for another; into parts whose
-// results have to be merged, each of which has a slot of scratch, later.
+// Once threads that wait would make a call so many times as long, its items are divided further: the first for parts by
+// themselves, the second for parts whose results have to be merged, each of which has a slot of scratch.
 constexpr double kWait = 1.15;
 constexpr double kWaitForMerges = 1.5;
 
