@@ -160,7 +160,7 @@ class AdditiveScore {
   }
 
   void scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps, Workspace<element>&) const {
-    if (may_share(4)) {
+    if (shares_by_fours<acc>() && may_share(4)) {
       factored_scores<4>(out, out_stride, first, count, steps);
     } else if (may_share(2)) {
       factored_scores<2>(out, out_stride, first, count, steps);
@@ -238,6 +238,7 @@ class AdditiveScore {
   template <int shared, bool divides>
   void factored_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
     constexpr int64_t lanes = Vec<acc>::size();
+    constexpr int abreast = divides ? kMostShared : shared;
     const int64_t end = Exponentials<acc>::shared_size(size_);
     for_blocks<kScoreRows>(count, [&](auto rows, int64_t t0) {
       for_blocks<kColumns>(steps, [&](auto columns, int64_t j0) {
@@ -250,28 +251,27 @@ class AdditiveScore {
             sums[i][j] = half_off_;
           }
         }
-        for (int64_t a = 0; a < end; a += shared * lanes) {
-          Vec<acc> inverse_v[shared];
+        for (int64_t a = 0; a < end; a += abreast * lanes) {
+          Vec<acc> inverse_v[abreast];
 #pragma GCC unroll 4
-          for (int n = 0; n < shared; ++n) {
+          for (int n = 0; n < abreast; ++n) {
             inverse_v[n] = Vec<acc>::loadu(inverse_v_ + a + n * lanes);
           }
 #pragma GCC unroll 8
           for (int i = 0; i < rows.value; ++i) {
-            Vec<acc> query[shared];
+            Vec<acc> query[abreast];
 #pragma GCC unroll 4
-            for (int n = 0; n < shared; ++n) {
+            for (int n = 0; n < abreast; ++n) {
               query[n] = Vec<acc>::loadu(q[i] + a + n * lanes);
             }
 #pragma GCC unroll 8
             for (int j = 0; j < columns.value; ++j) {
-              Vec<acc> x[shared];
+              Vec<acc> x[abreast];
 #pragma GCC unroll 4
-              for (int n = 0; n < shared; ++n) {
+              for (int n = 0; n < abreast; ++n) {
                 x[n] = at::vec::fmadd(query[n], Vec<acc>::loadu(k[j] + a + n * lanes), inverse_v[n]);
               }
-              const auto numerator = sum_of_reciprocals<shared, acc>(x);
-              sums[i][j] = add_quotient<divides, acc>(sums[i][j], numerator, x[0]);
+              sums[i][j] = add_reciprocals<shared, divides, acc>(sums[i][j], x);
             }
           }
         }

@@ -22,14 +22,20 @@ constexpr bool kAddsBesideProducts = false;
 constexpr bool kAddsBesideProducts = true;
 #endif
 
-// Whether the scores of many queries are divided: a Zen 4 divides a vector in 6 cycles, which an estimate of the reciprocal, its
-// Newton step and the product would have kept the ports for products for; Intel's take 16.
+// Whether the scores of many queries are divided: AMD's divide a vector in 6 cycles, from Zen 5 on in 2.5, which an estimate of the
+// reciprocal, its Newton step and the product would have kept the ports for products for; Intel's take 16.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <class acc>
 constexpr bool kMayDivide = std::is_same_v<acc, float>;
 
 inline bool divides() {
-  return __builtin_cpu_is("amdfam19h");
+  return __builtin_cpu_is("amd");
+}
+
+// What a third and a fourth feature take to share a quotient, three products more, is then longer than another division.
+template <class acc>
+bool shares_by_fours() {
+  return !kMayDivide<acc> || !divides() || __builtin_cpu_is("amdfam19h");
 }
 #else
 template <class acc>
@@ -37,6 +43,11 @@ constexpr bool kMayDivide = false;
 
 constexpr bool divides() {
   return false;
+}
+
+template <class acc>
+constexpr bool shares_by_fours() {
+  return true;
 }
 #endif
 
@@ -171,20 +182,24 @@ template <int shared, class acc, class Denominator>
   return total;
 }
 
-// numerator / x[0] = the sum of all 1 / x.
-template <int shared, class acc>
-inline Vec<acc> sum_of_reciprocals(Vec<acc> (&x)[shared]) {
-  Vec<acc> numerators[shared / 2];
+// sum + all 1 / x, of which so many share a quotient.
+template <int shared, bool divides, class acc, int count>
+inline Vec<acc> add_reciprocals(const Vec<acc>& sum, Vec<acc> (&x)[count]) {
+  static_assert(shared == count || (shared == 2 && count == 4));
+  Vec<acc> numerators[count / 2];
 #pragma GCC unroll 2
-  for (int i = 0; i < shared / 2; ++i) {
-    numerators[i] = x[i] + x[i + shared / 2];
-    x[i] = x[i] * x[i + shared / 2];
+  for (int i = 0; i < count / 2; ++i) {
+    numerators[i] = x[i] + x[i + count / 2];
+    x[i] = x[i] * x[i + count / 2];
+  }
+  if constexpr (shared < count) {
+    return sum + (numerators[0] / x[0] + numerators[1] / x[1]);  // one addition to the larger sum, and its rounding, instead of two
   }
   if constexpr (shared == 4) {
     numerators[0] = at::vec::fmadd(numerators[0], x[1], numerators[1] * x[0]);
     x[0] = x[0] * x[1];
   }
-  return numerators[0];
+  return add_quotient<divides, acc>(sum, numerators[0], x[0]);
 }
 
 // to[a] = exp(2 from[a]), scaled by `scale(exponentials, a)`, and ones from there to `end`, whole vectors; the largest |from[a]|
