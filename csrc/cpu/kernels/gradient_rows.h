@@ -108,8 +108,10 @@ class GradientRows {
     }
   }
 
+  // Not inlined: the loop needs registers that whoever calls would have in use.
   template <int terms, int count, bool streams, bool fetches, class scalar>
-  void combine_block(const int64_t* steps, const acc* const* rows, const acc* coefficients, const char* const* next) {
+  [[gnu::noinline]] void combine_block(
+      const int64_t* steps, const acc* const* rows, const acc* coefficients, const char* const* next) {
     scalar* to[count];
     Vec<acc> factors[terms][count];
 #pragma GCC unroll 4

@@ -196,9 +196,10 @@ void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
 }
 
 // f of a value of the dtype's, for f to see its type. The kernels are compiled for the accumulation type alone: float serves the
-// halves, and a switch a row costs nothing.
+// halves, and a switch a row costs nothing. Inlined: what a lambda refers to was read by vectors, before what had been written by
+// numbers was there for those, and short rows waited for their addresses.
 template <class acc, class F>
-inline void with_type(Dtype dtype, const F& f) {
+[[gnu::always_inline]] inline void with_type(Dtype dtype, const F& f) {
   if constexpr (std::is_same_v<acc, float>) {
     if (dtype == Dtype::BFloat16) {
       return f(c10::BFloat16());
@@ -212,7 +213,7 @@ inline void with_type(Dtype dtype, const F& f) {
 
 // f of a constant that is the condition.
 template <class F>
-inline void with_bool(bool condition, const F& f) {
+[[gnu::always_inline]] inline void with_bool(bool condition, const F& f) {
   condition ? f(std::true_type()) : f(std::false_type());
 }
 
