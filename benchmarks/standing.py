@@ -47,7 +47,7 @@ AVX2 = "epyc-zen4-avx2-torch-2.13.0-bf09372-targets"
 MACHINES = (
     Machine(
         "Zen 5",
-        targets="epyc-zen5-avx512_bf16-torch-2.13.0-6cff4a0-targets",
+        targets="epyc-zen5-avx512_bf16-torch-2.13.0-7db9891-targets",
         decoders="epyc-zen5-avx512_bf16-torch-2.13.0-6cff4a0-training-steps",
         grid="epyc-zen5-avx512_bf16-torch-2.13.0-7776f1f-grid",
         report="epyc-zen5-avx512_bf16-torch-2.13.0-6cff4a0-report",
