@@ -36,8 +36,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX512_BF16"] = [*CPU_CAPABILITIES["AVX512"], "-DCPU_CAPABILITY_AVX512", "-mavx512bf16"]
     CPU_CAPABILITIES["AVX512_AMX"] = [*CPU_CAPABILITIES["AVX512_BF16"], "-mamx-tile", "-mamx-bf16"]
 
-# Hidden symbols: calls of kernels that are not inlined are direct, not by way of the linkage table.
-CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp"]
 # Warnings are for our own code: PyTorch's headers become system headers, and GCC 12 sees uninitialised values in its
 # own intrinsics.
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
