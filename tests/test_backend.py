@@ -130,7 +130,6 @@ def test_wrong_name_in_the_environment_variable() -> None:
 # Every method, forward and backward; what it warned of, how it refuses to be "fused", and its info.
 EXERCISE = """
 import warnings
-from collections.abc import Iterator
 import torch
 import attn_ext
 import attn_ext.info

@@ -22,8 +22,8 @@ constexpr bool kAddsBesideProducts = false;
 constexpr bool kAddsBesideProducts = true;
 #endif
 
-// Whether the scores of many queries are divided: AMD's divide a vector in 6 cycles, from Zen 5 on in 2.5, which an estimate of the
-// reciprocal, its Newton step and the product would have kept the ports for products for; Intel's take 16.
+// Whether the scores of many queries are divided. A Zen 4 divides a vector in 6 cycles, a Zen 5 in 2.5: no longer than an estimate
+// of the reciprocal, its Newton step and the product keep the ports for products. Intel's take 16.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <class acc>
 constexpr bool kMayDivide = std::is_same_v<acc, float>;
@@ -32,7 +32,8 @@ inline bool divides() {
   return __builtin_cpu_is("amd");
 }
 
-// What a third and a fourth feature take to share a quotient, three products more, is then longer than another division.
+// Whether four features share a quotient, or two: from Zen 5 on another division is sooner done than the three products that a
+// third and a fourth feature take to share one.
 template <class acc>
 bool shares_by_fours() {
   return !kMayDivide<acc> || !divides() || __builtin_cpu_is("amdfam19h");
@@ -193,7 +194,7 @@ inline Vec<acc> add_reciprocals(const Vec<acc>& sum, Vec<acc> (&x)[count]) {
     x[i] = x[i] * x[i + count / 2];
   }
   if constexpr (shared < count) {
-    return sum + (numerators[0] / x[0] + numerators[1] / x[1]);  // one addition to the larger sum, and its rounding, instead of two
+    return sum + (numerators[0] / x[0] + numerators[1] / x[1]);  // rounded once, not twice, by as much as the sum is large
   }
   if constexpr (shared == 4) {
     numerators[0] = at::vec::fmadd(numerators[0], x[1], numerators[1] * x[0]);

@@ -196,8 +196,8 @@ void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
 }
 
 // f of a value of the dtype's, for f to see its type. The kernels are compiled for the accumulation type alone: float serves the
-// halves, and a switch a row costs nothing. Inlined: what a lambda refers to was read by vectors, before what had been written by
-// numbers was there for those, and short rows waited for their addresses.
+// halves, and a switch a row costs nothing. Inlined: a function of its own reads the addresses that its lambda refers to several at
+// once, and waits until those, written one by one just before, have arrived: of short rows as long as they take.
 template <class acc, class F>
 [[gnu::always_inline]] inline void with_type(Dtype dtype, const F& f) {
   if constexpr (std::is_same_v<acc, float>) {
