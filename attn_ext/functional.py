@@ -119,7 +119,7 @@ def luong_attention(
                 scale=scale,
             )
             return memory.attend(query, need_weights=need_weights)
-    arguments = (method, query, None, v, memory, lengths, mask, scale, need_weights, weight, bias)
+    arguments = (method, query, memory, None, v, lengths, mask, scale, need_weights, weight, bias)
     attended = attend_unchecked(*arguments)
     return attend_checked("luong_attention", *arguments) if attended is None else attended
 
@@ -146,7 +146,7 @@ def dot_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    arguments = ("dot", query, None, None, memory, lengths, mask, scale, need_weights)
+    arguments = ("dot", query, memory, None, None, lengths, mask, scale, need_weights)
     attended = attend_unchecked(*arguments)
     return attend_checked("dot_attention", *arguments) if attended is None else attended
 
@@ -179,16 +179,16 @@ def additive_attention(
     Raises:
         ValueError, TypeError: as :func:`luong_attention`.
     """
-    arguments = ("additive", query, keys, v, values, lengths, mask, scale, need_weights)
+    arguments = ("additive", query, values, keys, v, lengths, mask, scale, need_weights)
     attended = attend_unchecked(*arguments)
     return attend_checked("additive_attention", *arguments) if attended is None else attended
 
 
 def attend(
     query: Tensor,
+    memory: Tensor,
     keys: Tensor | None,
     v: Tensor | None,
-    memory: Tensor,
     *,
     lengths: Tensor | None,
     mask: Tensor | None,
@@ -206,8 +206,7 @@ def attend(
             options: dict[str, Any] = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
             if weight is not None:
                 return reference.projected_attention(query, weight, memory, v, bias, **options)
-            op, tensors = _op_of(reference, query, keys, v, memory)
-            return op(*tensors, **options)
+            return reference.attention(query, memory, keys, v, **options)
         with transforms_explained():
             if weight is not None:
                 op = _OPS.projected_attention.default
@@ -215,8 +214,9 @@ def attend(
                     op, query, v, memory, lengths, mask, scale, need_weights, weight, bias
                 )
             else:
-                op, tensors = _op_of(_OPS, query, keys, v, memory)
-                context, weights, *_ = op.default(*tensors, lengths, mask, scale, need_weights, [False, False])
+                context, weights, *_ = _OPS.attention.default(
+                    query, memory, keys, v, None, lengths, mask, scale, need_weights, [False, False]
+                )
     return context, weights if need_weights else None
 
 
@@ -250,23 +250,12 @@ def _transforms_explained() -> Iterator[None]:
         raise
 
 
-def _op_of(
-    ops: Any, query: Tensor, keys: Tensor | None, v: Tensor | None, memory: Tensor
-) -> tuple[Any, tuple[Tensor, ...]]:
-    """The one of `ops` that these are the tensors of, and those that there are."""
-    if keys is None:
-        return ops.dot_attention, (query, memory)
-    if v is None:
-        return ops.keyed_dot_attention, (query, keys, memory)
-    return ops.additive_attention, (query, keys, v, memory)
-
-
 def attend_unchecked(
     method: str,
     query: Tensor,
+    memory: Tensor,
     keys: Tensor | None,
     v: Tensor | None,
-    memory: Tensor,
     lengths: Any,
     mask: Tensor | None,
     scale: float | None,
@@ -280,7 +269,7 @@ def attend_unchecked(
     checks would, which therefore run after a refusal alone, to word it.
     """
     try:
-        if not goes_unchecked(query, weight, bias, keys, v, memory, lengths, mask):
+        if not goes_unchecked(query, memory, keys, v, weight, bias, lengths, mask):
             return None
         if scale is None:
             scale = 1.0
@@ -298,8 +287,7 @@ def attend_unchecked(
         elif weight is not None:
             op = backend.calls.projected_attention
             return _project_and_attend(op, query, v, memory, lengths, mask, scale, need_weights, weight, bias)
-        op, tensors = _op_of(backend.calls, query, keys, v, memory)
-        return op(*tensors, lengths, mask, scale, need_weights)
+        return backend.calls.attention(query, memory, keys, v, lengths, mask, scale, need_weights)
     except REFUSALS:
         return None
 
@@ -308,9 +296,9 @@ def attend_checked(
     caller: str,
     method: str,
     query: Tensor,
+    memory: Tensor,
     keys: Tensor | None,
     v: Tensor | None,
-    memory: Tensor,
     lengths: Any,
     mask: Tensor | None,
     scale: float | None,
@@ -319,7 +307,7 @@ def attend_checked(
     bias: Tensor | None = None,
 ) -> Attended:
     """`attend` for the same arguments, cast as autocast wants them and checked as `caller`'s."""
-    query, keys, memory, weight, v, bias = autocast.cast(query, keys, memory, weight, v, bias)
+    query, memory, keys, v, weight, bias = autocast.cast(query, memory, keys, v, weight, bias)
     arguments = checks.Arguments(caller)
     if caller == "additive_attention":  # another caller may have been given its method, "additive", and refuses it
         check_query(arguments, query, "A")
@@ -334,7 +322,7 @@ def attend_checked(
     scale = arguments.scale(scale)
     arguments.flag("need_weights", need_weights)
     options: dict[str, Any] = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
-    return attend(query, keys, v, memory, **options, weight=weight, bias=bias)
+    return attend(query, memory, keys, v, **options, weight=weight, bias=bias)
 
 
 def _project_and_attend(

@@ -179,9 +179,9 @@ class AttentionMemory:
             query, weight = functional.linear(query, query_weight), None
         return functional.attend(
             query,
+            self.memory,
             self.keys,
             self.v,
-            self.memory,
             lengths=self.lengths,
             mask=self.mask,
             scale=self.scale,
@@ -233,10 +233,10 @@ class AttentionMemory:
         return memory_attention(
             query,
             self._query_weight,
-            self.keys,
-            self._prepared_keys,
-            self.v,
             self.memory,
+            self.keys,
+            self.v,
+            self._prepared_keys,
             self.lengths,
             self.mask,
             self.scale,

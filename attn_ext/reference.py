@@ -6,66 +6,46 @@ end. Everything here is differentiable to any order by autograd.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def dot_attention(
+def attention(
     query: Tensor,
     memory: Tensor,
+    keys: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float = 1.0,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """score = scale * q . m  (Luong 2015, eq. 8, dot), then :func:`_attend`."""
-    return keyed_dot_attention(
-        query, memory, memory, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights
-    )
+    """weights = softmax(scores) over the allowed steps, 0 elsewhere; context = sum_s weights_s m_s (Luong 2015, eq. 7).
 
-
-def keyed_dot_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float = 1.0,
-    need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """score = scale * q . k, then :func:`_attend`: general's (Luong 2015, eq. 8), q . (weight^T m), by its keys."""
-    allowed = allowed_positions(values, lengths, mask)
+    The scores, without a v, are scale * q . k, where the memory is its own keys if there are no others (Luong 2015,
+    eq. 8, dot); with one, scale * v . tanh(q + k) (Bahdanau 2014, A.1.2; Luong 2015, eq. 8, concat).
+    """
+    allowed = allowed_positions(memory, lengths, mask)
     q = _steps(query)
-    k = _without_unattended_rows(keys.to(q.dtype), allowed)
-    m = k if values is keys else _without_unattended_rows(values.to(q.dtype), allowed)
-    scores = torch.matmul(q, k.transpose(1, 2)) * scale  # [B, T, S]
-    return _attend(scores, m, allowed, query, need_weights)
-
-
-def additive_attention(
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    values: Tensor,
-    *,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float = 1.0,
-    need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """score = scale * v . tanh(q + k)  (Bahdanau 2014, A.1.2; Luong 2015, eq. 8, concat), then :func:`_attend`."""
-    allowed = allowed_positions(values, lengths, mask)
-    q = _steps(query)
-    k = _without_unattended_rows(keys.to(q.dtype), allowed)
-    m = _without_unattended_rows(values.to(q.dtype), allowed)
-    hidden = torch.tanh(q.unsqueeze(2) + k.unsqueeze(1))  # [B, T, S, A]
-    scores = torch.matmul(hidden, v.to(q.dtype)) * scale  # [B, T, S]
-    return _attend(scores, m, allowed, query, need_weights)
+    m = _without_unattended_rows(memory.to(q.dtype), allowed)
+    k = m if keys is None else _without_unattended_rows(keys.to(q.dtype), allowed)
+    if v is None:
+        scores = torch.matmul(q, k.transpose(1, 2)) * scale  # [B, T, S]
+    else:
+        hidden = torch.tanh(q.unsqueeze(2) + k.unsqueeze(1))  # [B, T, S, A]
+        scores = torch.matmul(hidden, v.to(q.dtype)) * scale
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    # With nothing to attend, softmax(-inf, ...) would be NaN: any finite scores do there, their weights are zeroed.
+    unattended = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(unattended, 0.0), dim=-1)
+    weights = weights.masked_fill(unattended if allowed is None else unattended | ~allowed, 0.0)
+    context = torch.matmul(weights, m)  # [B, T, Dm]
+    if query.dim() == 2:
+        context, weights = context.squeeze(1), weights.squeeze(1)
+    return context.to(query.dtype), weights.to(query.dtype) if need_weights else None
 
 
 def projected_attention(
@@ -81,12 +61,12 @@ def projected_attention(
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """General, without a v: score = scale * (weight q) . m; concat: score = scale * v . tanh(weight [q; m] + bias)."""
-    options: dict[str, Any] = {"lengths": lengths, "mask": mask, "scale": scale, "need_weights": need_weights}
-    if v is None:
-        return dot_attention(F.linear(query, weight), memory, **options)
-    query_weight, key_weight = split_weight(weight, memory)
-    keys = project_keys(memory, key_weight, bias, lengths, mask)
-    return additive_attention(F.linear(query, query_weight), keys, v, memory, **options)
+    keys = None
+    if v is not None:
+        weight, key_weight = split_weight(weight, memory)
+        keys = project_keys(memory, key_weight, bias, lengths, mask)
+    query = F.linear(query, weight)
+    return attention(query, memory, keys, v, lengths=lengths, mask=mask, scale=scale, need_weights=need_weights)
 
 
 def split_weight(weight: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,22 +92,6 @@ def allowed_positions(memory: Tensor, lengths: Tensor | None, mask: Tensor | Non
         mask = mask if mask.dim() == 3 else mask.unsqueeze(1)
         allowed = mask if allowed is None else allowed & mask
     return allowed
-
-
-def _attend(
-    scores: Tensor, values: Tensor, allowed: Tensor | None, query: Tensor, need_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """weights = softmax over the allowed steps, 0 elsewhere;  context = sum_s weights_s values_s  (Luong, eq. 7)."""
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    # With nothing to attend, softmax(-inf, ...) would be NaN: any finite scores do there, their weights are zeroed.
-    unattended = (scores == float("-inf")).all(dim=-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(unattended, 0.0), dim=-1)
-    weights = weights.masked_fill(unattended if allowed is None else unattended | ~allowed, 0.0)
-    context = torch.matmul(weights, values)  # [B, T, Dm]
-    if query.dim() == 2:
-        context, weights = context.squeeze(1), weights.squeeze(1)
-    return context.to(query.dtype), weights.to(query.dtype) if need_weights else None
 
 
 def _without_unattended_rows(rows: Tensor, allowed: Tensor | None) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import attn_ext
-from attn_ext import reference
+
+Op = Callable[..., tuple[Tensor, Tensor]]
 
 B, T, S, A = 2, 24, 50, 512
 ADDITIVE = ("scores", "context", "query", "keys", "v", "values")
@@ -55,7 +56,17 @@ def halves_cases() -> Iterator[tuple[str, Tensor, Tensor]]:
         yield f"rows that differ by 0.3, and have {times} in common", query, differing + times * common
 
 
-def results(op: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *inputs: Tensor) -> list[Tensor]:
+def plain(op: Op) -> Op:
+    """The same by the reference."""
+
+    def call(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with attn_ext.use_backend("reference"):
+            return op(*inputs)
+
+    return call
+
+
+def results(op: Op, dtype: torch.dtype, *inputs: Tensor) -> list[Tensor]:
     """In float64: the log of the weights, the context, and the gradients of the inputs."""
     inputs = tuple(tensor.to(dtype).requires_grad_() for tensor in inputs)
     context, weights = op(*inputs)
@@ -67,7 +78,7 @@ def results(op: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *input
 def print_rows(
     name: str,
     tensors: tuple[str, ...],
-    ops: dict[str, Callable[..., tuple[Tensor, Tensor]]],
+    ops: dict[str, Op],
     *inputs: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -92,12 +103,12 @@ def main() -> None:
     for name, query, keys in additive_cases():
         # Weights neither so small that float32 has no logarithm of them nor so even that they hide the scores.
         v, values = torch.randn(A) * A**-0.5, torch.randn(B, S, A)
-        ops = {"fused": attn_ext.additive_attention, "tanh": reference.additive_attention}
+        ops = {"fused": attn_ext.additive_attention, "tanh": plain(attn_ext.additive_attention)}
         print_rows(name, ADDITIVE, ops, query, keys, v, values)
     torch.manual_seed(0)
     query, keys, v, values = torch.randn(B, T, A), torch.randn(B, S, A), torch.rand(A), torch.randn(B, S, A)
     print_rows("normal, v uniform in 0 to 1", ADDITIVE, ops, query, keys, v, values)
-    ops = {"fused": attn_ext.dot_attention, "reference": reference.dot_attention}
+    ops = {"fused": attn_ext.dot_attention, "reference": plain(attn_ext.dot_attention)}
     print_head("dot", DOT)
     for name, query, memory in dot_cases():
         print_rows(name, DOT, ops, query, memory)
@@ -105,7 +116,7 @@ def main() -> None:
     for name, query, memory in halves_cases():
         print_rows(name, DOT, ops, query, memory, dtype=torch.bfloat16)
     print_head("additive, bfloat16", ADDITIVE)
-    ops = {"fused": attn_ext.additive_attention, "tanh": reference.additive_attention}
+    ops = {"fused": attn_ext.additive_attention, "tanh": plain(attn_ext.additive_attention)}
     for steps in (S, 6 * S):
         for spread in (1, 0.05):
             query, keys = spread * torch.randn(B, T, A), spread * torch.randn(B, steps, A)

@@ -34,10 +34,12 @@ KINDS = (*OPS, "loops")
 CALL = "call: "  # before a name, where they are told
 
 
-def keyed_dot(query: Tensor, keys: Tensor, values: Tensor, **options: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The op beneath general attention of more queries than steps."""
+def keyed_dot(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float | None = None, **options: Tensor | bool | None
+) -> tuple[Tensor, Tensor | None]:
+    """What is beneath general attention of more queries than steps: dot products with keys that are not the memory."""
     options = {"lengths": None, "mask": None, "need_weights": True} | options
-    return functional.attend(query, keys, None, values, scale=1.0, **options)
+    return functional.attend(query, values, keys, None, scale=1.0 if scale is None else scale, **options)
 
 
 def sizes_of(op: str, large: bool, rows: bool) -> Sequence[tuple[int, int, int, int]]:

@@ -358,7 +358,9 @@ class _BareOp:
     active: Callable[[], Any] = FUSED.active
 
     def __call__(self) -> object:
-        return torch.ops.attn_ext.dot_attention.default(self.query, self.memory, None, None, 1.0, True, [False, False])
+        return torch.ops.attn_ext.attention.default(
+            self.query, self.memory, None, None, None, None, None, 1.0, True, [False, False]
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// The arguments of the ops, as they pass from ops.cpp to a device's entry points.
+// The arguments of the op, as they pass from ops.cpp to a device's entry points.
 #pragma once
 
 #include "problem.h"
@@ -13,19 +13,19 @@ namespace attn_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// One of the ops on its inputs: additive has keys and v, keyed dot only keys, dot neither.
+// Of dot products with the memory a query and a memory, of those with keys these as well, of additive scores keys and v.
 struct Inputs {
-  const Tensor& query;            // [B, T, Dq], additive [B, T, A]; without the T here, there is none in any tensor [B, T, ...]
-  const Tensor* keys;             // [B, S, Dq], additive [B, S, A]
-  const Tensor* v;                // [A]
-  const Tensor& memory;           // [B, S, Dm]; with keys, the values
-  const OptionalTensor& lengths;  // [B] int64
-  const OptionalTensor& mask;     // [B, S] or [B, T, S] bool
+  const Tensor& query;         // [B, T, Dq], additive [B, T, A]; without the T here, there is none in any tensor [B, T, ...]
+  const Tensor& memory;        // [B, S, Dm]; with keys, the values
+  const OptionalTensor& keys;  // [B, S, Dq], additive [B, S, A]
+  const OptionalTensor& v;     // [A]
+  const OptionalTensor& prepared_keys;  // [B, S, prepared size], what prepare_keys made of additive's keys
+  const OptionalTensor& lengths;        // [B] int64
+  const OptionalTensor& mask;           // [B, S] or [B, T, S] bool
   double scale;
-  const Tensor* prepared_keys = nullptr;  // [B, S, prepared size], what prepare_keys made of the keys
 
   Method method() const {
-    return v != nullptr ? Method::Additive : keys != nullptr ? Method::KeyedDot : Method::Dot;
+    return v ? Method::Additive : keys ? Method::KeyedDot : Method::Dot;
   }
 };
 
@@ -51,10 +51,10 @@ struct Saved {
 // Allocated by ops.cpp, contiguous; undefined where not wanted.
 struct Gradients {
   Tensor query;
+  Tensor memory;
   Tensor keys;
   Tensor v;
-  Tensor memory;
-  Tensor scores{};  // [B, T, S] in the accumulation type: of q . m, q . k, or v . tanh(q + k)
+  Tensor scores;  // [B, T, S] in the accumulation type: of q . m, q . k, or v . tanh(q + k)
 };
 
 // A device's way in.

@@ -1,4 +1,4 @@
-// Calls of the registered ops from C++, and the guards (autograd, autocast) beneath which ops call each other.
+// Calls of the registered ops from C++, and the guards (autograd, autocast) beneath which they call each other.
 #pragma once
 
 #include "attention.h"
@@ -15,8 +15,9 @@
 
 namespace attn_ext {
 
-using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // what the forward ops return
+using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // what the op returns: context, weights, log-sum-exp
 using NeedExact = std::array<bool, 2>;  // which of context and weights are wanted as they were accumulated
+using Wanted = std::array<bool, 5>;     // which gradients, in their order
 
 inline OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
@@ -27,7 +28,7 @@ inline Tensor or_undefined(const OptionalTensor& tensor) {
 }
 
 // Whether a backward of such tensors reads the context. A forward that asks leaves out, or does not keep, what nobody reads.
-bool takes_context(Method method, const Tensor& query, const Tensor& memory);
+bool takes_context(const Inputs& inputs);
 
 // What a backward is given of a forward's results: as they were accumulated, and undefined where it has no use for them.
 struct Kept {
@@ -81,60 +82,53 @@ struct Function<name, Result(Arguments...)> {
   }
 };
 
-// For each of an op's tensors, by its number.
-template <size_t>
-using Input = const Tensor&;
-template <size_t>
-using Gradient = Tensor;
+inline constexpr char kAttention[] = "attn_ext::attention";
+using Attention = Function<
+    kAttention,
+    Forwards(
+        const Tensor& query,
+        const Tensor& memory,
+        const OptionalTensor& keys,
+        const OptionalTensor& v,
+        const OptionalTensor& prepared_keys,
+        const OptionalTensor& lengths,
+        const OptionalTensor& mask,
+        double scale,
+        bool need_weights,
+        NeedExact need_exact)>;
 
-// The op `name` of so many tensors, and its backward op.
-template <const char* name, class Numbers>
-struct Op;
+inline Forwards attend(const Inputs& inputs, bool need_weights, NeedExact need_exact) {
+  const auto& [query, memory, keys, v, prepared_keys, lengths, mask, scale] = inputs;
+  return Attention::call(query, memory, keys, v, prepared_keys, lengths, mask, scale, need_weights, need_exact);
+}
 
-template <const char* name, size_t... i>
-struct Op<name, std::index_sequence<i...>> {
-  static constexpr size_t kInputs = sizeof...(i);
-  static constexpr Method kMethod = kInputs == 2 ? Method::Dot : kInputs == 3 ? Method::KeyedDot : Method::Additive;
+inline constexpr char kAttentionBackward[] = "attn_ext::attention_backward";
+using AttentionBackward = Function<
+    kAttentionBackward,
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+        const OptionalTensor& grad_context,
+        const OptionalTensor& grad_weights,
+        const Tensor& query,
+        const Tensor& memory,
+        const OptionalTensor& keys,
+        const OptionalTensor& v,
+        const OptionalTensor& prepared_keys,
+        const OptionalTensor& lengths,
+        const OptionalTensor& mask,
+        double scale,
+        const OptionalTensor& context,
+        const OptionalTensor& weights,
+        const Tensor& logsumexp,
+        Wanted wanted)>;
 
-  static bool takes_context(Input<i>... inputs) {
-    const Tensor* const all[] = {&inputs...};
-    return attn_ext::takes_context(kMethod, *all[0], *all[kInputs - 1]);
-  }
-
-  static Forwards forward(
-      Input<i>... inputs,
-      const OptionalTensor& lengths,
-      const OptionalTensor& mask,
-      double scale,
-      bool need_weights,
-      NeedExact need_exact) {
-    static const auto op = find<decltype(forward)>(name);
-    return op.call(inputs..., lengths, mask, scale, need_weights, need_exact);
-  }
-
-  static std::tuple<Gradient<i>...> backward(
-      const OptionalTensor& grad_context,
-      const OptionalTensor& grad_weights,
-      Input<i>... inputs,
-      const OptionalTensor& lengths,
-      const OptionalTensor& mask,
-      double scale,
-      const OptionalTensor& context,
-      const OptionalTensor& weights,
-      const Tensor& logsumexp,
-      std::array<bool, kInputs> wanted) {
-    static const auto op = find<decltype(backward)>((std::string(name) + "_backward").c_str());
-    return op.call(grad_context, grad_weights, inputs..., lengths, mask, scale, context, weights, logsumexp, wanted);
-  }
-};
-
-inline constexpr char kDot[] = "attn_ext::dot_attention";
-inline constexpr char kKeyedDot[] = "attn_ext::keyed_dot_attention";
-inline constexpr char kAdditive[] = "attn_ext::additive_attention";
-
-using DotOp = Op<kDot, std::make_index_sequence<2>>;            // query, memory
-using KeyedDotOp = Op<kKeyedDot, std::make_index_sequence<3>>;  // query, keys, values
-using AdditiveOp = Op<kAdditive, std::make_index_sequence<4>>;  // query, keys, v, values
+// Of what is not wanted there is a tensor without elements.
+inline Gradients differentiate(const Inputs& inputs, const Saved& saved, const Wanted& wanted) {
+  const auto& [query, memory, keys, v, prepared_keys, lengths, mask, scale] = inputs;
+  const auto& [grad_context, grad_weights, context, weights, logsumexp] = saved;
+  auto [of_query, of_memory, of_keys, of_v, of_scores] = AttentionBackward::call(
+      grad_context, grad_weights, query, memory, keys, v, prepared_keys, lengths, mask, scale, context, weights, logsumexp, wanted);
+  return {std::move(of_query), std::move(of_memory), std::move(of_keys), std::move(of_v), std::move(of_scores)};
+}
 
 inline constexpr char kProjectedAttention[] = "attn_ext::projected_attention";
 using ProjectedAttention = Function<
@@ -157,10 +151,10 @@ using MemoryAttention = Function<
     std::tuple<Tensor, Tensor>(
         const Tensor& query,
         const OptionalTensor& query_weight,
-        const OptionalTensor& keys,
-        const OptionalTensor& prepared_keys,
-        const OptionalTensor& v,
         const Tensor& memory,
+        const OptionalTensor& keys,
+        const OptionalTensor& v,
+        const OptionalTensor& prepared_keys,
         const OptionalTensor& lengths,
         const OptionalTensor& mask,
         double scale,
@@ -170,39 +164,6 @@ using MemoryAttention = Function<
 inline constexpr char kPrepareKeys[] = "attn_ext::prepare_keys";
 using PrepareKeys = Function<kPrepareKeys, Tensor(const Tensor& keys)>;
 
-inline constexpr char kStepAttention[] = "attn_ext::step_attention";
-using StepAttention = Function<
-    kStepAttention,
-    Forwards(
-        const Tensor& query,
-        const OptionalTensor& keys,
-        const OptionalTensor& prepared_keys,
-        const OptionalTensor& v,
-        const Tensor& memory,
-        const OptionalTensor& lengths,
-        const OptionalTensor& mask,
-        double scale,
-        bool need_weights,
-        NeedExact need_exact)>;
-
-inline constexpr char kStepAttentionBackward[] = "attn_ext::step_attention_backward";
-using StepAttentionBackward = Function<
-    kStepAttentionBackward,
-    std::tuple<Tensor, Tensor>(
-        const OptionalTensor& grad_context,
-        const OptionalTensor& grad_weights,
-        const Tensor& query,
-        const OptionalTensor& keys,
-        const OptionalTensor& prepared_keys,
-        const OptionalTensor& v,
-        const Tensor& memory,
-        const OptionalTensor& lengths,
-        const OptionalTensor& mask,
-        double scale,
-        const OptionalTensor& context,
-        const OptionalTensor& weights,
-        const Tensor& logsumexp)>;
-
 inline constexpr char kAdditiveScoresBackward[] = "attn_ext::additive_scores_backward";
 using AdditiveScoresBackward = Function<
     kAdditiveScoresBackward,
@@ -210,8 +171,8 @@ using AdditiveScoresBackward = Function<
         const Tensor& grad_scores,
         const Tensor& query,
         const Tensor& keys,
-        const OptionalTensor& prepared_keys,
         const Tensor& v,
+        const OptionalTensor& prepared_keys,
         const OptionalTensor& lengths,
         const OptionalTensor& mask,
         std::array<bool, 2> wanted)>;

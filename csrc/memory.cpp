@@ -185,7 +185,6 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
   // of the edges.
   enum Input { kMemory, kWeight, kV, kBias, kInputs };
   enum Saved { kLengths = kInputs, kMask, kKeys, kPreparedKeys };
-  using Wanted = std::array<bool, kInputs>;
 
   // What the steps hang on and, of concat, the keys.
   static variable_list forward(
@@ -231,7 +230,7 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
     }
     wait_for(steps);
     variable_list saved = ctx->get_saved_variables();
-    Wanted wanted{};
+    std::array<bool, kInputs> wanted{};
     for (size_t i = 0; i < kInputs; ++i) {
       wanted[i] = saved[i].defined() && ctx->needs_input_grad(i);
     }
@@ -262,12 +261,16 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
   }
 
  private:
-  static bool wants_keys(const Wanted& wanted) {
+  static bool wants_keys(const std::array<bool, kInputs>& wanted) {
     return wanted[kMemory] || wanted[kWeight] || wanted[kBias];
   }
 
   static void differentiate(
-      const std::vector<Step>& steps, Tensor grad_keys, const variable_list& saved, const Wanted& wanted, variable_list& grads) {
+      const std::vector<Step>& steps,
+      Tensor grad_keys,
+      const variable_list& saved,
+      const std::array<bool, kInputs>& wanted,
+      variable_list& grads) {
     const at::NoGradGuard no_grad;
     const BelowAutograd guard;
     const Tensor &memory = saved[kMemory], &weight = saved[kWeight];
@@ -338,15 +341,15 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
   }
 
   static std::tuple<Tensor, Tensor> grad_keys_and_v(
-      const std::vector<Step>& steps, const variable_list& saved, const Wanted& wanted) {
+      const std::vector<Step>& steps, const variable_list& saved, const std::array<bool, kInputs>& wanted) {
     // A mask by query is of a step's queries, not of all steps'; what it hides from each of them may hold anything.
     const bool of_keys = wants_keys(wanted);
     auto [grad_keys, grad_v] = AdditiveScoresBackward::call(
         joined(each(steps, &Step::grad_scores)),
         joined(each(steps, &Step::query)),
         saved[kKeys],
-        if_defined(saved[kPreparedKeys]),
         saved[kV],
+        if_defined(saved[kPreparedKeys]),
         if_defined(saved[kLengths]),
         saved[kMask].defined() ? OptionalTensor(by_row(saved[kMask])) : std::nullopt,
         {of_keys, wanted[kV]});
@@ -357,10 +360,10 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
 // One step's arguments, but for the query.
 struct Arguments {
   const OptionalTensor& query_weight;
-  const OptionalTensor& keys;
-  const OptionalTensor& prepared_keys;
-  const OptionalTensor& v;
   const Tensor& memory;
+  const OptionalTensor& keys;
+  const OptionalTensor& v;
+  const OptionalTensor& prepared_keys;
   const OptionalTensor& lengths;
   const OptionalTensor& mask;
   double scale;
@@ -384,9 +387,9 @@ struct Arguments {
     return attn_ext::project(query, *query_weight);
   }
 
-  // Of a projected query: context, weights, log-sum-exp, and the first two unrounded.
-  auto attend(const Tensor& query, bool with_weights, NeedExact need_exact) const {
-    return StepAttention::call(query, keys, prepared_keys, v, memory, lengths, mask, scale, with_weights, need_exact);
+  // Of a projected query.
+  Inputs with(const Tensor& query) const {
+    return {query, memory, keys, v, prepared_keys, lengths, mask, scale};
   }
 };
 
@@ -401,10 +404,10 @@ struct MemoryStep : torch::autograd::Function<MemoryStep> {
     kNode,
     kProjected,  // where there is a query_weight
     kQueryWeight,
-    kKeys,
-    kPreparedKeys,
-    kV,
     kMemory,
+    kKeys,
+    kV,
+    kPreparedKeys,
     kLengths,
     kMask,
     kContext,  // where the backward op reads it, as it was accumulated,
@@ -419,8 +422,9 @@ struct MemoryStep : torch::autograd::Function<MemoryStep> {
     const BelowAutograd guard;
     const Arguments& of = *arguments;
     const Tensor projected = of.project(query);
-    const bool with_context = takes_context(of.v ? Method::Additive : Method::Dot, projected, of.memory);
-    const Forwards outputs = of.attend(projected, true, {with_context, true});
+    const Inputs inputs = of.with(projected);
+    const bool with_context = takes_context(inputs);
+    const Forwards outputs = attend(inputs, true, {with_context, true});
     const Kept kept(outputs, with_context, true);
     ctx->set_materialize_grads(false);
     ctx->saved_data[kLedger] = ledger;
@@ -430,10 +434,10 @@ struct MemoryStep : torch::autograd::Function<MemoryStep> {
          node,
          of.query_weight ? projected : Tensor(),
          or_undefined(of.query_weight),
-         or_undefined(of.keys),
-         or_undefined(of.prepared_keys),
-         or_undefined(of.v),
          of.memory,
+         or_undefined(of.keys),
+         or_undefined(of.v),
+         or_undefined(of.prepared_keys),
          or_undefined(of.lengths),
          or_undefined(of.mask),
          kept.context,
@@ -477,20 +481,17 @@ struct MemoryStep : torch::autograd::Function<MemoryStep> {
     const BelowAutograd guard;
     const Tensor &query = saved[kQuery], &query_weight = saved[kQueryWeight], &weights = saved[kWeights];
     const Tensor& projected = query_weight.defined() ? saved[kProjected] : query;
-    const auto [grad_query, grad_scores] = StepAttentionBackward::call(
-        if_defined(grad_context),
-        if_defined(grad_weights),
-        projected,
-        if_defined(saved[kKeys]),
-        if_defined(saved[kPreparedKeys]),
-        if_defined(saved[kV]),
-        saved[kMemory],
-        if_defined(saved[kLengths]),
-        if_defined(saved[kMask]),
-        ctx->saved_data.at("scale").toDouble(),
-        if_defined(saved[kContext]),
-        weights,
-        saved[kLogsumexp]);
+    const Gradients computed = differentiate(
+        {projected,
+         saved[kMemory],
+         if_defined(saved[kKeys]),
+         if_defined(saved[kV]),
+         if_defined(saved[kPreparedKeys]),
+         if_defined(saved[kLengths]),
+         if_defined(saved[kMask]),
+         ctx->saved_data.at("scale").toDouble()},
+        {if_defined(grad_context), if_defined(grad_weights), if_defined(saved[kContext]), weights, saved[kLogsumexp]},
+        {true, false, false, false, true});
     if (ctx->needs_input_grad(1)) {
       // One step or several: [B, T, ...].
       const auto steps = [&](const Tensor& t) { return t.defined() && query.dim() == 2 ? t.unsqueeze(1) : t; };
@@ -500,16 +501,16 @@ struct MemoryStep : torch::autograd::Function<MemoryStep> {
       ledger_of(*ctx).leave(
           {steps(weights),
            steps(grad_context),
-           steps(grad_scores),
+           steps(computed.scores),
            steps(is_projected ? projected : kept),
            is_projected ? steps(kept) : Tensor(),
-           is_projected ? steps(grad_query) : Tensor(),
+           is_projected ? steps(computed.query) : Tensor(),
            {Lent(kept), Lent(weights), Lent(grad_context)},
            current_stream(query),
            origins});
     }
     if (ctx->needs_input_grad(0)) {
-      grads[0] = query_weight.defined() ? project(grad_query, query_weight.t()) : grad_query;
+      grads[0] = query_weight.defined() ? project(computed.query, query_weight.t()) : computed.query;
     }
   }
 };
@@ -551,21 +552,21 @@ std::tuple<Tensor, Tensor, Tensor> memory_node(
 std::tuple<Tensor, Tensor> memory_attention(
     const Tensor& query,
     const OptionalTensor& query_weight,
-    const OptionalTensor& keys,
-    const OptionalTensor& prepared_keys,
-    const OptionalTensor& v,
     const Tensor& memory,
+    const OptionalTensor& keys,
+    const OptionalTensor& v,
+    const OptionalTensor& prepared_keys,
     const OptionalTensor& lengths,
     const OptionalTensor& mask,
     double scale,
     bool need_weights,
     const OptionalTensor& node) {
-  const Arguments arguments{query_weight, keys, prepared_keys, v, memory, lengths, mask, scale, need_weights};
+  const Arguments arguments{query_weight, memory, keys, v, prepared_keys, lengths, mask, scale, need_weights};
   refuse_tangents(query, query_weight, keys, v, memory);
   const bool has_node = node && node->requires_grad();
   if (!(at::GradMode::is_enabled() && has_node) && !torch::autograd::compute_requires_grad(query, keys, v, memory)) {
     const BelowAutograd guard;
-    auto [context, weights, logsumexp, exact] = arguments.attend(arguments.project(query), need_weights, {});
+    auto [context, weights, logsumexp, exact] = attend(arguments.with(arguments.project(query)), need_weights, {});
     return {context, weights};
   }
   const auto* made = has_node ? dynamic_cast<torch::autograd::CppNode<MemoryNode>*>(node->grad_fn().get()) : nullptr;

@@ -1,5 +1,5 @@
-// Every op's schema, and the implementations by device with their argument checks. What is composed of them, with its autograd, is
-// in projected.cpp and memory.cpp; the others' autograd in autograd.cpp.
+// Every op's schema, and the implementations by device with their argument checks. Attention's autograd is in autograd.cpp; what is
+// composed of it, with its own, in projected.cpp and memory.cpp.
 #include "cuda/build.h"
 #include "dispatch.h"
 #include "tensors.h"
@@ -121,16 +121,17 @@ Sizes<Size> check(const Inputs& inputs) {
   TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
   const Sizes<Size> sizes(inputs);
   const auto& [rows, size, B, T, S, memory_size] = sizes;
-  if (inputs.keys == nullptr) {
-    check_argument<Size>("memory", memory, type, query, {B, S, size});
-  } else {
-    check_argument<Size>("values", memory, type, query, {B, S, memory_size});
+  TORCH_CHECK_VALUE(inputs.keys || !inputs.v, "v came without keys, needed are both");
+  TORCH_CHECK_VALUE(
+      inputs.v || !inputs.prepared_keys, "prepared_keys came without v, needed are the keys and v of additive scores");
+  check_argument<Size>("memory", memory, type, query, {B, S, inputs.keys ? memory_size : size});
+  if (inputs.keys) {
     check_argument<Size>("keys", *inputs.keys, type, query, {B, S, size});
   }
-  if (inputs.v != nullptr) {
+  if (inputs.v) {
     check_argument<Size>("v", *inputs.v, type, query, {size});
   }
-  if (inputs.prepared_keys != nullptr) {
+  if (inputs.prepared_keys) {
     check_argument<Size>("prepared_keys", *inputs.prepared_keys, accumulation_type(query), query, {B, S, prepared_size(size)});
     TORCH_CHECK_VALUE(
         inputs.prepared_keys->sym_stride(2) == 1,
@@ -154,7 +155,7 @@ Sizes<Size> check(const Inputs& inputs) {
 }
 
 template <class Size>
-void check(const Inputs& inputs, const Saved& saved) {
+Sizes<Size> check(const Inputs& inputs, const Saved& saved) {
   const auto sizes = check<Size>(inputs);
   const Tensor& query = inputs.query;
   const auto type = accumulation_type(query);
@@ -172,21 +173,29 @@ void check(const Inputs& inputs, const Saved& saved) {
     TORCH_CHECK_VALUE(saved.weights.has_value(), "grad_weights came without weights, needed are those that the forward returned");
     check_argument<Size>("grad_weights", *saved.grad_weights, query.scalar_type(), query, sizes.of_rows(sizes.S));
   }
+  return sizes;
 }
 
 template <class Size>
-Forwards forward(const Inputs& inputs, bool need_weights, NeedExact need_exact) {
+Forwards attention(
+    const Tensor& query,
+    const Tensor& memory,
+    const OptionalTensor& keys,
+    const OptionalTensor& v,
+    const OptionalTensor& prepared_keys,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights,
+    NeedExact need_exact) {
+  const Inputs inputs{query, memory, keys, v, prepared_keys, lengths, mask, scale};
   const auto sizes = check<Size>(inputs);
-  const auto type = inputs.query.scalar_type(), exact_type = accumulation_type(inputs.query);
+  const auto type = query.scalar_type(), exact_type = accumulation_type(query);
   const auto rows_of = [&](const Size& last, at::ScalarType of, bool wanted) {
-    return wanted ? empty(sizes.of_rows(last), of, inputs.query) : empty(ArrayRef<Size>{Size(0)}, of, inputs.query);
+    return wanted ? empty(sizes.of_rows(last), of, query) : empty(ArrayRef<Size>{Size(0)}, of, query);
   };
   Outputs outputs{
-      rows_of(sizes.memory_size, type, true),
-      rows_of(sizes.S, type, need_weights),
-      empty(sizes.rows, exact_type, inputs.query),
-      {},
-      {}};
+      rows_of(sizes.memory_size, type, true), rows_of(sizes.S, type, need_weights), empty(sizes.rows, exact_type, query), {}, {}};
   std::vector<Tensor> exact;
   const auto [need_exact_context, need_exact_weights] = need_exact;
   if ((need_exact_context || need_exact_weights) && type != exact_type) {
@@ -195,90 +204,59 @@ Forwards forward(const Inputs& inputs, bool need_weights, NeedExact need_exact) 
     exact = {outputs.exact_context, outputs.exact_weights};
   }
   if constexpr (kHasData<Size>) {
-    entries_of(inputs.query).forward(inputs, outputs);
+    entries_of(query).forward(inputs, outputs);
   }
   return {std::move(outputs.context), std::move(outputs.weights), std::move(outputs.logsumexp), std::move(exact)};
 }
 
+// A gradient's tensor where it is wanted, contiguous, in the input's shape. An input that is not there has none.
 template <class Size>
-Gradients backward(const Inputs& inputs, const Saved& saved, Gradients gradients) {
-  check<Size>(inputs, saved);
-  if constexpr (kHasData<Size>) {
-    entries_of(inputs.query).backward(inputs, saved, gradients);
-  }
-  return gradients;
-}
-
-template <class Size>
-Gradients backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients gradients) {
-  const auto sizes = check<Size>(inputs);
-  check_argument<Size>("grad_scores", grad_scores, accumulation_type(inputs.query), inputs.query, sizes.of_rows(sizes.S));
-  if constexpr (kHasData<Size>) {
-    entries_of(inputs.query).backward_of_scores(inputs, grad_scores, gradients);
-  }
-  return gradients;
-}
-
-// A gradient's tensor where it is wanted: contiguous, in the input's shape.
-template <class Size>
-Tensor wanted_like(bool wanted, const Tensor& input) {
-  return wanted ? empty(sizes_of<Size>(input), input.scalar_type(), input) : Tensor();
+Tensor wanted_like(bool wanted, const OptionalTensor& input) {
+  return wanted && input ? empty(sizes_of<Size>(*input), input->scalar_type(), *input) : Tensor();
 }
 
 // Ops return tensors, never none: what was not wanted has no elements.
 template <class Size>
-Tensor or_empty(const Tensor& gradient, const Tensor& input) {
-  return gradient.defined() ? gradient : empty(ArrayRef<Size>{Size(0)}, input.scalar_type(), input);
+Tensor or_empty(const Tensor& gradient, const Tensor& query) {
+  return gradient.defined() ? gradient : empty(ArrayRef<Size>{Size(0)}, query.scalar_type(), query);
 }
 
-// dot_attention, keyed_dot_attention and additive_attention, by how many tensors they have.
-template <class Size, class>
-struct Attention;
-
-template <class Size, size_t... i>
-struct Attention<Size, std::index_sequence<i...>> {
-  static constexpr size_t kMemory = sizeof...(i) - 1;  // the last
-
-  static Inputs inputs_of(Input<i>... tensors, const OptionalTensor& lengths, const OptionalTensor& mask, double scale) {
-    const Tensor* const all[] = {&tensors...};
-    return {*all[0], kMemory > 1 ? all[1] : nullptr, kMemory > 2 ? all[2] : nullptr, *all[kMemory], lengths, mask, scale};
+template <class Size>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const OptionalTensor& grad_context,
+    const OptionalTensor& grad_weights,
+    const Tensor& query,
+    const Tensor& memory,
+    const OptionalTensor& keys,
+    const OptionalTensor& v,
+    const OptionalTensor& prepared_keys,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    const OptionalTensor& context,
+    const OptionalTensor& weights,
+    const Tensor& logsumexp,
+    Wanted wanted) {
+  const Inputs inputs{query, memory, keys, v, prepared_keys, lengths, mask, scale};
+  const Saved saved{grad_context, grad_weights, context, weights, logsumexp};
+  const auto sizes = check<Size>(inputs, saved);
+  const auto [of_query, of_memory, of_keys, of_v, of_scores] = wanted;
+  Gradients gradients{
+      wanted_like<Size>(of_query, query),
+      wanted_like<Size>(of_memory, memory),
+      wanted_like<Size>(of_keys, keys),
+      wanted_like<Size>(of_v, v),
+      of_scores ? empty(sizes.of_rows(sizes.S), accumulation_type(query), query) : Tensor()};
+  if constexpr (kHasData<Size>) {
+    entries_of(query).backward(inputs, saved, gradients);
   }
-
-  static constexpr Tensor Gradients::* gradient(size_t position) {
-    constexpr Tensor Gradients::* others[] = {&Gradients::query, &Gradients::keys, &Gradients::v};
-    return position == kMemory ? &Gradients::memory : others[position];
-  }
-
-  static Forwards forward(
-      Input<i>... tensors,
-      const OptionalTensor& lengths,
-      const OptionalTensor& mask,
-      double scale,
-      bool need_weights,
-      NeedExact need_exact) {
-    return attn_ext::forward<Size>(inputs_of(tensors..., lengths, mask, scale), need_weights, need_exact);
-  }
-
-  static std::tuple<Gradient<i>...> backward(
-      const OptionalTensor& grad_context,
-      const OptionalTensor& grad_weights,
-      Input<i>... tensors,
-      const OptionalTensor& lengths,
-      const OptionalTensor& mask,
-      double scale,
-      const OptionalTensor& context,
-      const OptionalTensor& weights,
-      const Tensor& logsumexp,
-      std::array<bool, sizeof...(i)> wanted) {
-    Gradients gradients;
-    ((gradients.*gradient(i) = wanted_like<Size>(wanted[i], tensors)), ...);
-    gradients = attn_ext::backward<Size>(
-        inputs_of(tensors..., lengths, mask, scale),
-        {grad_context, grad_weights, context, weights, logsumexp},
-        std::move(gradients));
-    return {or_empty<Size>(gradients.*gradient(i), tensors)...};
-  }
-};
+  return {
+      or_empty<Size>(gradients.query, query),
+      or_empty<Size>(gradients.memory, query),
+      or_empty<Size>(gradients.keys, query),
+      or_empty<Size>(gradients.v, query),
+      or_empty<Size>(gradients.scores, query)};
+}
 
 template <class Size>
 Tensor prepare_keys(const Tensor& keys) {
@@ -292,80 +270,28 @@ Tensor prepare_keys(const Tensor& keys) {
   return prepared;
 }
 
-const Tensor* if_given(const OptionalTensor& tensor) {
-  return tensor ? &*tensor : nullptr;
-}
-
-Inputs step_inputs(
-    const Tensor& query,
-    const OptionalTensor& keys,
-    const OptionalTensor& prepared_keys,
-    const OptionalTensor& v,
-    const Tensor& memory,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale) {
-  TORCH_CHECK_VALUE(keys || !v, "v came without keys, needed are both or neither");
-  TORCH_CHECK_VALUE(v || !keys, "keys came without v, needed are both or neither");
-  TORCH_CHECK_VALUE(keys || !prepared_keys, "prepared_keys came without keys, needed are those that prepare_keys was given");
-  return {query, if_given(keys), if_given(v), memory, lengths, mask, scale, if_given(prepared_keys)};
-}
-
-template <class Size>
-Forwards step_attention(
-    const Tensor& query,
-    const OptionalTensor& keys,
-    const OptionalTensor& prepared_keys,
-    const OptionalTensor& v,
-    const Tensor& memory,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    bool need_weights,
-    NeedExact need_exact) {
-  return forward<Size>(step_inputs(query, keys, prepared_keys, v, memory, lengths, mask, scale), need_weights, need_exact);
-}
-
-template <class Size>
-std::tuple<Tensor, Tensor> step_attention_backward(
-    const OptionalTensor& grad_context,
-    const OptionalTensor& grad_weights,
-    const Tensor& query,
-    const OptionalTensor& keys,
-    const OptionalTensor& prepared_keys,
-    const OptionalTensor& v,
-    const Tensor& memory,
-    const OptionalTensor& lengths,
-    const OptionalTensor& mask,
-    double scale,
-    const OptionalTensor& context,
-    const OptionalTensor& weights,
-    const Tensor& logsumexp) {
-  const Inputs inputs = step_inputs(query, keys, prepared_keys, v, memory, lengths, mask, scale);
-  const auto sizes = check<Size>(inputs);
-  Gradients gradients{wanted_like<Size>(true, query), {}, {}, {}, empty(sizes.of_rows(sizes.S), accumulation_type(query), query)};
-  gradients = backward<Size>(inputs, {grad_context, grad_weights, context, weights, logsumexp}, std::move(gradients));
-  return {gradients.query, gradients.scores};
-}
-
 template <class Size>
 std::tuple<Tensor, Tensor> additive_scores_backward(
     const Tensor& grad_scores,
     const Tensor& query,
     const Tensor& keys,
-    const OptionalTensor& prepared_keys,
     const Tensor& v,
+    const OptionalTensor& prepared_keys,
     const OptionalTensor& lengths,
     const OptionalTensor& mask,
     std::array<bool, 2> wanted) {
   // No values take part: of the rows of memory, none has an element.
   check_keys(keys);
   const Tensor none = keys.narrow(2, 0, 0);
-  const Gradients gradients = backward_of_scores<Size>(
-      {query, &keys, &v, none, lengths, mask, 1.0, if_given(prepared_keys)},
-      grad_scores,
-      {{}, wanted_like<Size>(wanted[0], keys), wanted_like<Size>(wanted[1], v), {}, {}});
-  return {or_empty<Size>(gradients.keys, keys), or_empty<Size>(gradients.v, v)};
+  const OptionalTensor given_keys = keys, given_v = v;
+  const Inputs inputs{query, none, given_keys, given_v, prepared_keys, lengths, mask, 1.0};
+  const auto sizes = check<Size>(inputs);
+  check_argument<Size>("grad_scores", grad_scores, accumulation_type(query), query, sizes.of_rows(sizes.S));
+  Gradients gradients{{}, {}, wanted_like<Size>(wanted[0], keys), wanted_like<Size>(wanted[1], v), {}};
+  if constexpr (kHasData<Size>) {
+    entries_of(query).backward_of_scores(inputs, grad_scores, gradients);
+  }
+  return {or_empty<Size>(gradients.keys, query), or_empty<Size>(gradients.v, query)};
 }
 
 // Which compilation of the CPU's kernels runs.
@@ -384,58 +310,41 @@ std::string cuda_build() {
 
 template <class Size>
 void implement(torch::Library& m) {
-  using Dot = Attention<Size, std::make_index_sequence<2>>;
-  using KeyedDot = Attention<Size, std::make_index_sequence<3>>;
-  using Additive = Attention<Size, std::make_index_sequence<4>>;
-  m.impl("dot_attention", Dot::forward);
-  m.impl("dot_attention_backward", Dot::backward);
-  m.impl("keyed_dot_attention", KeyedDot::forward);
-  m.impl("keyed_dot_attention_backward", KeyedDot::backward);
-  m.impl("additive_attention", Additive::forward);
-  m.impl("additive_attention_backward", Additive::backward);
+  m.impl("attention", attention<Size>);
+  m.impl("attention_backward", attention_backward<Size>);
   m.impl("prepare_keys", prepare_keys<Size>);
-  m.impl("step_attention", step_attention<Size>);
-  m.impl("step_attention_backward", step_attention_backward<Size>);
   m.impl("additive_scores_backward", additive_scores_backward<Size>);
 }
 
 }  // namespace
 
-bool takes_context(Method method, const Tensor& query, const Tensor& memory) {
-  // What is no argument of the ops they say; of sizes that torch.compile leaves open nothing is known.
+bool takes_context(const Inputs& inputs) {
+  const Tensor &query = inputs.query, &memory = inputs.memory;
+  // What is no argument of the op it says; of sizes that torch.compile leaves open nothing is known.
   if ((query.dim() != 3 && query.dim() != 2) || memory.dim() != 3 || has_open_sizes(query) || has_open_sizes(memory)) {
     return true;
   }
-  return entries_of(query).takes_context(problem_of_sizes(method, query, memory));
+  return entries_of(query).takes_context(problem_of_sizes(inputs.method(), query, memory));
 }
 
-// B batch, T queries, S source steps. query [B, T, D], memory [B, S, D]; keyed: query [B, T, D], keys [B, S, D], values [B, S, Dm];
-// additive: query [B, T, A], keys [B, S, A], v [A], values [B, S, Dm]; lengths [B] int64, mask [B, S] or [B, T, S] bool. A query
-// [B, D] is one decoder step: no result has the T then. weights has no elements if need_weights is false, nor has a gradient that
-// is not wanted. need_exact: which of context and weights a backward will take as they were accumulated; of halves, `exact` has
-// them, in float32, and otherwise it is empty. Not every backward reads the context: takes_context().
+// B batch, T queries, S source steps. The scores are dot products of query [B, T, D] and memory [B, S, D]; with keys [B, S, D]
+// those of query and keys, and memory [B, S, Dm] are the values; with a v [D], too, v . tanh(query + key) (additive). lengths [B]
+// int64, mask [B, S] or [B, T, S] bool. prepared_keys is what prepare_keys made of additive's keys, exp(2 keys) and what goes with
+// it, where they meet more than one call's queries. A query [B, D] is one decoder step: no result has the T then. weights has no
+// elements if need_weights is false, nor has a gradient that is not wanted, of query, memory, keys, v and the scores [B, T, S].
+// need_exact: which of context and weights a backward will take as they were accumulated; of halves, `exact` has them, in float32,
+// and otherwise it is empty. Not every backward reads the context: takes_context().
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
-      "dot_attention(Tensor query, Tensor memory, Tensor? lengths, Tensor? mask, float scale, bool need_weights,"
-      " bool[2] need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
+      "attention(Tensor query, Tensor memory, Tensor? keys, Tensor? v, Tensor? prepared_keys, Tensor? lengths, Tensor? mask,"
+      " float scale, bool need_weights, bool[2] need_exact)"
+      " -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
   m.def(
-      "dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor memory, Tensor? lengths,"
-      " Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp, bool[2] wanted)"
-      " -> (Tensor grad_query, Tensor grad_memory)");
-  m.def(
-      "keyed_dot_attention(Tensor query, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, float scale,"
-      " bool need_weights, bool[2] need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
-  m.def(
-      "keyed_dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor values,"
-      " Tensor? lengths, Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp, bool[3] wanted)"
-      " -> (Tensor grad_query, Tensor grad_keys, Tensor grad_values)");
-  m.def(
-      "additive_attention(Tensor query, Tensor keys, Tensor v, Tensor values, Tensor? lengths, Tensor? mask, float scale,"
-      " bool need_weights, bool[2] need_exact) -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
-  m.def(
-      "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor v,"
-      " Tensor values, Tensor? lengths, Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp,"
-      " bool[4] wanted) -> (Tensor grad_query, Tensor grad_keys, Tensor grad_v, Tensor grad_values)");
+      "attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor memory, Tensor? keys, Tensor? v,"
+      " Tensor? prepared_keys, Tensor? lengths, Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp,"
+      " bool[5] wanted)"
+      " -> (Tensor grad_query, Tensor grad_memory, Tensor grad_keys, Tensor grad_v, Tensor grad_scores)");
+  m.def("prepare_keys(Tensor keys) -> Tensor");
 
   // Beneath general, without a v, and concat, [A, Dq + Dm] of whose weight projects queries and memory. by_keys: of general,
   // whether the memory is what is projected.
@@ -443,26 +352,16 @@ TORCH_LIBRARY(attn_ext, m) {
       "projected_attention(Tensor query, Tensor weight, Tensor memory, Tensor? v, Tensor? bias, Tensor? lengths, Tensor? mask,"
       " float scale, bool need_weights, bool by_keys) -> (Tensor context, Tensor weights)");
 
-  // For the steps of a decoder's loop over one AttentionMemory (memory.cpp): of either score, additive with keys and v. A step's
-  // backward gives the query's gradient and that of the scores, [B, T, S]; what the memory's tensors get from all steps comes
-  // later. prepared_keys is what prepare_keys made of the keys: exp(2 keys) and what goes with it.
-  m.def("prepare_keys(Tensor keys) -> Tensor");
+  // For the steps of a decoder's loop over one AttentionMemory (memory.cpp), whose backward takes the gradients of its query and of
+  // the scores: what the memory's tensors get from all steps comes later.
   m.def(
-      "step_attention(Tensor query, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask,"
-      " float scale, bool need_weights, bool[2] need_exact)"
-      " -> (Tensor context, Tensor weights, Tensor logsumexp, Tensor[] exact)");
-  m.def(
-      "step_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor? keys, Tensor? prepared_keys,"
-      " Tensor? v, Tensor memory, Tensor? lengths, Tensor? mask, float scale, Tensor? context, Tensor? weights, Tensor logsumexp)"
-      " -> (Tensor grad_query, Tensor grad_scores)");
-  m.def(
-      "additive_scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor? prepared_keys, Tensor v, Tensor? lengths,"
+      "additive_scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor v, Tensor? prepared_keys, Tensor? lengths,"
       " Tensor? mask, bool[2] wanted) -> (Tensor grad_keys, Tensor grad_v)");
   m.def(
       "memory_node(Tensor memory, Tensor? weight, Tensor? v, Tensor? bias, Tensor? lengths, Tensor? mask)"
       " -> (Tensor node, Tensor keys, Tensor prepared_keys)");
   m.def(
-      "memory_attention(Tensor query, Tensor? query_weight, Tensor? keys, Tensor? prepared_keys, Tensor? v, Tensor memory,"
+      "memory_attention(Tensor query, Tensor? query_weight, Tensor memory, Tensor? keys, Tensor? v, Tensor? prepared_keys,"
       " Tensor? lengths, Tensor? mask, float scale, bool need_weights, Tensor? node) -> (Tensor context, Tensor weights)");
 
   m.def("cpu_capability() -> str", cpu_capability);

@@ -42,78 +42,23 @@ Tensor rows_of_keys(const Tensor& memory, const Options& options) {
 
 // A call's tensors as they meet: the query and, if there are any, the keys, projected.
 struct Projected {
-  Tensor query, keys;
+  Tensor query;
+  OptionalTensor keys;
 
   static Projected make(
       const Tensor& query, const Tensor& memory, const Parts& parts, const OptionalTensor& bias, const Options& options) {
     return {
         parts.of_query.defined() ? project(query, parts.of_query) : query,
-        parts.of_keys.defined() ? project_memory(rows_of_keys(memory, options), parts.of_keys, bias, options.hidden()) : Tensor()};
+        parts.of_keys.defined()
+            ? OptionalTensor(project_memory(rows_of_keys(memory, options), parts.of_keys, bias, options.hidden()))
+            : std::nullopt};
+  }
+
+  Inputs with(const Tensor& memory, const OptionalTensor& v, const Options& options) const {
+    static const OptionalTensor unprepared;
+    return {query, memory, keys, v, unprepared, options.lengths, options.mask, options.scale};
   }
 };
-
-// f(op, its tensors ...): additive with a v, keyed dot with keys alone, dot without either.
-template <class F>
-auto with_op(const Projected& projected, const OptionalTensor& v, const Tensor& memory, const F& f) {
-  const auto& [query, keys] = projected;
-  if (v) {
-    return f(AdditiveOp(), query, keys, *v, memory);
-  }
-  return keys.defined() ? f(KeyedDotOp(), query, keys, memory) : f(DotOp(), query, memory);
-}
-
-Forwards attend(
-    const Projected& projected,
-    const OptionalTensor& v,
-    const Tensor& memory,
-    const Options& options,
-    bool need_weights,
-    NeedExact need_exact) {
-  const auto& [_, lengths, mask, scale] = options;
-  return with_op(projected, v, memory, [&]<class Op>(Op, const auto&... tensors) {
-    return Op::forward(tensors..., lengths, mask, scale, need_weights, need_exact);
-  });
-}
-
-bool takes_context(const Projected& projected, const OptionalTensor& v, const Tensor& memory) {
-  return with_op(projected, v, memory, []<class Op>(Op, const auto&... tensors) { return Op::takes_context(tensors...); });
-}
-
-// The op's gradients of what met, where wanted: query and keys as they were projected.
-struct Wanted {
-  bool query, keys, v, memory;
-};
-
-Gradients differentiate(
-    const Tensor& grad_context,
-    const Tensor& grad_weights,
-    const Projected& projected,
-    const OptionalTensor& v,
-    const Tensor& memory,
-    const Options& options,
-    const Tensor& context,
-    const Tensor& weights,
-    const Tensor& logsumexp,
-    const Wanted& wanted) {
-  const auto& [query, keys] = projected;
-  const auto& [_, lengths, mask, scale] = options;
-  const OptionalTensor of_context = if_defined(grad_context), of_weights = if_defined(grad_weights);
-  const auto call = [&]<class Op>(Op, const std::array<bool, Op::kInputs>& of_tensors, const auto&... tensors) {
-    return Op::backward(
-        of_context, of_weights, tensors..., lengths, mask, scale, if_defined(context), if_defined(weights), logsumexp, of_tensors);
-  };
-  Gradients grads;
-  if (v) {
-    std::tie(grads.query, grads.keys, grads.v, grads.memory) =
-        call(AdditiveOp(), {wanted.query, wanted.keys, wanted.v, wanted.memory}, query, keys, *v, memory);
-  } else if (keys.defined()) {
-    std::tie(grads.query, grads.keys, grads.memory) =
-        call(KeyedDotOp(), {wanted.query, wanted.keys, wanted.memory}, query, keys, memory);
-  } else {
-    std::tie(grads.query, grads.memory) = call(DotOp(), {wanted.query, wanted.memory}, query, memory);
-  }
-  return grads;
-}
 
 struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
   // The tensors that have gradients: forward's first arguments. There is no bias without a v, so the numbers are those of the
@@ -134,8 +79,9 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
       bool need_weights) {
     const BelowAutograd guard;
     const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), options->by_keys), bias, *options);
-    const bool with_context = takes_context(projected, v, memory);
-    const Forwards outputs = attend(projected, v, memory, *options, need_weights, {with_context, true});
+    const Inputs inputs = projected.with(memory, v, *options);
+    const bool with_context = takes_context(inputs);
+    const Forwards outputs = attend(inputs, need_weights, {with_context, true});
     const Kept kept(outputs, with_context, need_weights);
     ctx->set_materialize_grads(false);
     ctx->saved_data["scale"] = options->scale;
@@ -149,7 +95,7 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
          or_undefined(options->lengths),
          or_undefined(options->mask),
          projected.query.is_same(query) ? Tensor() : projected.query,
-         projected.keys,
+         or_undefined(projected.keys),
          kept.context,
          kept.weights,
          kept.logsumexp});
@@ -181,7 +127,7 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
       const Parts parts(inputs[kWeight], memory, v.has_value(), options.by_keys);
       const Tensor seen = without_hidden_rows(memory, options.hidden());
       const auto projected = Projected::make(inputs[kQuery], seen, parts, if_defined(inputs[kBias]), options);
-      auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, grads[1].defined(), {});
+      auto [context, weights, logsumexp, exact] = attend(projected.with(memory, v, options), grads[1].defined(), {});
       return {std::move(context), std::move(weights)};
     });
     std::copy(computed.begin(), computed.end(), results.begin());
@@ -199,21 +145,15 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
     const Tensor &query = saved[kQuery], &weight = saved[kWeight], &memory = saved[kMemory];
     const bool is_concat = saved[kV].defined();
     const Parts parts(weight, memory, is_concat, options.by_keys);
-    const Projected projected{parts.of_query.defined() ? saved[kProjected] : query, saved[kKeys]};
+    const Projected projected{parts.of_query.defined() ? saved[kProjected] : query, if_defined(saved[kKeys])};
     const Gradients computed = attn_ext::differentiate(
-        grads[0],
-        grads[1],
-        projected,
-        if_defined(saved[kV]),
-        memory,
-        options,
-        saved[kContext],
-        saved[kWeights],
-        saved[kLogsumexp],
+        projected.with(memory, if_defined(saved[kV]), options),
+        {if_defined(grads[0]), if_defined(grads[1]), if_defined(saved[kContext]), if_defined(saved[kWeights]), saved[kLogsumexp]},
         {wanted[kQuery] || (wanted[kWeight] && parts.of_query.defined()),
+         wanted[kMemory],
          parts.of_keys.defined() && (wanted[kWeight] || wanted[kMemory] || wanted[kBias]),
          wanted[kV],
-         wanted[kMemory]});
+         false});
     const SomeRows seen = parts.of_keys.defined() ? seen_rows(memory, options.hidden()) : std::nullopt;
     if (wanted[kQuery]) {
       results[kQuery] = parts.of_query.defined() ? grad_of_input(computed.query, parts.of_query, query) : computed.query;
@@ -261,7 +201,7 @@ std::tuple<Tensor, Tensor> projected_attention(
   if (!have_tangents(query, weight, memory, v, bias) && !torch::autograd::compute_requires_grad(query, weight, memory, v, bias)) {
     const BelowAutograd guard;
     const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), by_keys), bias, options);
-    auto [context, weights, logsumexp, exact] = attend(projected, v, memory, options, need_weights, {});
+    auto [context, weights, logsumexp, exact] = attend(projected.with(memory, v, options), need_weights, {});
     return {std::move(context), std::move(weights)};
   }
   // Where there are tangents, apply() says that there is no forward mode.

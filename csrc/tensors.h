@@ -5,7 +5,7 @@
 
 namespace attn_ext {
 
-// As the ops' names begin.
+// As a profiler shows them.
 inline const char* name_of(Method method) {
   return method == Method::Dot ? "dot" : method == Method::KeyedDot ? "keyed_dot" : "additive";
 }
@@ -60,15 +60,9 @@ inline Problem problem_of(const Inputs& inputs, const Tensor& lengths) {
   problem.scale = inputs.scale;
   problem.query = view_of(inputs.query);
   problem.memory = view_of(inputs.memory);
-  if (inputs.keys != nullptr) {
-    problem.keys = view_of(*inputs.keys);
-  }
-  if (inputs.v != nullptr) {
-    problem.v = view_of(*inputs.v);
-  }
-  if (inputs.prepared_keys != nullptr) {
-    problem.prepared_keys = view_of(*inputs.prepared_keys);
-  }
+  problem.keys = view_of(inputs.keys);
+  problem.v = view_of(inputs.v);
+  problem.prepared_keys = view_of(inputs.prepared_keys);
   if (lengths.defined()) {
     problem.lengths = lengths.const_data_ptr<int64_t>();
   }

@@ -13,23 +13,14 @@ import torch
 from torch import Tensor
 
 import attn_ext
-from attn_ext import functional
-
-
-def keyed_dot_attention(
-    query: Tensor, keys: Tensor, values: Tensor, *, scale: float | None = None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The op beneath general attention of more queries than steps."""
-    options = {"lengths": None, "mask": None, "need_weights": True} | options
-    return functional.attend(query, keys, None, values, scale=1.0 if scale is None else scale, **options)
-
+from benchmarks.gpu_calls import keyed_dot
 
 FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "dot": attn_ext.dot_attention,
     "additive": attn_ext.additive_attention,
     "general": partial(attn_ext.luong_attention, method="general"),
     "concat": partial(attn_ext.luong_attention, method="concat"),
-    "keyed_dot": keyed_dot_attention,
+    "keyed_dot": keyed_dot,
 }
 METHODS = ("dot", "additive", "general", "concat")  # the public ones
 MASKINGS = ("none", "lengths", "rows", "pairs", "lengths+rows", "lengths+pairs")

@@ -461,7 +461,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
         outputs = loop.steps(loop.memory())
         assert outputs[0][0].dtype == dtype
     counts, actual = calls(lambda: loop.grads(loss_of(outputs)))
-    assert counts["attn_ext::step_attention_backward"] == T
+    assert counts["attn_ext::attention_backward"] == T
     for a, e in zip(actual, expected, strict=True):
         if e is not None:
             torch.testing.assert_close(a, e, rtol=0.1, atol=0.1 * e.abs().max().item())
@@ -585,16 +585,17 @@ def test_what_is_deferred(name: str) -> None:
     loop = Loop(name)
     loss = loss_of(loop.steps(loop.memory()))
     counts, _ = calls(lambda: loop.grads(loss))
-    assert counts["attn_ext::step_attention_backward"] == T
+    assert counts["attn_ext::attention_backward"] == T
     assert counts["aten::bmm"] == 1
     assert counts["attn_ext::additive_scores_backward"] == (1 if "concat" in name else 0)
     # The query's at each step; the weight's, of concat in two parts. The memory's through the keys joins the other.
     assert counts["aten::mm"] == {"dot": 0, "general": T + 1}.get(name, T + 2)
     assert counts["aten::addmm_"] == (1 if "concat" in name else 0)
     queries = loop.start.unsqueeze(1).expand(-1, 17, -1)
-    outputs = loop.attention(queries, loop.memory())
-    counts, _ = calls(lambda: loop.grads(loss_of([outputs])))
-    assert counts["attn_ext::step_attention_backward"] == 0
+    memory = loop.memory()
+    for step, is_deferred in ((loop.start, True), (queries, False)):
+        counts, _ = calls(lambda step=step: loop.attention(step, memory))
+        assert counts["attn_ext::memory_attention"] == is_deferred
 
 
 @pytest.mark.fused
@@ -762,7 +763,7 @@ def test_the_node_is_checked() -> None:
     query, memory = torch.randn(2, 4, requires_grad=True), torch.randn(2, 3, 4)
     for node in (None, torch.zeros(0), torch.zeros(0, requires_grad=True), memory * query.sum()):
         with pytest.raises(ValueError, match="node must be what memory_node returned"):
-            torch.ops.attn_ext.memory_attention(query, None, None, None, None, memory, None, None, 1.0, True, node)
+            torch.ops.attn_ext.memory_attention(query, None, memory, None, None, None, None, None, 1.0, True, node)
     for weight, v, bias, text in (
         (None, torch.zeros(4), None, "v came without weight"),
         (memory, torch.zeros(4), None, r"weight has shape \[2, 3, 4\]"),

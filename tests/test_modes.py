@@ -99,7 +99,7 @@ class _Watched(Tensor):
 def test_overrides_see_the_op(call: str) -> None:
     """__torch_function__, of a mode or of a tensor's class, is asked about the ops as about PyTorch's own."""
     problem = Case("dot" if call == "step" else call, S=37).problem()
-    op = {"step": "memory", "dot": "dot", "additive": "additive"}.get(call, "projected")
+    op = {"step": "memory_attention", "dot": "attention", "additive": "attention"}.get(call, "projected_attention")
     memory = "values" if call == "additive" else "memory"
 
     def results(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -110,12 +110,12 @@ def test_overrides_see_the_op(call: str) -> None:
     expected = results(**problem.tensors)
     with _Watch() as mode:
         assert all(map(torch.equal, results(**problem.tensors), expected))
-    assert f"attn_ext.{op}_attention.default" in mode.seen
+    assert f"attn_ext.{op}.default" in mode.seen
     for name in ("query", memory):
         _Watched.seen.clear()
         watched = problem.tensors | {name: problem.tensors[name].as_subclass(_Watched)}
         assert all(map(torch.equal, results(**watched), expected))
-        assert f"attn_ext.{op}_attention.default" in _Watched.seen
+        assert f"attn_ext.{op}.default" in _Watched.seen
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -13,46 +13,58 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from tests import cases
-from tests.cases import DTYPES, LOSSES, Case, short, spoiled
+from tests.cases import DTYPES, LOSSES, Case, Problem, short, spoiled
 
 pytestmark = pytest.mark.fused
 
-NAMES = {"dot": "dot_attention", "keyed_dot": "keyed_dot_attention", "additive": "additive_attention"}
-# The ops take their tensors by position.
-TENSORS = {
-    "dot": ("query", "memory"),
-    "keyed_dot": ("query", "keys", "values"),
-    "additive": ("query", "keys", "v", "values"),
-}
+SCORES = ("dot", "keyed_dot", "additive")
 
 
-def op(method: str, direction: str) -> Any:
-    name = NAMES[method] if direction == "forward" else f"{NAMES[method]}_backward"
+def op(direction: str) -> Any:
+    name = "attention" if direction == "forward" else "attention_backward"
     return getattr(torch.ops.attn_ext, name).default
 
 
-def arguments(case: Case, direction: str) -> tuple[Any, ...]:
-    """Valid ones: for the backward op, with what the forward op returned."""
+def tensors_of(method: str, problem: Problem) -> list[Tensor | None]:
+    """Query, memory, keys, v and prepared keys."""
+    of = problem.tensors
+    keys = of.get("keys")
+    prepared = torch.ops.attn_ext.prepare_keys(keys) if method == "prepared additive" else None
+    return [of["query"], of["memory"] if keys is None else of["values"], keys, of.get("v"), prepared]
+
+
+def gradients_of(method: str) -> list[bool]:
+    """Which of query, memory, keys, v and the scores there are, and so have a gradient."""
+    return [True, True, method != "dot", "additive" in method, True]
+
+
+def arguments(method: str, direction: str, *sizes: int, **fields: Any) -> tuple[Any, ...]:
+    """Valid ones of a Case of these `sizes` and `fields`: for the backward op, with what the forward op returned."""
+    case = Case(method.removeprefix("prepared "), *sizes, **fields)
     problem = case.problem()
-    tensors = [problem.tensors[name] for name in TENSORS[case.method]]
+    tensors = tensors_of(method, problem)
     options = [problem.options["lengths"], problem.options["mask"], 1.0 if case.scale is None else case.scale]
     need_weights = problem.options["need_weights"]
     if direction == "forward":
         return (*tensors, *options, need_weights, [case.loss == "both", case.loss != "no_weights"])
-    context, weights, logsumexp = exact(op(case.method, "forward")(*tensors, *options, need_weights, [True, True]))
+    context, weights, logsumexp = exact(op("forward")(*tensors, *options, need_weights, [True, True]))
     grads = [problem.grad_outputs.get(name) for name in ("context", "weights")]
-    return (*grads, *tensors, *options, context, weights if need_weights else None, logsumexp, [True] * len(tensors))
+    wanted = gradients_of(method)
+    return (*grads, *tensors, *options, context, weights if need_weights else None, logsumexp, wanted)
 
 
 def exact(outputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a forward op's results, context and weights as they were accumulated, and the log-sum-exp."""
+    """Of a forward's results, context and weights as they were accumulated, and the log-sum-exp."""
     context, weights, logsumexp, unrounded = outputs
     return (*(unrounded or (context, weights)), logsumexp)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*SCORES, "prepared additive"])
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+each_score = pytest.mark.parametrize("score", SCORES)
 
 
 @pytest.fixture(params=["forward", "backward"])
@@ -66,7 +78,7 @@ def direction(request: pytest.FixtureRequest) -> str:
 )
 @pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
 def test_opcheck(method: str, direction: str, masking: str, loss: str) -> None:
-    opcheck(op(method, direction), arguments(Case(method, masking=masking, loss=loss, scale=0.5), direction))
+    opcheck(op(direction), arguments(method, direction, masking=masking, loss=loss, scale=0.5))
 
 
 @pytest.mark.parametrize(
@@ -74,52 +86,50 @@ def test_opcheck(method: str, direction: str, masking: str, loss: str) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=short)
 def test_opcheck_of_sizes(method: str, direction: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    opcheck(op(method, direction), arguments(Case(method, *sizes, dtype=dtype, masking="lengths"), direction))
+    opcheck(op(direction), arguments(method, direction, *sizes, dtype=dtype, masking="lengths"))
 
 
-@pytest.mark.parametrize("wanted", [0, 1, -1], ids=["none", "the first", "the last"])
-def test_opcheck_of_wanted_gradients(method: str, wanted: int) -> None:
-    *others, all_wanted = arguments(Case(method, masking="rows"), "backward")
-    some = [False] * len(all_wanted)
-    if wanted:
-        some[wanted if wanted < 0 else 0] = True
-    opcheck(op(method, "backward"), (*others, some))
-    assert [grad.numel() > 0 for grad in op(method, "backward")(*others, some)] == some
+@pytest.mark.parametrize("wanted", ["none", "the query's", "the memory's", "the query's and the scores'"])
+def test_opcheck_of_wanted_gradients(method: str, wanted: str) -> None:
+    *others, _ = arguments(method, "backward", masking="rows")
+    some = ["query" in wanted, "memory" in wanted, False, False, "scores" in wanted]
+    opcheck(op("backward"), (*others, some))
+    assert [grad.numel() > 0 for grad in op("backward")(*others, some)] == some
 
 
 def test_opcheck_of_strides(method: str, direction: str) -> None:
     views = tuple(
         a.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(a, Tensor) and a.dim() == 3 else a
-        for a in arguments(Case(method, masking="pairs"), direction)
+        for a in arguments(method, direction, masking="pairs")
     )
-    opcheck(op(method, direction), views)
+    opcheck(op(direction), views)
 
 
 @pytest.mark.parametrize("loss", ["both", "no_weights"])
 @pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
 def test_opcheck_with_gradients(method: str, masking: str, loss: str) -> None:
     """The op is differentiable by itself, also where torch.compile traces both passes."""
-    *tensors, lengths, mask, scale, need_weights, _ = arguments(Case(method, masking=masking, loss=loss), "forward")
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    opcheck(op(method, "forward"), (*leaves, lengths, mask, scale, need_weights, [False, False]))
+    *tensors, lengths, mask, scale, need_weights, _ = arguments(method, "forward", masking=masking, loss=loss)
+    leaves = [tensor if tensor is None else tensor.requires_grad_() for tensor in tensors[:4]]
+    leaves += tensors[4:]
+    opcheck(op("forward"), (*leaves, lengths, mask, scale, need_weights, [False, False]))
 
 
 @pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
 def test_one_step_without_its_dimension(method: str, masking: str) -> None:
     """A query [B, D] gives what [B, 1, D] gives, to the bit, in every tensor; and a mask may have the 1 or not."""
     for direction in ("forward", "backward"):
-        case = Case(method, T=1, S=37, D=20, masking=masking)
-        with_dimension = arguments(case, direction)
+        with_dimension = arguments(method, direction, T=1, S=37, D=20, masking=masking)
         per_query = {"query", "grad_context", "grad_weights", "context", "weights", "logsumexp"}
-        names = [argument.name for argument in op(method, direction)._schema.arguments]
+        names = [argument.name for argument in op(direction)._schema.arguments]
         without = [
             a.squeeze(1) if name in per_query and isinstance(a, Tensor) else a
             for name, a in zip(names, with_dimension, strict=True)
         ]
-        opcheck(op(method, direction), tuple(without))
-        results, expected = (op(method, direction)(*args) for args in (without, with_dimension))
-        for name, result, other in zip(op(method, direction)._schema.returns, results, expected, strict=True):
-            one_step = direction == "forward" or name.name == "grad_query"
+        opcheck(op(direction), tuple(without))
+        results, expected = (op(direction)(*args) for args in (without, with_dimension))
+        for name, result, other in zip(op(direction)._schema.returns, results, expected, strict=True):
+            one_step = direction == "forward" or name.name in ("grad_query", "grad_scores")
             if name.name == "exact":
                 assert result == other == []
             else:
@@ -128,19 +138,17 @@ def test_one_step_without_its_dimension(method: str, masking: str) -> None:
 
 @pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
 @pytest.mark.parametrize("one_step", [False, True], ids=["[B, T, D]", "[B, D]"])
-def test_derivatives_of_the_op(method: str, masking: str, one_step: bool) -> None:
+@each_score
+def test_derivatives_of_the_op(score: str, masking: str, one_step: bool) -> None:
     """First and second, with no Python function around it; the log-sum-exp has none."""
-    case = Case(method, T=1 if one_step else 2, S=4, D=3, Dm=2, dtype=torch.float64, masking=masking)
-    query, *tensors = arguments(case, "forward")
-    inputs = [
-        t.requires_grad_()
-        for t in (query[:, 0] if one_step else query, *tensors)
-        if isinstance(t, Tensor) and t.is_floating_point()
-    ]
-    options = tensors[len(inputs) - 1 :]
+    sizes = {"T": 1 if one_step else 2, "S": 4, "D": 3, "Dm": 2}
+    query, *others = arguments(score, "forward", **sizes, dtype=torch.float64, masking=masking)
+    tensors = [query[:, 0] if one_step else query, *others[:3]]
+    inputs = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
+    options = [*[None] * (4 - len(inputs)), *others[3:]]
 
     def call(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        context, weights, logsumexp, _ = op(method, "forward")(*inputs, *options)
+        context, weights, logsumexp, _ = op("forward")(*inputs, *options)
         assert not logsumexp.requires_grad
         return context, weights
 
@@ -160,10 +168,11 @@ def test_halves_are_rounded_where_they_are_written(
     But a CPU's context of rounded weights over several tiles, which is not as exact where no backward is to read it.
     """
     *tensors, lengths, mask, scale, _, _ = arguments(
-        Case(method, B=2, T=T, S=S, D=40, dtype=dtype, masking=masking), "forward"
+        method, "forward", B=2, T=T, S=S, D=40, dtype=dtype, masking=masking
     )
-    wide = op(method, "forward")(*(tensor.float() for tensor in tensors), lengths, mask, scale, True, [True, True])
-    *rounded, logsumexp, unrounded = op(method, "forward")(*tensors, lengths, mask, scale, True, [True, True])
+    wider = [tensor if tensor is None else tensor.float() for tensor in tensors]
+    wide = op("forward")(*wider, lengths, mask, scale, True, [True, True])
+    *rounded, logsumexp, unrounded = op("forward")(*tensors, lengths, mask, scale, True, [True, True])
     assert wide[3] == []
     assert logsumexp.dtype == torch.float32
     # Products of halves take the context from rounded weights.
@@ -186,7 +195,7 @@ def test_halves_are_rounded_where_they_are_written(
         torch.testing.assert_close(exact, truth, **tolerance)
     for need_weights in (True, False):
         for need_exact in itertools.product((True, False), repeat=2):
-            context, weights, _, some = op(method, "forward")(*tensors, lengths, mask, scale, need_weights, need_exact)
+            context, weights, _, some = op("forward")(*tensors, lengths, mask, scale, need_weights, need_exact)
             if from_rounded and not on_gpu and S == 600 and not need_exact[0]:
                 torch.testing.assert_close(context, rounded[0], rtol=2**-7, atol=2**-8)
             else:
@@ -201,10 +210,11 @@ def test_halves_are_rounded_where_they_are_written(
 
 def test_halves_are_differentiated_as_they_were_accumulated(method: str) -> None:
     """The gradients are those of the float32 results, rounded once."""
-    case = Case(method, S=37, D=20, dtype=torch.bfloat16)
-    *tensors, lengths, mask, scale, need_weights, _ = arguments(case, "forward")
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    context, weights, *_ = op(method, "forward")(*leaves, lengths, mask, scale, need_weights, [False, False])
+    fields = {"S": 37, "D": 20, "dtype": torch.bfloat16}
+    *tensors, prepared, lengths, mask, scale, need_weights, _ = arguments(method, "forward", **fields)
+    leaves = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
+    options = (prepared, lengths, mask, scale, need_weights, [False, False])
+    context, weights, *_ = op("forward")(*leaves, *[None] * (4 - len(leaves)), *options)
     grads = [torch.randn_like(context), torch.randn_like(weights)]
     assert {grad.dtype for grad in grads} == {torch.bfloat16}
     first = torch.autograd.grad((context, weights), leaves, grads, retain_graph=True)
@@ -229,83 +239,100 @@ def ranges(call: Callable[[], object]) -> set[str]:
 def test_the_fused_kernels_run(function: str, dtype: torch.dtype, T: int) -> None:
     """By name: the forward kernel, and with gradients the backward kernel; none under "reference"."""
     problem = Case(function, T=T, S=77, D=20, dtype=dtype, masking="lengths").problem()
-    name = NAMES[{"general": "dot", "concat": "additive"}.get(function, function)]
+    score = {"general": "dot", "concat": "additive"}.get(function, function)
     capability = f"[{torch.ops.attn_ext.cpu_capability()}]" if cases.KERNELS == "cpu" else ""
-    forward, backward = (f"attn_ext::{cases.KERNELS}::{name}_{d}{capability}" for d in ("forward", "backward"))
+    forward, backward = (
+        f"attn_ext::{cases.KERNELS}::{score}_attention_{d}{capability}" for d in ("forward", "backward")
+    )
     assert ranges(lambda: problem.function(**problem.tensors, **problem.options)) == {forward}
     assert ranges(problem.results) == {forward, backward}
     assert ranges(problem.reference_results) == set()
 
 
-def test_the_reference_differentiates_twice(method: str) -> None:
+@each_score
+def test_the_reference_differentiates_twice(score: str) -> None:
     """create_graph=True is the one backward pass that the compiled op leaves to the reference."""
-    problem = Case(method).problem()
+    problem = Case(score).problem()
     query = problem.tensors["query"].requires_grad_()
     context, _ = problem.function(**problem.tensors)
     assert ranges(lambda: torch.autograd.grad(context.sum(), query, create_graph=True)) == set()
 
 
-# Each size here is told by at least two arguments, but for these: the size of `values` in the forward pass.
+# Each size here is told by at least two arguments, but for this: the size of a memory with keys in the forward pass.
 FREE = {
-    (method, "forward", position, f"size {size} in dim 2")
-    for method, position in (("keyed_dot", 2), ("additive", 3))
+    (method, "forward", "memory", f"size {size} in dim 2")
+    for method in ("keyed_dot", "additive", "prepared additive")
     for size in (5, 7)
 }
 
 
 def test_nothing_crashes(method: str, direction: str) -> None:
     """Every tensor argument spoiled in every way, the rest valid: an exception, never a crash or a result."""
-    valid = arguments(Case(method, masking="lengths+pairs"), direction)
+    valid = arguments(method, direction, masking="lengths+pairs")
+    names = [argument.name for argument in op(direction)._schema.arguments]
     accepted = []
     for position, argument in enumerate(valid):
         if not isinstance(argument, Tensor):
             continue
         for what, wrong in spoiled(argument):
             try:
-                op(method, direction)(*valid[:position], wrong, *valid[position + 1 :])
+                op(direction)(*valid[:position], wrong, *valid[position + 1 :])
             except (RuntimeError, ValueError, TypeError):
                 continue
-            accepted.append((method, direction, position, what))
+            accepted.append((method, direction, names[position], what))
     assert set(accepted) <= FREE
+
+
+def test_keys_without_a_v_and_the_like() -> None:
+    """Of the tensors that go together all come, or none."""
+    *with_keys, prepared, lengths, mask, scale, need_weights, need_exact = arguments("prepared additive", "forward")
+    query, memory, keys, v = with_keys
+    options = (lengths, mask, scale, need_weights, need_exact)
+    with pytest.raises(ValueError, match=r"^v came without keys"):
+        op("forward")(query, memory, None, v, None, *options)
+    with pytest.raises(ValueError, match=r"^prepared_keys came without v"):
+        op("forward")(query, memory, keys, None, prepared, *options)
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("lengths", [[6, 2], [-1, 2], [2**62, -(2**62)]], ids=str)
 def test_lengths_out_of_range(method: str, direction: str, lengths: list[int]) -> None:
     """Nothing before the memory or beyond S is read."""
-    valid = arguments(Case(method, masking="lengths"), direction)
+    valid = arguments(method, direction, masking="lengths")
     position = next(i for i, a in enumerate(valid) if isinstance(a, Tensor) and a.dtype == torch.int64)
     text = rf"^lengths\[0\] is {lengths[0]}, needed is 0 <= length <= S=5$"
     with pytest.raises(ValueError, match=text):
-        op(method, direction)(*valid[:position], torch.tensor(lengths), *valid[position + 1 :])
+        op(direction)(*valid[:position], torch.tensor(lengths), *valid[position + 1 :])
     wider = torch.tensor([[lengths[0], 0], [lengths[1], 0]])[:, 0]
     with pytest.raises(ValueError, match=text):
-        op(method, direction)(*valid[:position], wider, *valid[position + 1 :])
+        op(direction)(*valid[:position], wider, *valid[position + 1 :])
 
 
 def test_tensors_on_two_devices(method: str, direction: str) -> None:
     """A meta tensor has no data to read."""
-    valid = arguments(Case(method, masking="lengths+rows"), direction)
+    valid = arguments(method, direction, masking="lengths+rows")
     for position, argument in enumerate(valid):
         if isinstance(argument, Tensor):
             try:
-                outputs = op(method, direction)(*valid[:position], argument.to("meta"), *valid[position + 1 :])
+                outputs = op(direction)(*valid[:position], argument.to("meta"), *valid[position + 1 :])
             except (RuntimeError, ValueError):
                 continue
             assert all(output.is_meta for output in outputs)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e30, -1e300], ids=str)
-def test_any_scale(method: str, scale: float) -> None:
+@each_score
+def test_any_scale(score: str, scale: float) -> None:
     """Numbers without a meaning give numbers without a meaning, in both directions, and no crash."""
-    problem = Case(method, S=70, masking="lengths", scale=scale).problem()
+    problem = Case(score, S=70, masking="lengths", scale=scale).problem()
     assert problem.results()["context"].shape == (2, 3, problem.grad_outputs["context"].shape[-1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
-def test_any_values(method: str, value: float) -> None:
+@each_score
+def test_any_values(score: str, value: float) -> None:
     """NaN, infinity or almost that in one batch element spreads to no other."""
-    problem = Case(method, B=2, T=5, S=70, D=20).problem()
+    problem = Case(score, B=2, T=5, S=70, D=20).problem()
     clean = problem.results()
     for name, tensor in problem.tensors.items():
         if tensor.dim() == 3:
@@ -320,29 +347,29 @@ def test_any_values(method: str, value: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_a_context_that_is_missing(method: str, dtype: torch.dtype, T: int, S: int) -> None:
     """A backward that would read it says so; of the others it changes no bit."""
-    *others, context, weights, logsumexp, wanted = arguments(Case(method, T=T, S=S, D=20, dtype=dtype), "backward")
+    *others, context, weights, logsumexp, wanted = arguments(method, "backward", T=T, S=S, D=20, dtype=dtype)
     one_query = T == 1 and method != "keyed_dot"
     if S > 256 if cases.KERNELS == "cpu" else one_query:
         with pytest.raises(ValueError, match="context is missing"):
-            op(method, "backward")(*others, None, weights, logsumexp, wanted)
+            op("backward")(*others, None, weights, logsumexp, wanted)
         return
-    without, given = (op(method, "backward")(*others, some, weights, logsumexp, wanted) for some in (None, context))
+    without, given = (op("backward")(*others, some, weights, logsumexp, wanted) for some in (None, context))
     assert all(map(torch.equal, without, given))
-    opcheck(op(method, "backward"), (*others, None, weights, logsumexp, wanted))
+    opcheck(op("backward"), (*others, None, weights, logsumexp, wanted))
 
 
 def test_wrong_number_of_wanted_gradients(method: str) -> None:
-    *others, wanted = arguments(Case(method), "backward")
+    *others, wanted = arguments(method, "backward")
     for wrong in ([], wanted[1:], [*wanted, True]):
         with pytest.raises((RuntimeError, TypeError)):
-            op(method, "backward")(*others, wrong)
+            op("backward")(*others, wrong)
 
 
 def test_no_gradient_comes_back(method: str) -> None:
     """Neither through the context nor through the weights: refused or zeros, never what memory happened to hold."""
-    valid = arguments(Case(method), "backward")
+    valid = arguments(method, "backward")
     try:
-        grads = op(method, "backward")(None, None, *valid[2:])
+        grads = op("backward")(None, None, *valid[2:])
     except (RuntimeError, ValueError):
         return
     assert all((grad == 0).all() for grad in grads)
@@ -429,109 +456,95 @@ def test_projections_of_tensors_without_data(projection: str) -> None:
         assert fake is None or fake.grad.shape == fake.shape
 
 
-# The ops of a decoder loop's steps, which AttentionMemory calls.
-
-each_step_method = pytest.mark.parametrize("method", ["dot", "additive"])
+# What AttentionMemory calls besides: a step's backward takes the gradients of its query and its scores.
 
 
-def step_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
-    """Valid ones for each of the ops that the score has."""
-    problem = case.problem()
-    query, *keys_and_v, memory = (problem.tensors[name] for name in TENSORS[case.method])
-    keys, v = keys_and_v or (None, None)
-    prepared = None if keys is None else torch.ops.attn_ext.prepare_keys(keys)
-    lengths, mask, scale = problem.options["lengths"], problem.options["mask"], 0.5
-    inputs = (query, keys, prepared, v, memory, lengths, mask, scale)
-    context, weights, logsumexp = exact(torch.ops.attn_ext.step_attention(*inputs, True, [True, True]))
-    grads = [problem.grad_outputs.get(name) for name in ("context", "weights")]
-    calls: dict[str, tuple[Any, ...]] = {
-        "step_attention": (*inputs, True, [True, True]),
-        "step_attention_backward": (*grads, *inputs, context, weights, logsumexp),
-    }
-    if keys is not None:
-        _, grad_scores = torch.ops.attn_ext.step_attention_backward(*calls["step_attention_backward"])
-        calls["prepare_keys"] = (keys,)
-        calls["additive_scores_backward"] = (grad_scores, query, keys, prepared, v, lengths, mask, [True, True])
-    return calls
+def scores_arguments(**fields: Any) -> tuple[Any, ...]:
+    """Valid ones of additive_scores_backward, with the gradients of the scores that a step's backward gives."""
+    *others, _ = arguments("prepared additive", "backward", **fields)
+    _, _, query, _, keys, v, prepared, lengths, mask, *_ = others
+    *_, grad_scores = op("backward")(*others, [True, False, False, False, True])
+    return (grad_scores, query, keys, v, prepared, lengths, mask, [True, True])
 
 
-@each_step_method
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
-def test_opcheck_of_steps(method: str, masking: str, dtype: torch.dtype) -> None:
-    for name, args in step_arguments(Case(method, masking=masking, dtype=dtype)).items():
-        opcheck(getattr(torch.ops.attn_ext, name).default, args)
+def test_opcheck_of_scores(masking: str, dtype: torch.dtype) -> None:
+    valid = scores_arguments(masking=masking, dtype=dtype)
+    opcheck(torch.ops.attn_ext.additive_scores_backward.default, valid)
+    opcheck(torch.ops.attn_ext.prepare_keys.default, (valid[2],))
 
 
-@each_step_method
 @pytest.mark.parametrize(
-    "sizes", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (1, 1, 1, 1), (1, 70, 40, 33)], ids=str
+    ("B", "T", "S", "D"), [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (1, 1, 1, 1), (1, 70, 40, 33)]
 )
-def test_opcheck_of_sizes_of_steps(method: str, sizes: tuple[int, ...]) -> None:
-    for name, args in step_arguments(Case(method, *sizes, masking="lengths")).items():
-        opcheck(getattr(torch.ops.attn_ext, name).default, args)
+def test_opcheck_of_sizes_of_scores(B: int, T: int, S: int, D: int) -> None:
+    valid = scores_arguments(B=B, T=T, S=S, D=D, masking="lengths")
+    opcheck(torch.ops.attn_ext.additive_scores_backward.default, valid)
+    opcheck(torch.ops.attn_ext.prepare_keys.default, (valid[2],))
 
 
 @pytest.mark.numerics
-@each_step_method
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("masking", ["none", "lengths", "rows", "pairs", "lengths+pairs"])
 @pytest.mark.parametrize("T", [1, 2, 7, 70], ids="T={}".format)
 def test_steps_and_the_rest_make_the_whole(method: str, T: int, masking: str, loss: str) -> None:
-    """A step's gradients, and what the gradients of its scores give the memory's tensors, are those of the whole op."""
-    case = Case(method, T=T, S=150, D=70, Dm=20, masking=masking, loss=loss, scale=0.5)
-    calls = step_arguments(case)
-    context, weights, logsumexp, _ = torch.ops.attn_ext.step_attention(*calls["step_attention"])
-    whole = arguments(case, "backward")
-    torch.testing.assert_close(
-        torch.ops.attn_ext.step_attention(*calls["step_attention"]),
-        op(method, "forward")(
-            *(a for a in calls["step_attention"][:5] if a is not None and a is not calls["step_attention"][2]),
-            *calls["step_attention"][5:],
-        ),
-    )
-    grad_query, grad_scores = torch.ops.attn_ext.step_attention_backward(*calls["step_attention_backward"])
-    grad_context, grad_weights, *_ = calls["step_attention_backward"]
-    expected = op(method, "backward")(
-        grad_context,
-        grad_weights,
-        *whole[2 : 2 + len(TENSORS[method])],
-        *whole[-7:-4],
-        context,
-        weights,
-        logsumexp,
-        whole[-1],
-    )
+    """A step's gradients, and what the gradients of its scores give the other tensors, are those of the whole op."""
+    sizes = {"T": T, "S": 150, "D": 70, "Dm": 20}
+    *others, wanted = arguments(method, "backward", **sizes, masking=masking, loss=loss, scale=0.5)
+    grad_context, _, *inputs, _, _, _ = others
+    query, _, keys, v, prepared, lengths, mask, _ = inputs
+    _, weights, *_ = op("forward")(*inputs, True, [True, True])
+    *expected, scores = op("backward")(*others, wanted)
     close = {"rtol": 1e-4, "atol": 1e-5}
+    grad_query, *none, grad_scores = op("backward")(*others, [True, False, False, False, True])
+    assert [grad.numel() for grad in none] == [0, 0, 0]
     torch.testing.assert_close(grad_query, expected[0], **close)
-    grad_memory = torch.zeros_like(expected[-1]) if grad_context is None else weights.mT @ grad_context
+    torch.testing.assert_close(grad_scores, scores, **close)
+    grad_memory = torch.zeros_like(expected[1]) if grad_context is None else weights.mT @ grad_context
     if method == "dot":
-        grad_memory += grad_scores.mT @ calls["step_attention"][0]
-    else:
-        rest = torch.ops.attn_ext.additive_scores_backward(*calls["additive_scores_backward"])
-        torch.testing.assert_close(rest, expected[1:3], **close)
-        *others, _ = calls["additive_scores_backward"]
-        for wanted in ([True, False], [False, True], [False, False]):
-            some = torch.ops.attn_ext.additive_scores_backward(*others, wanted)
-            for grad, full, want in zip(some, rest, wanted, strict=True):
+        grad_memory += grad_scores.mT @ query
+    torch.testing.assert_close(grad_memory, expected[1], **close)
+    if method == "keyed_dot":
+        torch.testing.assert_close(grad_scores.mT @ query, expected[2], **close)
+    elif v is not None:
+        valid = (grad_scores, query, keys, v, prepared, lengths, mask)
+        for wanted in ([True, True], [True, False], [False, True], [False, False]):
+            some = torch.ops.attn_ext.additive_scores_backward(*valid, wanted)
+            for grad, full, want in zip(some, expected[2:4], wanted, strict=True):
                 torch.testing.assert_close(grad, full if want else full.new_empty(0), **close)
-    torch.testing.assert_close(grad_memory, expected[-1], **close)
 
 
-@each_step_method
-def test_nothing_crashes_in_a_step(method: str) -> None:
-    """As for the ops themselves. What keys alone tell the size of, nothing contradicts."""
-    accepted = []
-    for name, valid in step_arguments(Case(method, masking="lengths+pairs")).items():
-        for position, argument in enumerate(valid):
+def test_nothing_crashes_with_scores() -> None:
+    """As for the op itself. What keys alone tell the size of, nothing contradicts."""
+    valid = scores_arguments(masking="lengths+pairs")
+    calls = [(torch.ops.attn_ext.additive_scores_backward, valid), (torch.ops.attn_ext.prepare_keys, valid[2:3])]
+    accepted = set()
+    for call, args in calls:
+        for position, argument in enumerate(args):
             for what, wrong in spoiled(argument) if isinstance(argument, Tensor) else ():
                 try:
-                    getattr(torch.ops.attn_ext, name)(*valid[:position], wrong, *valid[position + 1 :])
+                    call(*args[:position], wrong, *args[position + 1 :])
                 except (RuntimeError, ValueError, TypeError):
                     continue
-                accepted.append((name, position, what))
-    free = {("prepare_keys", 0), ("step_attention", 4)} if method == "additive" else set()
-    assert {entry[:2] for entry in accepted} <= free, accepted
+                accepted.add((call, position, what))
+    assert {call for call, *_ in accepted} <= {torch.ops.attn_ext.prepare_keys}, accepted
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("masking", ["none", "lengths+rows", "pairs"])
+@pytest.mark.parametrize("T", [1, 2, 7, 70], ids="T={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_prepared_keys_change_nothing(dtype: torch.dtype, T: int, masking: str) -> None:
+    """Results and all gradients are those of the keys themselves."""
+    for direction in ("forward", "backward"):
+        with_prepared = list(arguments("prepared additive", direction, T=T, S=150, D=70, dtype=dtype, masking=masking))
+        names = [argument.name for argument in op(direction)._schema.arguments]
+        results = op(direction)(*with_prepared)
+        with_prepared[names.index("prepared_keys")] = None
+        torch.testing.assert_close(
+            results, op(direction)(*with_prepared), rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.numerics
@@ -546,12 +559,9 @@ def test_prepared_keys_are_guarded(T: int, spread: float) -> None:
     lengths = torch.tensor([300, 200])
     values = torch.randn(2, 300, 5, generator=generator)
     prepared = torch.ops.attn_ext.prepare_keys(keys)
-    results = torch.ops.attn_ext.step_attention(
-        query, keys, prepared, v, values, lengths, None, 1.0, True, [False, False]
-    )
-    expected = torch.ops.attn_ext.additive_attention(
-        query.double(), keys.double(), v.double(), values.double(), lengths, None, 1.0, True, [False, False]
-    )
+    options = (lengths, None, 1.0, True, [False, False])
+    results = op("forward")(query, values, keys, v, prepared, *options)
+    expected = op("forward")(query.double(), values.double(), keys.double(), v.double(), None, *options)
     # float64's log-sum-exp has sum(v) in it on a GPU, float32's leaves it out.
     for result, truth in zip(results[: 2 if cases.KERNELS == "cuda" else 3], expected, strict=False):
         torch.testing.assert_close(result.double(), truth, rtol=1e-4, atol=1e-5)

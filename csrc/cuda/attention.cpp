@@ -408,6 +408,12 @@ bool is_one_of_many(const Inputs& inputs) {
   return inputs.query.dim() == 2 && !takes_one_step(problem_of_sizes(inputs.method(), inputs.query, inputs.memory));
 }
 
+// The same of another query.
+Inputs of(const Inputs& inputs, const Tensor& query) {
+  const auto& [_, memory, keys, v, prepared_keys, lengths, mask, scale] = inputs;
+  return {query, memory, keys, v, prepared_keys, lengths, mask, scale};
+}
+
 void forward(const Inputs& inputs, Outputs& outputs) {
   if (is_one_of_many(inputs)) {
     Outputs of_queries{
@@ -417,7 +423,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
         with_queries(outputs.exact_context),
         with_queries(outputs.exact_weights)};
     const Tensor query = with_queries(inputs.query);
-    forward({query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale}, of_queries);
+    forward(of(inputs, query), of_queries);
     return;
   }
   Call call(inputs, "forward");
@@ -437,11 +443,8 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
     const OptionalTensor context = with_queries(saved.context);
     const Tensor query = with_queries(inputs.query);
     Gradients of_queries{
-        with_queries(gradients.query), gradients.keys, gradients.v, gradients.memory, with_queries(gradients.scores)};
-    backward(
-        {query, inputs.keys, inputs.v, inputs.memory, inputs.lengths, inputs.mask, inputs.scale},
-        {grad_context, grad_weights, context, weights, with_queries(saved.logsumexp)},
-        of_queries);
+        with_queries(gradients.query), gradients.memory, gradients.keys, gradients.v, with_queries(gradients.scores)};
+    backward(of(inputs, query), {grad_context, grad_weights, context, weights, with_queries(saved.logsumexp)}, of_queries);
     return;
   }
   Call call(inputs, "backward");

@@ -18,18 +18,21 @@ Attended attended(Tensor context, Tensor weights) {
   return {std::move(context), weights.dim() > 1 ? OptionalTensor(std::move(weights)) : std::nullopt};
 }
 
-template <class Op>
-struct Call;
+Attended attention(
+    const Tensor& query,
+    const Tensor& memory,
+    const OptionalTensor& keys,
+    const OptionalTensor& v,
+    const OptionalTensor& lengths,
+    const OptionalTensor& mask,
+    double scale,
+    bool need_weights) {
+  auto [context, weights, logsumexp, exact] = attend({query, memory, keys, v, {}, lengths, mask, scale}, need_weights, {});
+  return attended(std::move(context), std::move(weights));
+}
 
-template <const char* name, size_t... i>
-struct Call<Op<name, std::index_sequence<i...>>> {
-  static Attended run(
-      Input<i>... inputs, const OptionalTensor& lengths, const OptionalTensor& mask, double scale, bool need_weights) {
-    using Called = Op<name, std::index_sequence<i...>>;
-    auto [context, weights, logsumexp, exact] = Called::forward(inputs..., lengths, mask, scale, need_weights, {});
-    return attended(std::move(context), std::move(weights));
-  }
-};
+template <class Function>
+struct Call;
 
 template <const char* name, class... Arguments>
 struct Call<Function<name, std::tuple<Tensor, Tensor>(Arguments...)>> {
@@ -43,9 +46,7 @@ struct Call<Function<name, std::tuple<Tensor, Tensor>(Arguments...)>> {
 
 // Other threads of Python run meanwhile; what the ops refuse becomes Python's ValueError and TypeError, as torch.ops would have it.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("dot_attention", torch::wrap_pybind_function_no_gil(Call<DotOp>::run));
-  m.def("keyed_dot_attention", torch::wrap_pybind_function_no_gil(Call<KeyedDotOp>::run));
-  m.def("additive_attention", torch::wrap_pybind_function_no_gil(Call<AdditiveOp>::run));
+  m.def("attention", torch::wrap_pybind_function_no_gil(attention));
   m.def("projected_attention", torch::wrap_pybind_function_no_gil(Call<ProjectedAttention>::run));
   m.def("memory_attention", torch::wrap_pybind_function_no_gil(Call<MemoryAttention>::run));
 }
