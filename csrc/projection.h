@@ -1,341 +1,77 @@
-// The products with a weight around the ops, and their gradients. All but differentiably() run beneath autograd, which has nodes of
+// The products with a weight around the op, and their gradients. All but differentiably() run beneath autograd, which has nodes of
 // its own for what they are part of (projected.cpp, memory.cpp).
 #pragma once
 
-#include "attention.h"
-#include "cpu/matmul.h"
+#include "hidden.h"
 
-#include <ATen/Functions.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/variable.h>
 
-#include <array>
-#include <cmath>
-#include <optional>
-#include <utility>
-#include <vector>
+#include <functional>
 
 namespace attn_ext {
 
-inline Tensor as(at::ScalarType type, const Tensor& tensor) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
-
-// What PyTorch's products of a type are taken in: on a processor with products of ours, float16 has none of its own.
-inline at::ScalarType product_type(at::ScalarType type, const Tensor& tensor) {
-  return type == at::kHalf && tensor.is_cpu() && cpu::multiplies() ? at::kFloat : type;
-}
+Tensor as(at::ScalarType type, const Tensor& tensor);
 
 // [B, T, D] as [B T, D]: a view where the strides allow.
-inline Tensor rows_of(const Tensor& tensor) {
-  return tensor.dim() == 2 ? tensor : tensor.flatten(0, 1);
-}
+Tensor rows_of(const Tensor& tensor);
 
 // [B, T, D] of several, one behind the other along T.
-inline Tensor joined(at::TensorList tensors) {
-  return tensors.size() == 1 ? tensors[0] : at::cat(tensors, 1);
-}
+Tensor joined(at::TensorList tensors);
 
 // What of a weight, or of its gradient, projects queries, and what the memory: concat's is both, [A, Dq + Dm], general's, [Dm, Dq],
 // one of them. Undefined is what there is not.
 struct Parts {
-  Parts(const Tensor& weight, const Tensor& memory, bool is_concat, bool by_keys = false) {
-    if (is_concat) {
-      const auto memory_size = memory.sym_size(2), query_size = weight.sym_size(1) - memory_size;
-      of_query = weight.narrow_symint(1, 0, query_size);
-      of_keys = weight.narrow_symint(1, query_size, memory_size);
-    } else if (by_keys) {
-      of_keys = weight.t();
-    } else {
-      of_query = weight;
-    }
-  }
+  Parts(const Tensor& weight, const Tensor& memory, bool is_concat, bool by_keys = false);
 
   Tensor of_query, of_keys;
 };
 
 // A weight is of its input's type; of halves, it may be in float32.
-inline void check_weight_type(const Tensor& weight, at::ScalarType type) {
-  const auto weight_type = weight.scalar_type();
-  TORCH_CHECK_TYPE(
-      weight_type == type || (weight_type == at::kFloat && at::isReducedFloatingType(type)),
-      "weight is ",
-      weight_type,
-      ", needed is ",
-      type);
-}
+void check_weight_type(const Tensor& weight, at::ScalarType type);
 
-inline void check_dense(const char* name, const Tensor& tensor) {
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " must be a dense (strided) tensor, got layout ", tensor.layout());
-}
+void check_dense(const char* name, const Tensor& tensor);
 
 // What the products would take, or would say in words of their own. What is made of these tensors, the ops check. Without a query,
 // what its weight is for is not known yet.
-inline void check_projection(
-    const OptionalTensor& query, const Tensor& weight, const Tensor& memory, const OptionalTensor& v, const OptionalTensor& bias) {
-  const auto type = query ? query->scalar_type() : memory.scalar_type();
-  check_dense("weight", weight);
-  check_dense("memory", memory);
-  TORCH_CHECK_TYPE(memory.scalar_type() == type, "memory is ", memory.scalar_type(), ", needed is ", type);
-  check_weight_type(weight, type);
-  TORCH_CHECK_VALUE(memory.dim() == 3, "memory has shape ", memory.sym_sizes(), ", needed is [B, S, size]");
-  const auto device = query ? query->device() : memory.device();
-  TORCH_CHECK_VALUE(weight.device() == device, "weight is on ", weight.device(), ", needed is ", device);
-  TORCH_CHECK_VALUE(!bias || bias->device() == device, "bias is on ", bias->device(), ", needed is ", device);
-  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sym_sizes(), ", needed are two dimensions");
-  TORCH_CHECK_VALUE(v || !bias, "bias came without v, but general has neither");
-  const auto memory_size = memory.sym_size(2), columns = weight.sym_size(1);
-  if (!v) {
-    TORCH_CHECK_VALUE(
-        weight.sym_size(0) == memory_size, "weight has shape ", weight.sym_sizes(), ", needed is [", memory_size, ", Dq]");
-  }
-  if (query) {
-    const auto needed = v ? query->sym_size(-1) + memory_size : query->sym_size(-1);
-    TORCH_CHECK_VALUE(columns == needed, "weight has shape ", weight.sym_sizes(), ", needed are ", needed, " columns");
-  } else if (v) {
-    TORCH_CHECK_VALUE(
-        columns >= memory_size, "weight has shape ", weight.sym_sizes(), ", needed are ", memory_size, " columns and more");
-  }
-  if (bias) {
-    TORCH_CHECK_VALUE(
-        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
-        "bias has shape ",
-        bias->sym_sizes(),
-        ", needed is [",
-        weight.sym_size(0),
-        "]");
-    TORCH_CHECK_TYPE(
-        bias->scalar_type() == weight.scalar_type(), "bias is ", bias->scalar_type(), ", needed is ", weight.scalar_type());
-  }
-}
-
-inline bool is_time_major(const Tensor& tensor) {
-  return tensor.dim() == 3 && !tensor.is_contiguous() && tensor.transpose(0, 1).is_contiguous();
-}
-
-// What no query may attend of a memory.
-struct Hidden {
-  const OptionalTensor& lengths;
-  const OptionalTensor& mask;
-
-  bool anything() const {
-    return lengths || mask;
-  }
-
-  // Whether they are what a memory's ought to be; if not, the ops say so.
-  bool fit(const Tensor& memory) const {
-    const auto batch = memory.sym_size(0), steps = memory.sym_size(1);
-    return (!lengths || (lengths->scalar_type() == at::kLong && lengths->dim() == 1 && lengths->sym_size(0) == batch)) &&
-           (!mask || (mask->scalar_type() == at::kBool && (mask->dim() == 2 || mask->dim() == 3) && mask->sym_size(0) == batch &&
-                      mask->sym_size(-1) == steps));
-  }
-};
-
-// Of either form of mask, [B, S]: which rows some query may attend.
-inline Tensor by_row(const Tensor& mask) {
-  return mask.dim() == 3 ? mask.any(1) : mask;
-}
-
-// Which rows no query may attend, [B, S]; undefined where nothing says so.
-inline Tensor hidden_rows(const Tensor& memory, const Hidden& hidden) {
-  const auto& [lengths, mask] = hidden;
-  Tensor rows;
-  if (mask) {
-    rows = by_row(*mask).logical_not();
-  }
-  if (lengths) {
-    const Tensor steps = at::arange(memory.sym_size(1), lengths->options());
-    const Tensor behind = steps.ge(lengths->unsqueeze(1));
-    rows = rows.defined() ? rows.logical_or_(behind) : behind;
-  }
-  return rows;
-}
-
-// The memory with 0 in those.
-inline Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
-  const Tensor rows = hidden_rows(memory, hidden);
-  return rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
-}
+void check_projection(
+    const OptionalTensor& query, const Tensor& weight, const Tensor& memory, const OptionalTensor& v, const OptionalTensor& bias);
 
 // A memory of halves less the average of what can be attended of it, which adds the same to all scores of a query, and so nothing
 // to its weights: keys of halves would be rounded as what they have in common is. Features that have little in common stay as they
 // are, which no rounding of a difference is.
-inline Tensor centred(const Tensor& memory, const Hidden& hidden) {
-  if (!at::isReducedFloatingType(memory.scalar_type()) || (hidden.anything() && !hidden.fit(memory))) {
-    return memory;
-  }
-  const Tensor rows = hidden_rows(memory, hidden);
-  const Tensor seen = rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
-  const Tensor wide = seen.to(at::kFloat), sums = wide.sum(1, true), has_much = sums.abs().mul(2).ge(wide.abs().sum(1, true));
-  const Tensor average = rows.defined() ? sums.div(rows.logical_not().sum(1, true).unsqueeze(2).clamp_min(1))
-                                        : sums.div(at::Scalar(memory.sym_size(1)));
-  return at::sub(seen, as(memory.scalar_type(), average.mul(has_much)));  // halves: nearly the average will do
-}
-
-using cpu::SomeRows;
-
-// The rows of a memory, one batch element behind the other or, `by_time`, one step behind the other, that some query may attend,
-// where one can look and somebody leaves the others out.
-inline SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_time = false) {
-  const auto& [lengths, mask] = hidden;
-  const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
-  if (!cpu::multiplies() || !hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
-      !hidden.fit(memory)) {
-    return std::nullopt;
-  }
-  const int64_t batch = memory.size(0), steps = memory.size(1);
-  const Tensor ends = lengths ? lengths->contiguous() : Tensor();
-  const Tensor seen = mask ? by_row(*mask).contiguous() : Tensor();
-  const int64_t* end = lengths ? ends.const_data_ptr<int64_t>() : nullptr;
-  const bool* may_attend = mask ? seen.const_data_ptr<bool>() : nullptr;
-  std::vector<cpu::Run> runs;
-  const int64_t outer = by_time ? steps : batch, inner = by_time ? batch : steps;
-  for (int64_t i = 0, row = 0; i < outer; ++i) {
-    for (int64_t j = 0; j < inner; ++j, ++row) {
-      const int64_t b = by_time ? j : i, s = by_time ? i : j;
-      if ((end != nullptr && s >= end[b]) || (may_attend != nullptr && !may_attend[b * steps + s])) {
-        continue;
-      }
-      if (runs.empty() || runs.back().end != row) {
-        runs.push_back({row, row});
-      }
-      runs.back().end = row + 1;
-    }
-  }
-  return runs;
-}
+Tensor centred(const Tensor& memory, const Hidden& hidden);
 
 // weight x + bias for each x of the input, [..., in] and [out, in]; 0 for those of other rows, where there is something to gain.
 // Halves are multiplied in float32 where their weight comes in it, as functional.py has it where PyTorch has nothing better.
-inline Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}, const SomeRows& some = {}) {
-  if (is_time_major(input)) {  // so is the result then, and nothing is copied
-    return project(input.transpose(0, 1), weight, bias, some).transpose(0, 1);
-  }
-  const Tensor rows = rows_of(input), factors = weight.t();
-  Tensor projected;
-  if (cpu::takes(rows, factors) && (!bias || cpu::is_plain(*bias))) {
-    projected = at::empty({rows.size(0), factors.size(1)}, rows.options());
-    cpu::matmul(projected, rows, factors, bias, false, some);
-  } else {
-    const auto type = product_type(weight.scalar_type(), input);
-    const Tensor left = as(type, rows), right = as(type, factors);
-    projected = as(input.scalar_type(), bias ? at::addmm(as(type, *bias), left, right) : at::mm(left, right));
-  }
-  return input.dim() == 2 ? projected : projected.view_symint({input.sym_size(0), input.sym_size(1), weight.sym_size(0)});
-}
-
-// Whether PyTorch's product may let a row into the one before it: oneDNN's matrix tiles take pairs of bfloat16 32 at a time, and
-// where a row ends within them they read on, and multiply by 0 what may be NaN.
-inline bool reads_behind_rows(const Tensor& input, const Tensor& weight) {
-  return input.is_cpu() && weight.scalar_type() == at::kBFloat16 && input.sym_size(-1) % 32 != 0;
-}
+Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}, const SomeRows& some = {});
 
 // Keys, of which those that are hidden may be anything.
-inline Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Hidden& hidden) {
-  if (reads_behind_rows(memory, weight) && hidden.anything() && hidden.fit(memory)) {
-    return project(without_hidden_rows(memory, hidden), weight, bias);
-  }
-  return project(memory, weight, bias, seen_rows(memory, hidden, is_time_major(memory)));
-}
+Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Hidden& hidden);
 
 // Where PyTorch maps over gradients (is_grads_batched, vectorize): a weight's is written in place, which that cannot follow.
-inline void refuse_batches(at::TensorList grads) {
-  constexpr c10::DispatchKeySet batched({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
-  for (const Tensor& grad : grads) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !grad.defined() || !grad.key_set().has_any(batched),
-        "general and concat take one gradient at a time: several at once (is_grads_batched, vectorize) are the reference's,"
-        " within use_backend('reference')");
-  }
-}
+void refuse_batches(at::TensorList grads);
 
 // What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`; of rows that are hidden, 0.
-inline Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const SomeRows& some = {}) {
-  return as(input.scalar_type(), project(rows_of(grad), weight.t(), {}, some)).view_symint(input.sym_sizes());
-}
+Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const SomeRows& some = {});
 
 // As grad_of_input, but added to what the input has already, contiguous; returns the sum.
-inline Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const SomeRows& some) {
-  const Tensor to = rows_of(sum), rows = rows_of(grad);
-  if (cpu::takes(rows, weight)) {
-    cpu::matmul(to, rows, weight, std::nullopt, true, some);
-    return sum;
-  }
-  const auto type = sum.scalar_type();
-  if (weight.scalar_type() != type || product_type(type, sum) != type) {
-    return at::add(sum, grad_of_input(grad, weight, sum, some));
-  }
-  to.addmm_(rows, weight);
-  return sum;
-}
+Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const SomeRows& some);
 
 // What a projection's weight gets of these rows of its inputs, written to `result` [out, in]. Returns whether the others were left
 // out; if not, they are summed over with all.
-inline bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::TensorList inputs, const SomeRows& some = {}) {
-  if (cpu::sum_of_products(result, grads, inputs, some)) {
-    return some.has_value();
-  }
-  const auto type = product_type(result.scalar_type(), result);
-  const auto rows = [&](at::TensorList tensors) { return as(type, rows_of(joined(tensors))); };
-  if (type == result.scalar_type()) {
-    Tensor out = result;
-    at::mm_out(out, rows(grads).t(), rows(inputs));
-  } else {
-    result.copy_(at::mm(rows(grads).t(), rows(inputs)));
-  }
-  return false;
-}
+bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::TensorList inputs, const SomeRows& some = {});
 
 // write_grad_of_weight of keys that the memory was projected to. A row that no query may attend has a gradient of 0 and may hold
 // anything; NaN and infinity survive the product with it.
-inline void write_grad_of_key_weight(
-    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Hidden& hidden, const SomeRows& seen) {
-  // A look at the result costs less than a copy of the memory, but elsewhere it would wait for a device, or there is nothing to
-  // see.
-  const bool can_look = cpu::is_plain(memory);
-  if (hidden.anything() && !can_look) {
-    write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, hidden));
-    return;
-  }
-  const bool left_out = write_grad_of_weight(result, grad_keys, memory, seen);
-  if (hidden.anything() && !left_out && !std::isfinite(result.sum().item<double>())) {
-    write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, hidden));
-  }
-}
+void write_grad_of_key_weight(
+    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Hidden& hidden, const SomeRows& seen);
 
 // A node's backward under create_graph=True: the gradients of what `make` makes of the node's inputs, which stand first in `saved`,
 // where they are wanted; by derivatives that have derivatives.
-template <size_t n, class Make>
 torch::autograd::variable_list differentiably(
     const torch::autograd::variable_list& saved,
-    const std::array<bool, n>& wanted,
+    at::ArrayRef<bool> wanted,
     const torch::autograd::variable_list& grad_outputs,
-    Make make) {
-  const c10::impl::ExcludeDispatchKeyGuard below_autocast(c10::autocast_dispatch_keyset);  // which had its say before the node
-  torch::autograd::variable_list inputs(n), asked, outputs, arriving, grads(n);
-  for (size_t i = 0; i < n; ++i) {
-    if (saved[i].defined()) {
-      inputs[i] = saved[i].view_as(saved[i]);  // one that was passed twice keeps its gradients apart
-      if (wanted[i]) {
-        asked.push_back(inputs[i]);
-      }
-    }
-  }
-  const torch::autograd::variable_list made = make(inputs);
-  for (size_t i = 0; i < grad_outputs.size(); ++i) {
-    if (grad_outputs[i].defined()) {
-      outputs.push_back(made[i]);
-      arriving.push_back(grad_outputs[i]);
-    }
-  }
-  const auto computed = torch::autograd::grad(outputs, asked, arriving, std::nullopt, /*create_graph=*/true, /*allow_unused=*/true);
-  auto next = computed.begin();
-  for (size_t i = 0; i < n; ++i) {
-    if (wanted[i]) {
-      grads[i] = *next++;
-    }
-  }
-  return grads;
-}
+    const std::function<torch::autograd::variable_list(const torch::autograd::variable_list&)>& make);
 
 }  // namespace attn_ext

@@ -3,7 +3,7 @@
 
 #include "../tensors.h"
 #include "capability.h"
-#include "outputs.h"
+#include "huge_pages.h"
 #include "plan.h"
 #include "precision.h"
 #include "run_items.h"

@@ -1,7 +1,7 @@
 #include "matmul.h"
 
 #include "capability.h"
-#include "outputs.h"
+#include "huge_pages.h"
 #include "precision.h"
 #include "run_items.h"
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "arena.h"
+#include "attended_steps.h"
 #include "call.h"
 #include "factors.h"
-#include "source.h"
 #include "vec.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {

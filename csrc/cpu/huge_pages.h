@@ -1,4 +1,4 @@
-// Fresh memory that results are written to.
+// Huge pages for the fresh memory that results are written to.
 #pragma once
 
 #include "../attention.h"

@@ -1,0 +1,68 @@
+#include "hidden.h"
+
+#include <ATen/Functions.h>
+
+#include <vector>
+
+namespace attn_ext {
+
+bool Hidden::fit(const Tensor& memory) const {
+  const auto batch = memory.sym_size(0), steps = memory.sym_size(1);
+  return (!lengths || (lengths->scalar_type() == at::kLong && lengths->dim() == 1 && lengths->sym_size(0) == batch)) &&
+         (!mask || (mask->scalar_type() == at::kBool && (mask->dim() == 2 || mask->dim() == 3) && mask->sym_size(0) == batch &&
+                    mask->sym_size(-1) == steps));
+}
+
+Tensor by_row(const Tensor& mask) {
+  return mask.dim() == 3 ? mask.any(1) : mask;
+}
+
+Tensor hidden_rows(const Tensor& memory, const Hidden& hidden) {
+  const auto& [lengths, mask] = hidden;
+  Tensor rows;
+  if (mask) {
+    rows = by_row(*mask).logical_not();
+  }
+  if (lengths) {
+    const Tensor steps = at::arange(memory.sym_size(1), lengths->options());
+    const Tensor behind = steps.ge(lengths->unsqueeze(1));
+    rows = rows.defined() ? rows.logical_or_(behind) : behind;
+  }
+  return rows;
+}
+
+Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
+  const Tensor rows = hidden_rows(memory, hidden);
+  return rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
+}
+
+SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_time) {
+  const auto& [lengths, mask] = hidden;
+  const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
+  if (!cpu::multiplies() || !hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
+      !hidden.fit(memory)) {
+    return std::nullopt;
+  }
+  const int64_t batch = memory.size(0), steps = memory.size(1);
+  const Tensor ends = lengths ? lengths->contiguous() : Tensor();
+  const Tensor seen = mask ? by_row(*mask).contiguous() : Tensor();
+  const int64_t* end = lengths ? ends.const_data_ptr<int64_t>() : nullptr;
+  const bool* may_attend = mask ? seen.const_data_ptr<bool>() : nullptr;
+  std::vector<cpu::Run> runs;
+  const int64_t outer = by_time ? steps : batch, inner = by_time ? batch : steps;
+  for (int64_t i = 0, row = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j, ++row) {
+      const int64_t b = by_time ? j : i, s = by_time ? i : j;
+      if ((end != nullptr && s >= end[b]) || (may_attend != nullptr && !may_attend[b * steps + s])) {
+        continue;
+      }
+      if (runs.empty() || runs.back().end != row) {
+        runs.push_back({row, row});
+      }
+      runs.back().end = row + 1;
+    }
+  }
+  return runs;
+}
+
+}  // namespace attn_ext
