@@ -342,8 +342,8 @@ bool check_ahead(Random& random) {
     ahead.spread(random.upto(0, 2 * ceil_div(begin, kLine)));
   }
   const char* const end = data.data() + data.size();
-  for (Ahead::Lines lines; (lines = ahead.take(random.upto(1, 40))).steps > 0;) {
-    for (const char* line = lines.first; line < lines.first + lines.bytes * lines.steps; line += kLine) {
+  for (const Ahead::Lines* lines; (lines = ahead.take(random.upto(1, 40))) != nullptr;) {
+    for (const char* line = lines->first; line < lines->first + lines->bytes * lines->steps; line += kLine) {
       if (line < data.data() || line >= end || !wanted[line - data.data()]) {
         std::printf("a line of no row that comes next was asked for\n");
         return false;

@@ -71,25 +71,26 @@ class Ahead {
         view.row * width_of(dtype)};
   }
 
-  // The next ones, for at most so many steps.
-  Lines take(int64_t steps) {
-    if (kMostOfStep == 0 || next_ == count_) {
-      return {nullptr, 0, 0};
-    }
+  // The next ones, for at most so many steps, until others are taken; null if there is none.
+  const Lines* take(int64_t steps) {
+    return kMostOfStep == 0 || next_ == count_ ? nullptr : take_some(steps);
+  }
+
+ private:
+  [[gnu::noinline]] const Lines* take_some(int64_t steps) {
     Block& block = blocks_[next_];
     const int64_t most = std::min(ceil_div(steps * pace_, kPace), block.lines - block.taken);
     const int64_t of_step = pace_ > kPace && most > 1 ? 2 : 1;
-    const Lines lines{block.row + block.taken * kLine, std::min(most / of_step, steps), of_step * kLine};
-    block.taken += lines.steps * of_step;
+    taken_ = {block.row + block.taken * kLine, std::min(most / of_step, steps), of_step * kLine};
+    block.taken += taken_.steps * of_step;
     if (block.taken == block.lines) {
       block.row += block.stride;
       block.taken = 0;
       next_ += --block.rows == 0;
     }
-    return lines;
+    return &taken_;
   }
 
- private:
   static constexpr int64_t kPace = 8;  // of a line a step
 
   static constexpr int kMostBlocks = 5;  // a backward's: two of queries, their weights, keys and memory
@@ -114,6 +115,7 @@ class Ahead {
   int count_ = 0;
   int64_t bytes_ = 0;
   int64_t pace_ = kPace;
+  Lines taken_{};
 };
 
 // A step's lines; returns the next one's. Where there may be two, a single one is asked for twice, which is cheaper than a branch.

@@ -210,15 +210,10 @@ class Block {
       for (const Run* run = runs_; run != end_runs_; ++run) {
         const auto [i, end] = *run;
         const bool first = by_rows_ && run == runs_;
-        multiply_blocks<float>(
-            all.at(i, 0),
-            end - i,
-            {c.data + i * c.row, c.row, c.column},
-            first ? from : panel.address,
-            depth,
-            width,
-            nullptr,
-            first && packs ? &panel : nullptr);
+        const Coefficients<float> of_rows{c.data + i * c.row, c.row, c.column};
+        multiply_blocks<float, float>(
+            {all.at(i, 0), of_rows, first ? from : panel.address, depth, width, nullptr, first && packs ? &panel : nullptr},
+            end - i);
       }
     }
   }

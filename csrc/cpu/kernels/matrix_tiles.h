@@ -167,9 +167,9 @@ inline void tile_products(
     const Pair* const left = a.data + k * a.tile;
     const Pair* const right = b.data + k * b.tile;
     // Those behind the last one do no harm; if there is none, what is here anyhow.
-    const Ahead::Lines lines = ahead.take(asked);
-    const char* next = lines.steps > 0 ? lines.first : reinterpret_cast<const char*>(left);
-    const int64_t apart = lines.steps > 0 ? kLine : 0;
+    const Ahead::Lines* const lines = ahead.take(asked);
+    const char* next = lines != nullptr ? lines->first : reinterpret_cast<const char*>(left);
+    const int64_t apart = lines != nullptr ? kLine : 0;
     const auto step = [&]() __attribute__((always_inline)) {
       if (--wait == 0) {
         wait = every;

@@ -14,6 +14,7 @@
 
 #include "matrix_tile_products.h"
 #include "operands.h"
+#include "processor.h"
 #include "transpose.h"
 #include "vec.h"
 
@@ -63,8 +64,9 @@ void for_blocks(int64_t count, const F& f) {
 template <int block, class F>
 void for_even_blocks(int64_t count, const F& f) {
   const int64_t blocks = ceil_div(count, block);
-  for (int64_t left = blocks, first = 0; left > 0; --left) {
-    const int64_t rows = ceil_div(count - first, left);
+  const int64_t least = blocks > 0 ? quotient(count, blocks) : 0, larger = count - blocks * least;
+  for (int64_t i = 0, first = 0; i < blocks; ++i) {
+    const int64_t rows = least + (i < larger);
     [&]<int... n>(std::integer_sequence<int, n...>) {
       (void)((rows == n + 1 && (f(std::integral_constant<int, n + 1>(), first), true)) || ...);
     }(std::make_integer_sequence<int, block>());
@@ -72,24 +74,46 @@ void for_even_blocks(int64_t count, const F& f) {
   }
 }
 
-// multiply's register tile: `rows` by `width` vectors over all k. Of a partial one, a single vector, `count` elements exist. The
-// result's lines, each of another page, come while the sums are taken: what was there is added last. They need not come if they are
-// written past the caches. A tile that `packs` leaves a panel of what it takes of b for those that follow, and asks for it ahead:
-// the others' rows of b are near. Those ask for what is wanted next.
+// out_i = sum_k c(i, k) b_k of `size` elements, and what the result makes of it.
+template <class element, class acc>
+struct Product {
+  Result<acc> out;
+  Coefficients<element> c;
+  const element* const* b;
+  int64_t depth;
+  int64_t size;
+  Ahead* ahead = nullptr;
+  const PanelRows<element>* panel = nullptr;  // the first rows pass by b itself, the others by what those leave there
+
+  const Ahead::Lines* lines() const {
+    return ahead == nullptr ? nullptr : ahead->take(depth);
+  }
+};
+
+#if defined(CPU_CAPABILITY_AVX512)
+#define ATTN_EXT_TILE [[gnu::noinline]]
+#define ATTN_EXT_ANEW(address) asm("" : "+r"(address))
+#else
+#define ATTN_EXT_TILE [[gnu::always_inline]] inline
+#define ATTN_EXT_ANEW(address)
+#endif
+
+// A product's register tile: `rows` from i0 on by `width` vectors from n on, over all k. Of a partial one, a single vector, not all
+// elements exist. The result's lines, each of another page, come while the sums are taken: what was there is added last. They need
+// not come if they are written past the caches. A tile that `packs` leaves a panel of what it takes of b for those that follow, and
+// asks for it ahead: the others' rows of b are near. Those ask for what is wanted next.
+//
+// A tile is to begin while the one before it is still being added up. With AVX-512 it is a function of its own, of few arguments,
+// and what the end needs is read again then: the compiler would keep it in vectors, or read as vectors what was just written as
+// numbers, and either waits for the sums.
 template <int rows, int width, bool partial, bool packs, class element, class acc>
-[[gnu::always_inline]] inline void multiply_tile(
-    Result<acc> out,
-    Coefficients<element> c,
-    const element* const* b,
-    int64_t n,
-    int64_t depth,
-    int64_t count,
-    Ahead* ahead,
-    element* panel = nullptr) {
+ATTN_EXT_TILE void multiply_tile(
+    const Product<element, acc>& product, int64_t i0, int64_t n, [[maybe_unused]] const Ahead::Lines* lines) {
   static_assert(!partial || width == 1);
   constexpr bool tall = 2 * rows > tallest(width);
   using F = Factors<element>;
   constexpr int lanes = Vec<acc>::size();
+  const int64_t depth = product.depth, count = product.size - n;
   Vec<acc> sums[rows][width];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
@@ -98,15 +122,21 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
       sums[i][w] = Vec<acc>(0);
     }
   }
-  if (!kStreams || !out.streams) {
+  if (!kStreams || !product.out.streams) {
+    const acc* row = product.out.to + i0 * product.out.stride + n;
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
+    for (int i = 0; i < rows; ++i, row += product.out.stride) {
+      ATTN_EXT_ANEW(row);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
-        __builtin_prefetch(out.to + i * out.stride + w * lanes, 1);
+        __builtin_prefetch(row + w * lanes, 1);
       }
     }
   }
+  const element* const* const b = packs || product.panel == nullptr ? product.b : product.panel->address;
+  [[maybe_unused]] element* const panel = packs ? product.panel->data : nullptr;
+  const Coefficients<element> c = product.c;
+  const element* const coefficients = c.data + i0 * c.row;
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
     const element* from = b[k] + n;
     if constexpr (tall) {
@@ -124,7 +154,7 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const auto coefficient = F::broadcast(c.data[i * c.row + k * c.column]);
+      const auto coefficient = F::broadcast(coefficients[i * c.row + k * c.column]);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
         sums[i][w] = F::multiply_add(coefficient, right[w], sums[i][w]);
@@ -132,81 +162,85 @@ template <int rows, int width, bool partial, bool packs, class element, class ac
     }
   };
   int64_t k = 0;
-  if constexpr (!packs) {
-    const Ahead::Lines lines = ahead != nullptr ? ahead->take(depth) : Ahead::Lines{nullptr, 0, 0};
-    for (const char* line = lines.first; k < lines.steps; ++k) {
-      line = fetch_lines(line, lines.bytes);
+  if (!packs && lines != nullptr) [[unlikely]] {
+    const auto [first, steps, bytes] = *lines;
+    for (const char* line = first; k < steps; ++k) {
+      line = fetch_lines(line, bytes);
       step(k);
     }
   }
   for (; k < depth; ++k) {
     step(k);
   }
+  const Product<element, acc>* again = &product;
+  ATTN_EXT_ANEW(again);
+  const Result<acc>& out = again->out;
+  acc* to = out.to + i0 * out.stride + n;
+  const acc* factors = out.factors + i0 * out.step;
   if constexpr (kStreams && !partial) {
     if (out.streams) {
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i) {
-        const Vec<acc> factor(out.factors[i * out.step]);
+      for (int i = 0; i < rows; ++i, to += out.stride, factors += out.step) {
+        ATTN_EXT_ANEW(to);
+        ATTN_EXT_ANEW(factors);
+        const Vec<acc> factor(*factors);
 #pragma GCC unroll 8
         for (int w = 0; w < width; ++w) {
-          stream(out.to + i * out.stride + w * lanes, sums[i][w] * factor);
+          stream(to + w * lanes, sums[i][w] * factor);
         }
       }
       return;
     }
   }
-  const auto load = [&](const acc* from) { return partial ? Vec<acc>::loadu(from, count) : Vec<acc>::loadu(from); };
+  if (out.plus == nullptr) {
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-    const Vec<acc> factor(out.factors[i * out.step]);
+    for (int i = 0; i < rows; ++i, to += out.stride, factors += out.step) {
+      ATTN_EXT_ANEW(to);
+      ATTN_EXT_ANEW(factors);
+      const Vec<acc> factor(*factors);
+#pragma GCC unroll 8
+      for (int w = 0; w < width; ++w) {
+        (sums[i][w] * factor).store(to + w * lanes, partial ? static_cast<int>(count) : lanes);
+      }
+    }
+    return;
+  }
+  const acc* plus = out.plus + i0 * out.plus_stride + n;
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i, to += out.stride, plus += out.plus_stride, factors += out.step) {
+    ATTN_EXT_ANEW(to);
+    ATTN_EXT_ANEW(plus);
+    ATTN_EXT_ANEW(factors);
+    const Vec<acc> factor(*factors);
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      const auto sum = out.plus == nullptr ? sums[i][w] : sums[i][w] + load(out.plus + i * out.plus_stride + w * lanes);
-      (sum * factor).store(out.to + i * out.stride + w * lanes, partial ? static_cast<int>(count) : lanes);
+      const auto there = partial ? Vec<acc>::loadu(plus + w * lanes, count) : Vec<acc>::loadu(plus + w * lanes);
+      ((sums[i][w] + there) * factor).store(to + w * lanes, partial ? static_cast<int>(count) : lanes);
     }
   }
 }
 
-// multiply() with b as it stands: a block of it, all k by a few vectors, stays in the first-level cache, a deep one in the second,
-// while the result's rows pass. With a panel to be packed the first rows pass by b itself, the others by what those leave there.
+// Rows first .. end of a product with b as it stands: a block of b, all k by a few vectors, stays in the first-level cache, a deep
+// one in the second, while the rows pass.
 template <class element, class acc>
-void multiply_blocks(
-    Result<acc> out,
-    int64_t height,
-    Coefficients<element> c,
-    const element* const* b,
-    int64_t depth,
-    int64_t size,
-    Ahead* ahead = nullptr,
-    const PanelRows<element>* panel = nullptr) {
+void multiply_rows(const Product<element, acc>& product, int64_t first, int64_t end) {
   constexpr int lanes = Vec<acc>::size();
-  // A few rows of b stay in the first-level cache whole: then the result is written row by row. Narrow ones are anyhow.
-  constexpr int64_t few = 8, block = tallest(kWidest);
-  if (depth <= few && height > block && size > kWidest * lanes) {
-    for (int64_t i = 0; i < height; i += block) {
-      multiply_blocks<element>(
-          out.at(i, 0), std::min(block, height - i), {c.data + i * c.row, c.row, c.column}, b, depth, size, ahead);
-    }
-    return;
-  }
+  const int64_t size = product.size;
   int64_t n = 0;
   const auto columns = [&](auto width, auto partial) {
-    for_even_blocks<tallest(width.value)>(height, [&](auto rows, int64_t i) {
-      const Coefficients<element> of_rows{c.data + i * c.row, c.row, c.column};
+    for_even_blocks<tallest(width.value)>(end - first, [&](auto rows, int64_t i) {
       if constexpr (std::is_same_v<element, acc>) {
-        if (panel != nullptr && i == 0) {
-          return multiply_tile<rows.value, width.value, partial.value, true>(
-              out.at(i, n), of_rows, b, n, depth, size - n, nullptr, panel->data);
+        if (product.panel != nullptr && first + i == 0) {
+          return multiply_tile<rows.value, width.value, partial.value, true>(product, 0, n, nullptr);
         }
       }
-      multiply_tile<rows.value, width.value, partial.value, false>(
-          out.at(i, n), of_rows, panel != nullptr ? panel->address : b, n, depth, size - n, ahead);
+      multiply_tile<rows.value, width.value, partial.value, false>(product, first + i, n, product.lines());
     });
     n += width.value * lanes;
   };
   // One row gets its accumulators from vectors abreast alone.
-  for (; height == 1 && n + 8 * lanes <= size; n += 8 * lanes) {
-    multiply_tile<1, 8, false, false>(out.at(0, n), c, b, n, depth, size - n, ahead);
+  for (; end - first == 1 && n + 8 * lanes <= size; n += 8 * lanes) {
+    multiply_tile<1, 8, false, false>(product, first, n, product.lines());
   }
   for (int64_t vectors; (vectors = (size - n) / lanes) > 0;) {
     // The last ones as 3 and 2 rather than 4 and 1.
@@ -222,6 +256,18 @@ void multiply_blocks(
   }
   if (n < size) {
     columns(std::integral_constant<int, 1>(), std::true_type());
+  }
+}
+
+// All `height` of them. A few rows of b stay in the first-level cache whole: then the result is written row by row. Narrow ones are
+// anyhow.
+template <class element, class acc>
+void multiply_blocks(const Product<element, acc>& product, int64_t height) {
+  constexpr int64_t few = 8, block = tallest(kWidest);
+  const bool by_rows = product.depth <= few && height > block && product.size > kWidest * Vec<acc>::size();
+  const int64_t rows = by_rows ? block : height;
+  for (int64_t i = 0; i < height; i += rows) {
+    multiply_rows(product, i, std::min(i + rows, height));
   }
 }
 
@@ -243,7 +289,7 @@ void multiply(
   Ahead* const ahead = work == nullptr ? nullptr : &work->ahead;
   // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
   if (work == nullptr || work->panel == nullptr || height < kPackedRows || depth < kPanelRows || size <= kPanelWidth) {
-    return multiply_blocks<acc>(out, height, c, b, depth, size, ahead);
+    return multiply_blocks<acc, acc>({out, c, b, depth, size, ahead}, height);
   }
   const PanelRows<acc> rows(work->panel, depth);
   const acc* from[kPanelDepth];
@@ -252,7 +298,7 @@ void multiply(
     for (int64_t k = 0; k < depth; ++k) {
       from[k] = b[k] + n;
     }
-    multiply_blocks<acc>(out.at(0, n), height, c, from, depth, width, ahead, &rows);
+    multiply_blocks<acc, acc>({out.at(0, n), c, from, depth, width, ahead, &rows}, height);
   }
 }
 
@@ -291,7 +337,7 @@ void multiply(
     for (int64_t k = 0; k < depth; k += 2) {
       zip_rows(panel + k / 2 * kPanelWidth, b[k], k + 1 < depth ? b[k + 1] : nullptr, n, width);
     }
-    multiply_blocks<Pair>(out.at(0, n), height, paired, rows.address, pairs, width, &work->ahead);
+    multiply_blocks<Pair, acc>({out.at(0, n), paired, rows.address, pairs, width, &work->ahead}, height);
   }
 #endif
 }
@@ -375,10 +421,12 @@ void sum_products(
       };
       constexpr std::integral_constant<int64_t, Vec<acc>::size()> full;
       int64_t d = 0;
-      const Ahead::Lines lines = ahead != nullptr ? ahead->take(size / full) : Ahead::Lines{nullptr, 0, 0};
-      for (const char* line = lines.first; d < lines.steps * full; d += full) {
-        line = fetch_lines(line, lines.bytes);
-        step(d, full);
+      if (const Ahead::Lines* lines = ahead == nullptr ? nullptr : ahead->take(size / full); lines != nullptr) {
+        const auto [first, steps, bytes] = *lines;
+        for (const char* line = first; d < steps * full; d += full) {
+          line = fetch_lines(line, bytes);
+          step(d, full);
+        }
       }
       for (; d + full <= size; d += full) {
         step(d, full);
@@ -389,6 +437,20 @@ void sum_products(
       store_sums<rows.value, columns.value>(out + i0 * stride + j0, stride, sums, factor);
     });
   });
+}
+
+// Whether dot products are summed along vectors rather than taken over b transposed: where the transposition is not worth it for so
+// many rows of a. Beside wide datapaths it weighs twice as much, and a lone vector of columns keeps the ports for loads more than
+// those for products.
+template <class element>
+bool are_summed(int64_t a_count, int64_t b_count, int64_t size) {
+  if constexpr (!std::is_same_v<element, float>) {
+    return false;
+  } else {
+    constexpr int64_t lanes = Vec<float>::size();
+    const bool is_lone_vector = b_count <= lanes + lanes / 2 && size >= 4 * lanes;
+    return are_few(a_count, size) || (is_zen_5() && (a_count <= size / 4 - 8 || is_lone_vector));
+  }
 }
 
 // out[i][j] = factor a_i . b_j of rows of `size` elements; out's rows are `stride` apart.
@@ -410,8 +472,7 @@ void dot_products(
   }
   int64_t j0 = 0;
   if constexpr (kTransposes<element>) {
-    const bool sums = std::is_same_v<element, acc> && are_few(a_count, size);
-    if (a_count >= kPanelRows && size > 0 && !sums) {
+    if (a_count >= kPanelRows && size > 0 && !are_summed<element>(a_count, b_count, size)) {
       // What is left of whole vectors is cheaper by sums, unless it is most of one.
       constexpr int64_t lanes = Vec<acc>::size();
       const int64_t rest = b_count % lanes;
@@ -426,7 +487,7 @@ void dot_products(
           const Coefficients<element> rows{a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1};
           const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
           transpose(work.panel, kPanelWidth, b + j0, width, d, depth);
-          multiply_blocks<element>(block, a_count, rows, columns.address, depth, whole_vectors<acc>(width), &work.ahead);
+          multiply_blocks<element, acc>({block, rows, columns.address, depth, whole_vectors<acc>(width), &work.ahead}, a_count);
         }
       }
       j0 = std::min(j0, paneled);

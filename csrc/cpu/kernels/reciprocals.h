@@ -1,6 +1,7 @@
 // Reciprocals and exponentials as additive.cpp takes them: what shares one, and in what range.
 #pragma once
 
+#include "processor.h"
 #include "products.h"
 #include "vec.h"
 
@@ -27,30 +28,21 @@ constexpr bool kAddsBesideProducts = true;
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <class acc>
 constexpr bool kMayDivide = std::is_same_v<acc, float>;
+#else
+template <class acc>
+constexpr bool kMayDivide = false;
+#endif
 
 inline bool divides() {
-  return __builtin_cpu_is("amd");
+  return is_amd();
 }
 
 // Whether four features share a quotient, or two: from Zen 5 on another division is sooner done than the three products that a
 // third and a fourth feature take to share one.
 template <class acc>
 bool shares_by_fours() {
-  return !kMayDivide<acc> || !divides() || __builtin_cpu_is("amdfam19h");
+  return !kMayDivide<acc> || !is_zen_5();
 }
-#else
-template <class acc>
-constexpr bool kMayDivide = false;
-
-constexpr bool divides() {
-  return false;
-}
-
-template <class acc>
-constexpr bool shares_by_fours() {
-  return true;
-}
-#endif
 
 // The largest |2q| + |2k| at which `shared` factors 1 + E <= 2 exp(|2q| + |2k|) have a product in range.
 template <class acc>
