@@ -47,10 +47,10 @@ AVX2 = "epyc-zen4-avx2-torch-2.13.0-bf09372-targets"
 MACHINES = (
     Machine(
         "Zen 5",
-        targets="epyc-zen5-avx512_bf16-torch-2.13.0-7db9891-targets",
-        decoders="epyc-zen5-avx512_bf16-torch-2.13.0-6cff4a0-training-steps",
+        targets="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-targets",
+        decoders="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-training-steps",
         grid="epyc-zen5-avx512_bf16-torch-2.13.0-7776f1f-grid",
-        report="epyc-zen5-avx512_bf16-torch-2.13.0-6cff4a0-report",
+        report="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-report",
     ),
     Machine(
         "Zen 4",
