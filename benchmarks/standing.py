@@ -49,7 +49,7 @@ MACHINES = (
         "Zen 5",
         targets="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-targets",
         decoders="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-training-steps",
-        grid="epyc-zen5-avx512_bf16-torch-2.13.0-7776f1f-grid",
+        grid="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-grid",
         report="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-report",
     ),
     Machine(
