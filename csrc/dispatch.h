@@ -15,7 +15,8 @@
 
 namespace attn_ext {
 
-using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // what the op returns: context, weights, log-sum-exp
+// What the op returns: context, weights, log-sum-exp, and the first two as they were accumulated.
+using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 using NeedExact = std::array<bool, 2>;  // which of context and weights are wanted as they were accumulated
 using Wanted = std::array<bool, 5>;     // which gradients, in their order
 

@@ -458,8 +458,9 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     loop = Loop(name, "lengths", torch.float32)
     expected = loop.grads(loss_of(loop.steps(loop.encoder_outputs)))
     with torch.autocast(cases.DEVICE, dtype):
-        outputs = loop.steps(loop.memory())
+        counts, outputs = calls(lambda: loop.steps(loop.memory()))
         assert outputs[0][0].dtype == dtype
+    assert counts["attn_ext::memory_attention"] == T
     counts, actual = calls(lambda: loop.grads(loss_of(outputs)))
     assert counts["attn_ext::attention_backward"] == T
     for a, e in zip(actual, expected, strict=True):

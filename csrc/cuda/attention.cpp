@@ -409,7 +409,7 @@ bool is_one_of_many(const Inputs& inputs) {
 }
 
 // The same of another query.
-Inputs of(const Inputs& inputs, const Tensor& query) {
+Inputs with_query(const Inputs& inputs, const Tensor& query) {
   const auto& [_, memory, keys, v, prepared_keys, lengths, mask, scale] = inputs;
   return {query, memory, keys, v, prepared_keys, lengths, mask, scale};
 }
@@ -423,7 +423,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
         with_queries(outputs.exact_context),
         with_queries(outputs.exact_weights)};
     const Tensor query = with_queries(inputs.query);
-    forward(of(inputs, query), of_queries);
+    forward(with_query(inputs, query), of_queries);
     return;
   }
   Call call(inputs, "forward");
@@ -444,7 +444,7 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
     const Tensor query = with_queries(inputs.query);
     Gradients of_queries{
         with_queries(gradients.query), gradients.memory, gradients.keys, gradients.v, with_queries(gradients.scores)};
-    backward(of(inputs, query), {grad_context, grad_weights, context, weights, with_queries(saved.logsumexp)}, of_queries);
+    backward(with_query(inputs, query), {grad_context, grad_weights, context, weights, with_queries(saved.logsumexp)}, of_queries);
     return;
   }
   Call call(inputs, "backward");
