@@ -10,6 +10,9 @@ namespace {  // one unit includes this: what it calls once is inlined
 // So many source steps may share a reciprocal in a backward of many queries. Not queries: a NaN of one would come into the next.
 constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
 
+// Whether there are registers for what the next source step begins with, beside this one's sums.
+constexpr bool kTakesAhead = kSharedSteps == 1 && kAccumulators == 24;
+
 template <class element>
 class AdditiveGradient : public AdditiveScore<element> {
  public:
@@ -274,10 +277,58 @@ class AdditiveGradient : public AdditiveScore<element> {
   // look at would be stored at every step.
   template <int shared, bool to_queries, int rows>
   [[gnu::noinline]] static void add_column(
+      const Column& column, int64_t t0, acc* grad_v, const acc* scores, int64_t scores_stride, int64_t steps) {
+    if constexpr (kTakesAhead) {
+      constexpr auto each = std::make_integer_sequence<int, rows>();
+      add_ahead<shared, to_queries>(each, column, t0, grad_v, scores, scores_stride, steps);
+    } else {
+      add_together<shared, to_queries, rows>(column, t0, grad_v, scores, scores_stride, steps);
+    }
+  }
+
+  // h is the end of four operations, each of which waits for the one before, and three sums wait for h: while a step's h are added
+  // the next step's are taken. A pack of queries rather than a loop: an array that a loop fills would be stored at every step.
+  template <int shared, bool to_queries, int... query>
+  [[gnu::always_inline]] static void add_ahead(
+      std::integer_sequence<int, query...>,
+      const Column& column,
+      int64_t t0,
+      acc* grad_v_sum,
+      const acc* scores,
+      int64_t scores_stride,
+      int64_t steps) {
+    const acc* const keys = column.keys;
+    const acc* const queries = column.queries + t0 * lanes;
+    acc* const grad_keys = column.grad_keys;
+    Vec<acc> k = Vec<acc>::loadu(keys);
+    Vec<acc> grad_v = Vec<acc>::loadu(grad_v_sum);
+    const auto take = [&](int i) __attribute__((always_inline)) {
+      return negative_tanh<acc>(half_denominator<shared>(Vec<acc>::loadu(queries + i * lanes), k));
+    };
+    Vec<acc> h[] = {take(query)...};
+    Vec<acc> grad_q[] = {(static_cast<void>(query), Vec<acc>(0))...};
+    for (int64_t j = 0; j < steps; ++j) {
+      k = Vec<acc>::loadu(keys + std::min(j + 1, steps - 1) * lanes);
+      Vec<acc> grad_k = Vec<acc>::loadu(grad_keys + j * lanes);
+      const auto add = [&](int i) __attribute__((always_inline)) {
+        add_slope(grad_q[i], grad_k, grad_v, Vec<acc>(scores[i * scores_stride + j]), h[i]);
+        h[i] = take(i);
+      };
+      (add(query), ...);
+      grad_k.store(grad_keys + j * lanes);
+    }
+    grad_v.store(grad_v_sum);
+    if constexpr (to_queries) {
+      (grad_q[query].store(column.grad_queries + (t0 + query) * lanes), ...);
+    }
+  }
+
+  // The same of a step, or of those that share a reciprocal, after the other.
+  template <int shared, bool to_queries, int rows>
+  [[gnu::always_inline]] static void add_together(
       const Column& column, int64_t t0, acc* grad_v_sum, const acc* scores, int64_t scores_stride, int64_t steps) {
     const acc* const keys = column.keys;
     acc* const grad_keys = column.grad_keys;
-    const Vec<acc> half(0.5);
     Vec<acc> q[rows];
     Vec<acc> grad_q[rows];
 #pragma GCC unroll 8
@@ -289,7 +340,7 @@ class AdditiveGradient : public AdditiveScore<element> {
     Vec<acc> grad_v[most];
     std::fill_n(grad_v, most, Vec<acc>(0));
     grad_v[0] = Vec<acc>::loadu(grad_v_sum);
-    const auto add_steps = [&](int64_t j, auto count) __attribute__((always_inline)) {
+    const auto add = [&](int64_t j, auto count) __attribute__((always_inline)) {
       Vec<acc> k[count.value], grad_k[count.value];
 #pragma GCC unroll 2
       for (int c = 0; c < count.value; ++c) {
@@ -301,24 +352,12 @@ class AdditiveGradient : public AdditiveScore<element> {
         Vec<acc> x[count.value], h[count.value];
 #pragma GCC unroll 2
         for (int c = 0; c < count.value; ++c) {
-          x[c] = shared > 0 ? at::vec::fmadd(q[i], k[c], half) : direct_denominator<acc>(q[i], k[c], kRange<acc>) * half;
+          x[c] = half_denominator<shared>(q[i], k[c]);
         }
         negative_tanhs<count.value, acc>(h, x);
 #pragma GCC unroll 2
         for (int c = 0; c < count.value; ++c) {
-          const Vec<acc> grad_score(scores[i * scores_stride + j + c]);
-          if constexpr (kAddsBesideProducts) {
-            const auto u = grad_score * h[c];
-            const auto y = at::vec::fnmadd(u, h[c], grad_score);
-            grad_q[i] = grad_q[i] + y;
-            grad_k[c] = grad_k[c] + y;
-            grad_v[c] = grad_v[c] + u;
-          } else {
-            const auto slope = at::vec::fnmadd(h[c], h[c], Vec<acc>(1));
-            grad_q[i] = at::vec::fmadd(grad_score, slope, grad_q[i]);
-            grad_k[c] = at::vec::fmadd(grad_score, slope, grad_k[c]);
-            grad_v[c] = at::vec::fmadd(grad_score, h[c], grad_v[c]);
-          }
+          add_slope(grad_q[i], grad_k[c], grad_v[c], Vec<acc>(scores[i * scores_stride + j + c]), h[c]);
         }
       }
 #pragma GCC unroll 2
@@ -328,15 +367,39 @@ class AdditiveGradient : public AdditiveScore<element> {
     };
     int64_t j = 0;
     for (; j + most <= steps; j += most) {
-      add_steps(j, std::integral_constant<int, most>());
+      add(j, std::integral_constant<int, most>());
     }
     for (; j < steps; ++j) {
-      add_steps(j, std::integral_constant<int, 1>());
+      add(j, std::integral_constant<int, 1>());
     }
     std::accumulate(grad_v + 1, grad_v + most, grad_v[0]).store(grad_v_sum);
 #pragma GCC unroll 8
     for (int i = 0; to_queries && i < rows; ++i) {
       grad_q[i].store(column.grad_queries + (t0 + i) * lanes);
+    }
+  }
+
+  // (1 + E) / 2, of what a Column with so many that share has.
+  template <int shared>
+  [[gnu::always_inline]] static Vec<acc> half_denominator(const Vec<acc>& q, const Vec<acc>& k) {
+    const Vec<acc> half(0.5);
+    return shared > 0 ? at::vec::fmadd(q, k, half) : direct_denominator<acc>(q, k, kRange<acc>) * half;
+  }
+
+  // y and u of a score's gradient.
+  [[gnu::always_inline]] static void add_slope(
+      Vec<acc>& grad_q, Vec<acc>& grad_k, Vec<acc>& grad_v, const Vec<acc>& grad_score, const Vec<acc>& h) {
+    if constexpr (kAddsBesideProducts) {
+      const auto u = grad_score * h;
+      const auto y = at::vec::fnmadd(u, h, grad_score);
+      grad_q = grad_q + y;
+      grad_k = grad_k + y;
+      grad_v = grad_v + u;
+    } else {
+      const auto slope = at::vec::fnmadd(h, h, Vec<acc>(1));
+      grad_q = at::vec::fmadd(grad_score, slope, grad_q);
+      grad_k = at::vec::fmadd(grad_score, slope, grad_k);
+      grad_v = at::vec::fmadd(grad_score, h, grad_v);
     }
   }
 
