@@ -10,8 +10,8 @@ namespace {  // one unit includes this: what it calls once is inlined
 // So many source steps may share a reciprocal in a backward of many queries. Not queries: a NaN of one would come into the next.
 constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
 
-// Whether there are registers for what the next source step begins with, beside this one's sums.
-constexpr bool kTakesAhead = kSharedSteps == 1 && kAccumulators == 24;
+// Whether the next source step begins beside this one's sums.
+constexpr bool kTakesAhead = kSharedSteps == 1 && kHasRegisters;
 
 template <class element>
 class AdditiveGradient : public AdditiveScore<element> {
@@ -177,7 +177,7 @@ class AdditiveGradient : public AdditiveScore<element> {
   };
 
   // So many columns are taken out of the rows at a time: every row is in a page of its own.
-  static constexpr int64_t kAbreast = 4;
+  static constexpr int kAbreast = 4;
 
   // Column by column, so that all that the sums run over, exponentials and gradients, is in the first-level cache and nowhere else.
   // The rows' own lines are read and written once, and fetched while the columns before them are at work.
@@ -187,17 +187,16 @@ class AdditiveGradient : public AdditiveScore<element> {
     const acc* const* queries = this->query_.addresses() + first;
     const acc* const* keys = this->has_exponentials_ ? this->key_exponentials_.addresses() : this->keys_.addresses();
     const Result<acc> grad_keys = grad_keys_.rows(first > 0);
-    constexpr int64_t strip = kAbreast * lanes;
-    for (int64_t a = 0; a < this->size_; a += strip) {
-      const int64_t width = std::min(ceil_div(this->size_ - a, lanes), kAbreast);
-      take_columns(queries, count, steps, a, width);
-      for (int64_t w = 0; w < width; ++w) {
+    for_blocks<kAbreast>(ceil_div(this->size_, lanes), [&](auto width, int64_t vector) {
+      const int64_t a = vector * lanes;
+      take_columns<width.value>(queries, count, steps, a);
+      for (int w = 0; w < width.value; ++w) {
         const Column& column = columns_[w];
         std::fill_n(column.grad_keys, steps * lanes, acc(0));
         // Two registers a query, and half a dozen.
         for_even_blocks<kAccumulators / 3>(count, [&](auto rows, int64_t t0) {
           // Meanwhile a line of every row that comes next.
-          const int64_t next = a + strip + w * lanes;
+          const int64_t next = a + (width.value + w) * lanes;
           for (int64_t t = t0; next < this->size_ && t < t0 + rows.value; ++t) {
             fetch(queries[t] + next);
             fetch(grad_query.to + t * grad_query.stride + next);
@@ -213,63 +212,85 @@ class AdditiveGradient : public AdditiveScore<element> {
         });
       }
       for (int64_t t = 0; to_queries && t < count; ++t) {
-        for (int64_t w = 0; w < width; ++w) {
+        for (int w = 0; w < width.value; ++w) {
           put(grad_query, t, a + w * lanes, Vec<acc>::loadu(columns_[w].grad_queries + t * lanes));
         }
       }
       for (int64_t j = 0; grad_keys_.wanted() && j < steps; ++j) {
-        for (int64_t w = 0; w < width; ++w) {
+        for (int w = 0; w < width.value; ++w) {
           put(grad_keys, j, a + w * lanes, Vec<acc>::loadu(columns_[w].grad_keys + j * lanes));
         }
       }
-    }
+    });
   }
 
   // `width` of them, of the features from a on.
-  void take_columns(const acc* const* queries, int64_t count, int64_t steps, int64_t a, int64_t width) {
-    const auto for_vectors = [&](const acc* const* rows, int64_t end, const auto& f) {
+  template <int width>
+  void take_columns(const acc* const* queries, int64_t count, int64_t steps, int64_t a) {
+    const int64_t last = std::min(lanes, this->size_ - a - (width - 1) * lanes);
+    const auto for_rows = [&](const acc* const* rows, int64_t end, const auto& f) __attribute__((always_inline)) {
       for (int64_t i = 0; i < end; ++i) {
-        for (int64_t w = 0; w < width; ++w) {
-          const int64_t first = a + w * lanes;
-          f(w, i * lanes, Vec<acc>::loadu(rows[i] + first, std::min(lanes, this->size_ - first)));
+        Vec<acc> x[width];
+#pragma GCC unroll 4
+        for (int w = 0; w < width; ++w) {
+          x[w] = Vec<acc>::loadu(rows[i] + a + w * lanes, w + 1 < width ? lanes : last);
         }
+        f(x, i * lanes);
       }
     };
-    // Kept here, not with the columns, where each would be waited for: an eighth of a few queries' backward.
-    Vec<acc> query_magnitudes[kAbreast], key_magnitudes[kAbreast];
-    std::fill_n(query_magnitudes, kAbreast, Vec<acc>(0));
-    std::fill_n(key_magnitudes, kAbreast, Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0)));
-    for_vectors(queries, count, [&](int64_t w, int64_t i, const Vec<acc>& q) {
-      (exponential<acc>(q, 2) * Vec<acc>(0.5)).store(columns_[w].queries + i);
-      query_magnitudes[w] = raised(query_magnitudes[w], q.abs());
+    const auto store = [&](acc* Column::* to, const Vec<acc>(&x)[width], int64_t place) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int w = 0; w < width; ++w) {
+        x[w].store(columns_[w].*to + place);
+      }
+    };
+    const auto raise = [](Vec<acc>(&magnitudes)[width], const Vec<acc>(&x)[width]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int w = 0; w < width; ++w) {
+        magnitudes[w] = raised(magnitudes[w], x[w].abs());
+      }
+    };
+    Vec<acc> query_magnitudes[width], key_magnitudes[width];
+    std::fill_n(query_magnitudes, width, Vec<acc>(0));
+    std::fill_n(key_magnitudes, width, Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0)));
+    for_rows(queries, count, [&](Vec<acc>(&q)[width], int64_t place) __attribute__((always_inline)) {
+      raise(query_magnitudes, q);
+      exponentiate(q, acc(2));
+#pragma GCC unroll 4
+      for (int w = 0; w < width; ++w) {
+        q[w] = q[w] * Vec<acc>(0.5);
+      }
+      store(&Column::queries, q, place);
     });
     if (this->has_exponentials_) {
-      for_vectors(this->key_exponentials_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& e) {
-        e.store(columns_[w].keys + j);
+      for_rows(this->key_exponentials_.addresses(), steps, [&](Vec<acc>(&e)[width], int64_t place) __attribute__((always_inline)) {
+        store(&Column::keys, e, place);
       });
     } else {
-      for_vectors(this->keys_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& k) {
-        exponential<acc>(k, 2).store(columns_[w].keys + j);
-        key_magnitudes[w] = raised(key_magnitudes[w], k.abs());
+      for_rows(this->keys_.addresses(), steps, [&](Vec<acc>(&k)[width], int64_t place) __attribute__((always_inline)) {
+        raise(key_magnitudes, k);
+        exponentiate(k, acc(2));
+        store(&Column::keys, k, place);
       });
     }
     bool all_factor = true;
-    for (int64_t w = 0; w < width; ++w) {
+    for (int w = 0; w < width; ++w) {
       const acc range = 2 * largest(query_magnitudes[w] + key_magnitudes[w]);
       columns_[w].shared = range <= range_of<acc>(kSharedSteps) ? kSharedSteps : range <= range_of<acc>(1) ? 1 : 0;
       all_factor &= columns_[w].shared > 0;
     }
     if (!all_factor) {
-      for_vectors(queries, count, [&](int64_t w, int64_t i, const Vec<acc>& q) {
-        if (columns_[w].shared == 0) {
-          q.store(columns_[w].queries + i);
-        }
-      });
-      for_vectors(this->keys_.addresses(), steps, [&](int64_t w, int64_t j, const Vec<acc>& k) {
-        if (columns_[w].shared == 0) {
-          k.store(columns_[w].keys + j);
-        }
-      });
+      const auto store_direct = [&](acc* Column::* to) {
+        return [to, this](const Vec<acc>(&x)[width], int64_t place) {
+          for (int w = 0; w < width; ++w) {
+            if (columns_[w].shared == 0) {
+              x[w].store(columns_[w].*to + place);
+            }
+          }
+        };
+      };
+      for_rows(queries, count, store_direct(&Column::queries));
+      for_rows(this->keys_.addresses(), steps, store_direct(&Column::keys));
     }
   }
 
@@ -383,7 +404,7 @@ class AdditiveGradient : public AdditiveScore<element> {
   template <int shared>
   [[gnu::always_inline]] static Vec<acc> half_denominator(const Vec<acc>& q, const Vec<acc>& k) {
     const Vec<acc> half(0.5);
-    return shared > 0 ? at::vec::fmadd(q, k, half) : direct_denominator<acc>(q, k, kRange<acc>) * half;
+    return shared > 0 ? at::vec::fmadd(q, k, half) : direct_denominator<acc>(q + k, kRange<acc>) * half;
   }
 
   // y and u of a score's gradient.

@@ -287,8 +287,8 @@ class AdditiveScore {
       const acc* q = query_.addresses()[first + t];
       for (int64_t j = 0; j < steps; ++j) {
         const acc* k = keys_.addresses()[j];
-        const auto total = sum_of_quotients<shared>(begin, v_, size_, [&](int64_t a, int64_t filled) {
-          return direct_denominator<acc>(Vec<acc>::loadu(q + a, filled), Vec<acc>::loadu(k + a, filled), range_of<acc>(shared));
+        const auto total = sum_of_quotients<shared, true>(begin, v_, size_, [&](int64_t a, int64_t filled) {
+          return Vec<acc>::loadu(q + a, filled) + Vec<acc>::loadu(k + a, filled);
         });
         out[t * out_stride + j] = -2 * scale_ * sum(total);
       }

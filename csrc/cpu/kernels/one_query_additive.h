@@ -127,13 +127,13 @@ class OneQueryAdditive {
     }
   }
 
-  // 1 + exp(2 (q + k)) of features from a on.
-  template <bool factored, int shared, class scalar>
-  [[gnu::always_inline]] Vec<acc> denominator(const scalar* key, int64_t a, int64_t count) const {
+  // Of a key and the query, a vector of features from a on: 1 + exp(2 (q + k)) where that is a product, or else q + k.
+  template <bool factored, class scalar>
+  [[gnu::always_inline]] Vec<acc> meet(const scalar* key, int64_t a, int64_t count) const {
     if constexpr (factored) {
       return at::vec::fmadd(Vec<acc>::loadu(query_exponentials_ + a), Vec<acc>::loadu(key + a), Vec<acc>(1));
     } else {
-      return direct_denominator<acc>(Vec<acc>::loadu(query_ + a, count), load_one<acc>(key + a, count), range_of<acc>(shared));
+      return Vec<acc>::loadu(query_ + a, count) + load_one<acc>(key + a, count);
     }
   }
 
@@ -149,13 +149,13 @@ class OneQueryAdditive {
         Vec<acc> totals[1][rows.value];
         for (int r = 0; r < rows.value; ++r) {
           const auto* key = static_cast<const scalar*>(keys.address(first + r));
-          totals[0][r] =
-              sum_of_quotients<shared>(half_off_, v_, end, [&](int64_t a, int64_t filled) __attribute__((always_inline)) {
+          totals[0][r] = sum_of_quotients<shared, !factored>(
+              half_off_, v_, end, [&](int64_t a, int64_t filled) __attribute__((always_inline)) {
                 if (fetches) {
                   keys.template fetch_next_line<scalar>(first + r, a);
                   memory.template fetch_next_line<of_memory>(first + r, a);
                 }
-                return denominator<factored, shared>(key, a, filled);
+                return meet<factored>(key, a, filled);
               });
           if (fetches) {
             memory.fetch_rest_of_next(first + r, end);
@@ -203,15 +203,21 @@ class OneQueryAdditive {
           const auto factor = Vec<acc>::loadu(v_ + a);
           auto grad_q = Vec<acc>::loadu(group.grad_query + a, count);
           auto grad_v = taken != kQuery ? Vec<acc>::loadu(grad_v_ + a, count) : Vec<acc>(0);
-          Vec<acc> grad_k[rows.value];
+          Vec<acc> x[rows.value], grad_k[rows.value];
 #pragma GCC unroll 4
           for (int r = 0; r < rows.value; ++r) {
             if (keys.fetches()) {
               keys.template fetch_next_line<scalar>(first + r, a);
             }
+            x[r] = meet<factored>(static_cast<const scalar*>(keys.address(first + r)), a, count);
+          }
+          if constexpr (!factored) {
+            direct_denominators(x, range_of<acc>(1));
+          }
+#pragma GCC unroll 4
+          for (int r = 0; r < rows.value; ++r) {
             const Vec<acc> grad_score(group.grad_scores()[first + r]);
-            const auto* key = static_cast<const scalar*>(keys.address(first + r));
-            const auto h = negative_tanh<acc>(denominator<factored, 1>(key, a, count) * Vec<acc>(0.5));
+            const auto h = negative_tanh<acc>(x[r] * Vec<acc>(0.5));
             const auto u = grad_score * h;
             const auto grad = at::vec::fnmadd(u, h, grad_score);
             grad_q = grad_q + grad;

@@ -75,6 +75,9 @@ constexpr int kAccumulators = 12, kWidest = 2;
 constexpr int kAccumulators = 4, kWidest = 2;
 #endif
 
+// Whether registers hold what several chains of operations have between them.
+constexpr bool kHasRegisters = kAccumulators == 24;
+
 // A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, as
 // wide as the register tile. Rows of which it took a part would be apart, and crowd some sets of the first-level cache.
 constexpr int64_t kPanelWidth = kWidest * Vec<float>::size();

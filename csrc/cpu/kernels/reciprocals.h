@@ -114,11 +114,25 @@ template <bool divides, class acc>
   return sum + numerator / denominator;
 }
 
-// 1 + exp(2 (q + k)), with the exponent limited to `limit`: what is lost of 1 / (1 + E) is at most exp(-limit). Keeps a NaN.
+// 1 + exp(2 sum) of a sum q + k, with the exponent limited to `limit`: what is lost of 1 / (1 + E) is at most exp(-limit). Keeps a
+// NaN.
 template <class acc>
-[[gnu::always_inline]] inline Vec<acc> direct_denominator(const Vec<acc>& query, const Vec<acc>& key, acc limit) {
-  const Vec<acc> sum = at::vec::clamp(query + key, Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2));
-  return Vec<acc>(1) + exponential<acc>(sum, 2);
+[[gnu::always_inline]] inline Vec<acc> direct_denominator(const Vec<acc>& sum, acc limit) {
+  return Vec<acc>(1) + exponential<acc>(at::vec::clamp(sum, Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2)), 2);
+}
+
+// The same of several, in their place.
+template <int count, class acc>
+[[gnu::always_inline]] inline void direct_denominators(Vec<acc> (&x)[count], acc limit) {
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    x[i] = at::vec::clamp(x[i], Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2));
+  }
+  exponentiate(x, acc(2));
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    x[i] = Vec<acc>(1) + x[i];
+  }
 }
 
 // numerators[0] / denominators[0] = the sum of all their quotients.
@@ -146,18 +160,23 @@ Vec<acc> half_off(const acc* v, int64_t size) {
   return std::isfinite(sum(total)) ? total : Vec<acc>(0);
 }
 
-// total + sum_a v_a / denominator(a), by lanes: denominator(a, filled) is of a vector of features, of which so many are there, and
-// v ends in zeros.
-template <int shared, class acc, class Denominator>
-[[gnu::always_inline]] inline Vec<acc> sum_of_quotients(
-    Vec<acc> total, const acc* v, int64_t size, const Denominator& denominator) {
+// total + sum_a v_a / x_a, by lanes: meet(a, filled) is x, or what direct_denominators() make it of, of a vector of features, of
+// which so many are there, and v ends in zeros.
+template <int shared, bool direct, class acc, class Meet>
+[[gnu::always_inline]] inline Vec<acc> sum_of_quotients(Vec<acc> total, const acc* v, int64_t size, const Meet& meet) {
   constexpr int64_t lanes = Vec<acc>::size();
   const auto add = [&](int64_t a, auto block, int64_t last) {
     Vec<acc> numerators[block.value], denominators[block.value];
 #pragma GCC unroll 4
     for (int n = 0; n < block.value; ++n) {
       numerators[n] = Vec<acc>::loadu(v + a + n * lanes);
-      denominators[n] = denominator(a + n * lanes, n + 1 < block.value ? lanes : last);
+      denominators[n] = meet(a + n * lanes, n + 1 < block.value ? lanes : last);
+      if constexpr (direct && !kHasRegisters) {
+        denominators[n] = direct_denominator(denominators[n], range_of<acc>(shared));
+      }
+    }
+    if constexpr (direct && kHasRegisters) {
+      direct_denominators(denominators, range_of<acc>(shared));
     }
     share_denominator<block.value, acc>(numerators, denominators);
     total = add_quotient<false, acc>(total, numerators[0], denominators[0]);

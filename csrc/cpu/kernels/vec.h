@@ -50,60 +50,45 @@ template <class acc, class F>
   }
 }
 
-// exp(factor x) where it is a normal number, anything elsewhere; a NaN stays one. Of floats to 1 ulp of what some x within 2e-8 of
-// this one has, as if x had been rounded once more.
-template <class acc>
-inline Vec<acc> exponential(const Vec<acc>& x, acc factor = 1) {
-  return (x * Vec<acc>(factor)).exp();
-}
-
-// exp(x), 0 for an x below `least`.
-template <class acc>
-inline Vec<acc> exponential_from(acc least, const Vec<acc>& x) {
-  return Vec<acc>::blendv(exponential(x), Vec<acc>(0), x < Vec<acc>(least));
-}
-
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
 // PyTorch's is a call for every vector, which empties all registers around it, or on ARM's processors for every number.
 // exp(factor x) = 2^n 2^-r with n - r = x factor log2(e), |r| <= 1/2. The sum is taken exactly but for the rounding of that factor,
-// in whose stead others take ln(2) apart into two numbers. Returns 2^-r, a minimax polynomial; `shifted` is kShift + n, whose
+// in whose stead others take ln(2) apart into two numbers. x becomes 2^-r, a minimax polynomial; `shifted` is kShift + n, whose
 // lowest bits are n's.
 constexpr float kShift = 0x1.8p23f;
 
-inline Vec<float> significand(const Vec<float>& x, float factor, Vec<float>& shifted) {
+template <int count>
+[[gnu::always_inline]] inline void take_significands(Vec<float> (&x)[count], float factor, Vec<float> (&shifted)[count]) {
   using at::vec::fmadd;
   const Vec<float> scale(factor * 1.44269504f);
-  shifted = fmadd(x, scale, Vec<float>(kShift));
-  const Vec<float> r = at::vec::fnmadd(x, scale, shifted - Vec<float>(kShift));  // ARM's processors have no instruction for -r
-  Vec<float> p(1.53533620e-4f);
-  for (const float coefficient : {-1.33988750e-3f, 9.61843692e-3f, -5.55033237e-2f, 2.40226477e-1f, -6.93147182e-1f, 1.0f}) {
-    p = fmadd(p, r, Vec<float>(coefficient));
+  Vec<float> p[count];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    shifted[i] = fmadd(x[i], scale, Vec<float>(kShift));
   }
-  return p;
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    x[i] = at::vec::fnmadd(x[i], scale, shifted[i] - Vec<float>(kShift));  // r: ARM's processors have no instruction for -r
+    p[i] = Vec<float>(1.53533620e-4f);
+  }
+  for (const float coefficient : {-1.33988750e-3f, 9.61843692e-3f, -5.55033237e-2f, 2.40226477e-1f, -6.93147182e-1f, 1.0f}) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      p[i] = fmadd(p[i], x[i], Vec<float>(coefficient));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    x[i] = p[i];
+  }
 }
 
+// p 2^n
+inline Vec<float> times_power(const Vec<float>& p, const Vec<float>& shifted) {
 #if defined(CPU_CAPABILITY_AVX512)
-template <>
-inline Vec<float> exponential(const Vec<float>& x, float factor) {
-  Vec<float> shifted;
-  const Vec<float> p = significand(x, factor, shifted);
   return _mm512_scalef_ps(p, shifted - Vec<float>(kShift));
-}
-
-template <>
-inline Vec<float> exponential_from(float least, const Vec<float>& x) {
-  Vec<float> shifted;
-  const Vec<float> p = significand(x, 1, shifted);
-  const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(kept, p, shifted - Vec<float>(kShift));
-}
-#else
-// Times 2^n: to add n to the significand's own exponent would be an instruction less, but made numbers of some NaNs.
-template <>
-inline Vec<float> exponential(const Vec<float>& x, float factor) {
-  Vec<float> shifted;
-  const Vec<float> p = significand(x, factor, shifted);
-#if defined(__aarch64__)
+  // To add n to the significand's own exponent would be an instruction less, but made numbers of some NaNs.
+#elif defined(__aarch64__)
   const uint32x4_t biased = vaddq_u32(vreinterpretq_u32_f32(shifted), vdupq_n_u32(127));
   return vmulq_f32(p, vreinterpretq_f32_u32(vshlq_n_u32(biased, 23)));
 #else
@@ -112,6 +97,56 @@ inline Vec<float> exponential(const Vec<float>& x, float factor) {
 #endif
 }
 #endif
+
+// exp(factor x) where it is a normal number, anything elsewhere; a NaN stays one. Of floats to 1 ulp of what some x within 2e-8 of
+// this one has, as if x had been rounded once more.
+template <class acc>
+inline Vec<acc> exponential(const Vec<acc>& x, acc factor = 1) {
+  return (x * Vec<acc>(factor)).exp();
+}
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
+template <int count>
+[[gnu::always_inline]] inline void exponentiate(Vec<float> (&x)[count], float factor) {
+  Vec<float> shifted[count];
+  take_significands(x, factor, shifted);
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    x[i] = times_power(x[i], shifted[i]);
+  }
+}
+
+template <>
+inline Vec<float> exponential(const Vec<float>& x, float factor) {
+  Vec<float> one[] = {x};
+  exponentiate(one, factor);
+  return one[0];
+}
+#endif
+
+// x = exp(factor x) of several vectors. It is ten operations, each of which waits for the one before: they take them together.
+template <int count, class acc>
+[[gnu::always_inline]] inline void exponentiate(Vec<acc> (&x)[count], acc factor) {
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    x[i] = exponential(x[i], factor);
+  }
+}
+
+// exp(x), 0 for an x below `least`.
+template <class acc>
+inline Vec<acc> exponential_from(acc least, const Vec<acc>& x) {
+  return Vec<acc>::blendv(exponential(x), Vec<acc>(0), x < Vec<acc>(least));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+inline Vec<float> exponential_from(float least, const Vec<float>& x) {
+  Vec<float> p[] = {x}, shifted[1];
+  take_significands(p, 1.f, shifted);
+  const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(kept, p[0], shifted[0] - Vec<float>(kShift));
+}
 #endif
 
 // The larger, and a where b is NaN: one instruction, where PyTorch's maximum() is a chain of four.
