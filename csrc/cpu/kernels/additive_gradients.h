@@ -333,6 +333,7 @@ class AdditiveGradient : public AdditiveScore<element> {
       Vec<acc> grad_k = Vec<acc>::loadu(grad_keys + j * lanes);
       const auto add = [&](int i) __attribute__((always_inline)) {
         add_slope(grad_q[i], grad_k, grad_v, Vec<acc>(scores[i * scores_stride + j]), h[i]);
+        asm("" : "+v"(grad_k.values));  // now: put off until grad_k is stored, all of a step's terms would wait in registers
         h[i] = take(i);
       };
       (add(query), ...);
