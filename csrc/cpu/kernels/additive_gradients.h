@@ -176,8 +176,9 @@ class AdditiveGradient : public AdditiveScore<element> {
     int shared;  // so many steps share a reciprocal; 0: q and k
   };
 
-  // So many columns are taken out of the rows at a time: every row is in a page of its own.
-  static constexpr int kAbreast = 4;
+  // So many columns are taken out of the rows at a time, since every row is in a page of its own; with half of the registers, whose
+  // vectors are half as long, half as many.
+  static constexpr int kAbreast = kHasRegisters ? 4 : 2;
 
   // Column by column, so that all that the sums run over, exponentials and gradients, is in the first-level cache and nowhere else.
   // The rows' own lines are read and written once, and fetched while the columns before them are at work.
