@@ -11,7 +11,7 @@ namespace {  // one unit includes this: what it calls once is inlined
 constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
 
 // Whether the next source step begins beside this one's sums.
-constexpr bool kTakesAhead = kSharedSteps == 1 && kHasRegisters;
+constexpr bool kTakesAhead = kSharedSteps == 1 && kHasManyRegisters;
 
 template <class element>
 class AdditiveGradient : public AdditiveScore<element> {
@@ -178,7 +178,7 @@ class AdditiveGradient : public AdditiveScore<element> {
 
   // So many columns are taken out of the rows at a time, since every row is in a page of its own; with half of the registers, whose
   // vectors are half as long, half as many.
-  static constexpr int kAbreast = kHasRegisters ? 4 : 2;
+  static constexpr int kAbreast = kHasManyRegisters ? 4 : 2;
 
   // Column by column, so that all that the sums run over, exponentials and gradients, is in the first-level cache and nowhere else.
   // The rows' own lines are read and written once, and fetched while the columns before them are at work.
@@ -251,6 +251,7 @@ class AdditiveGradient : public AdditiveScore<element> {
         magnitudes[w] = raised(magnitudes[w], x[w].abs());
       }
     };
+    // Kept here, not with the columns, where each would be waited for: an eighth of a few queries' backward.
     Vec<acc> query_magnitudes[width], key_magnitudes[width];
     std::fill_n(query_magnitudes, width, Vec<acc>(0));
     std::fill_n(key_magnitudes, width, Vec<acc>(this->has_exponentials_ ? this->key_exponentials_.range() / 2 : acc(0)));
@@ -334,7 +335,7 @@ class AdditiveGradient : public AdditiveScore<element> {
       Vec<acc> grad_k = Vec<acc>::loadu(grad_keys + j * lanes);
       const auto add = [&](int i) __attribute__((always_inline)) {
         add_slope(grad_q[i], grad_k, grad_v, Vec<acc>(scores[i * scores_stride + j]), h[i]);
-        asm("" : "+v"(grad_k.values));  // now: put off until grad_k is stored, all of a step's terms would wait in registers
+        asm("" : "+v"(grad_k.values));  // in its place: put off to the store, all terms would wait in registers
         h[i] = take(i);
       };
       (add(query), ...);
@@ -346,7 +347,7 @@ class AdditiveGradient : public AdditiveScore<element> {
     }
   }
 
-  // The same of a step, or of those that share a reciprocal, after the other.
+  // The same, one step after the other, or those together that share a reciprocal.
   template <int shared, bool to_queries, int rows>
   [[gnu::always_inline]] static void add_together(
       const Column& column, int64_t t0, acc* grad_v_sum, const acc* scores, int64_t scores_stride, int64_t steps) {

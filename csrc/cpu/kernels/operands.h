@@ -76,7 +76,7 @@ constexpr int kAccumulators = 4, kWidest = 2;
 #endif
 
 // Whether registers hold what several chains of operations have between them.
-constexpr bool kHasRegisters = kAccumulators == 24;
+constexpr bool kHasManyRegisters = kAccumulators == 24;
 
 // A block of b, transposed or as it is, that is used at once by all rows of a result: up to kPanelDepth rows of kPanelWidth, as
 // wide as the register tile. Rows of which it took a part would be apart, and crowd some sets of the first-level cache.

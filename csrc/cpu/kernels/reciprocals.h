@@ -171,11 +171,11 @@ template <int shared, bool direct, class acc, class Meet>
     for (int n = 0; n < block.value; ++n) {
       numerators[n] = Vec<acc>::loadu(v + a + n * lanes);
       denominators[n] = meet(a + n * lanes, n + 1 < block.value ? lanes : last);
-      if constexpr (direct && !kHasRegisters) {
+      if constexpr (direct && !kHasManyRegisters) {  // they would be stored on their way
         denominators[n] = direct_denominator(denominators[n], range_of<acc>(shared));
       }
     }
-    if constexpr (direct && kHasRegisters) {
+    if constexpr (direct && kHasManyRegisters) {
       direct_denominators(denominators, range_of<acc>(shared));
     }
     share_denominator<block.value, acc>(numerators, denominators);

@@ -50,6 +50,13 @@ template <class acc, class F>
   }
 }
 
+// exp(factor x) where it is a normal number, anything elsewhere; a NaN stays one. Of floats to 1 ulp of what some x within 2e-8 of
+// this one has, as if x had been rounded once more.
+template <class acc>
+inline Vec<acc> exponential(const Vec<acc>& x, acc factor = 1) {
+  return (x * Vec<acc>(factor)).exp();
+}
+
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
 // PyTorch's is a call for every vector, which empties all registers around it, or on ARM's processors for every number.
 // exp(factor x) = 2^n 2^-r with n - r = x factor log2(e), |r| <= 1/2. The sum is taken exactly but for the rounding of that factor,
@@ -96,16 +103,7 @@ inline Vec<float> times_power(const Vec<float>& p, const Vec<float>& shifted) {
   return p * Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
 #endif
 }
-#endif
 
-// exp(factor x) where it is a normal number, anything elsewhere; a NaN stays one. Of floats to 1 ulp of what some x within 2e-8 of
-// this one has, as if x had been rounded once more.
-template <class acc>
-inline Vec<acc> exponential(const Vec<acc>& x, acc factor = 1) {
-  return (x * Vec<acc>(factor)).exp();
-}
-
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
 template <int count>
 [[gnu::always_inline]] inline void exponentiate(Vec<float> (&x)[count], float factor) {
   Vec<float> shifted[count];
