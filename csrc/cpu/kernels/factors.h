@@ -215,7 +215,7 @@ acc dot_product(const acc* a, const element* b, int64_t size) {
   Vec<acc> total(0);
   for_vectors<acc>(size, [&](int64_t i, auto count) {
     const auto x = Vec<acc>::loadu(a + i, count);
-    total = at::vec::fmadd(x, Vec<acc>::blendv(Factors<element>::numbers(b, i, count), Vec<acc>(0), x == Vec<acc>(0)), total);
+    total = at::vec::fmadd(x, where_weighted(x, Factors<element>::numbers(b, i, count)), total);
   });
   return sum(total);
 }

@@ -39,29 +39,36 @@ void spoil_weights(acc* row, const Problem& problem, int64_t b, int64_t t, const
   }
 }
 
-// A tensor's row of all steps, from element `first` on: what is written to it may be rounded.
-struct StepsRow {
+// Rows of all steps of a [B, T, S] tensor, from element `first` on: what is written to them may be rounded.
+struct StepsRows {
   Dtype dtype;
   void* data;
   int64_t first;
+  int64_t count;
+  int64_t steps;
 
   void zero(int64_t begin, int64_t end) const {
-    if (begin < end) {
-      zero_row(dtype, data, first + begin, end - begin);
+    for (int64_t t = 0; begin < end && t < count; ++t) {
+      zero_row(dtype, data, first + t * steps + begin, end - begin);
     }
   }
 
-  // A tile's row, times a factor, into its places, and zeros for the steps before and between them.
+  // A tile's rows, `stride` apart and each times its factor, into their places, and zeros for the steps before and between them.
   template <class acc>
-  void scatter(const acc* row, const Tile& tile, int64_t written, acc factor) const {
-    zero(written, tile.steps[0]);
-    for (int64_t j = 0, end; j < tile.count; j = end) {
-      end = tile.run_end(j);
-      store_row(dtype, data, first + tile.steps[j], row + j, end - j, factor);
-      if (end < tile.count) {
-        zero(tile.steps[end - 1] + 1, tile.steps[end]);
+  void scatter(const acc* rows, int64_t stride, const acc* factors, const Tile& tile, int64_t written) const {
+    with_type<acc>(dtype, [&](auto example) {
+      using scalar = decltype(example);
+      for (int64_t t = 0; t < count; ++t) {
+        scalar* const to = static_cast<scalar*>(data) + first + t * steps;
+        int64_t before = written;
+        for (int64_t j = 0, end; j < tile.count; j = end) {
+          end = tile.run_end(j);
+          std::fill(to + before, to + tile.steps[j], scalar(0));
+          store_row(to + tile.steps[j], rows + t * stride + j, end - j, factors == nullptr ? acc(1) : factors[t]);
+          before = tile.steps[end - 1] + 1;
+        }
       }
-    }
+    });
   }
 };
 

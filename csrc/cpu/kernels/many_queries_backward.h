@@ -86,8 +86,8 @@ struct AttentionBackward {
       written = tile.steps[tile.count - 1] + 1;
     }
     slot.grad_memory.zero(written, item.end_step);
-    for (int64_t t = 0; f.grad_scores != nullptr && t < item.queries; ++t) {
-      grad_scores_row(f, item, t).zero(written, item.end_step);
+    if (f.grad_scores != nullptr) {
+      grad_scores_rows(f, item, 0, item.queries).zero(written, item.end_step);
     }
     slot.gradient.end(item, index, written);
     if (written == item.first_step && f.grad_query != nullptr) {
@@ -168,14 +168,12 @@ struct AttentionBackward {
     acc* weights = slot.coefficients;
     acc* grad_scores = weights + count * stride;
     if (f.score_gradients.data != nullptr) {
-      for (int64_t t = 0; t < count; ++t) {
-        gather(grad_scores + t * stride, kAccumulated<acc>, f.score_gradients, item.batch, item.first_query + first + t, tile);
-      }
+      gather(grad_scores, stride, kAccumulated<acc>, f.score_gradients, item.batch, item.first_query + first, count, tile);
     } else {
       find_grad_scores(f, item, first, count, tile, slot, weights, grad_scores);
     }
-    for (int64_t t = 0; f.grad_scores != nullptr && t < count; ++t) {
-      grad_scores_row(f, item, first + t).scatter(grad_scores + t * stride, tile, written, acc(1));
+    if (f.grad_scores != nullptr) {
+      grad_scores_rows(f, item, first, count).scatter<acc>(grad_scores, stride, nullptr, tile, written);
     }
     if (slot.grad_memory.wanted()) {
       // sum_t a_ts g_t and, where the memory is its own keys, sum_t de_ts q_t: one product of twice the depth.
@@ -224,8 +222,9 @@ struct AttentionBackward {
     return {coefficients, 1, stride};
   }
 
-  static StepsRow grad_scores_row(const Backward& f, const Item& item, int64_t t) {
-    return {kAccumulated<acc>, f.grad_scores, (item.first_row(f.problem) + t) * f.problem.steps};
+  static StepsRows grad_scores_rows(const Backward& f, const Item& item, int64_t first, int64_t count) {
+    const int64_t steps = f.problem.steps;
+    return {kAccumulated<acc>, f.grad_scores, (item.first_row(f.problem) + first) * steps, count, steps};
   }
 
   static void find_grad_scores(
@@ -242,9 +241,7 @@ struct AttentionBackward {
     const int64_t stride = slot.tile_stride;
     const element* const* grad_context = slot.grad_context.addresses() + first;
     if (f.weights.data != nullptr) {
-      for (int64_t t = 0; t < count; ++t) {
-        gather(weights + t * stride, kAccumulated<acc>, f.weights, item.batch, first_query + t, tile);
-      }
+      gather(weights, stride, kAccumulated<acc>, f.weights, item.batch, first_query, count, tile);
     } else {
       recompute_weights(f, item, first, count, tile, slot, weights);
     }
@@ -256,7 +253,7 @@ struct AttentionBackward {
     }
     for (int64_t t = 0; f.grad_weights.data != nullptr && t < count; ++t) {
       acc grad_weights[kTile];
-      gather(grad_weights, problem.dtype, f.grad_weights, item.batch, first_query + t, tile);
+      gather(grad_weights, 0, problem.dtype, f.grad_weights, item.batch, first_query + t, 1, tile);
       acc* row = grad_scores + t * stride;
       for (int64_t j = 0; j < tile.count; ++j) {
         row[j] += grad_weights[j];
@@ -323,16 +320,18 @@ struct AttentionBackward {
     }
   }
 
-  // A tile's columns of row t.
-  static void gather(acc* row, Dtype dtype, const View& view, int64_t b, int64_t t, const Tile& tile) {
-    const int64_t start = b * view.batch + t * view.row;
-    if (tile.contiguous()) {
-      load_row(row, dtype, view.data, start + tile.steps[0] * view.element, view.element, tile.count);
-      return;
-    }
-    for (int64_t j = 0; j < tile.count; ++j) {
-      load_row(row + j, dtype, view.data, start + tile.steps[j] * view.element, view.element, 1);
-    }
+  // A tile's columns of `count` rows from t on.
+  static void gather(
+      acc* rows, int64_t stride, Dtype dtype, const View& view, int64_t b, int64_t t, int64_t count, const Tile& tile) {
+    with_type<acc>(dtype, [&](auto example) {
+      const auto* from = static_cast<const decltype(example)*>(view.data) + b * view.batch + t * view.row;
+      for (int64_t i = 0; i < count; ++i, from += view.row) {
+        for (int64_t j = 0, end; j < tile.count; j = end) {
+          end = tile.run_end(j);
+          load_row(rows + i * stride + j, from + tile.steps[j] * view.element, view.element, end - j);
+        }
+      }
+    });
   }
 };
 

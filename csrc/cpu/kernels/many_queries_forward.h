@@ -286,29 +286,35 @@ struct AttentionForward {
   // Of an item's steps: what is kept of a tile is relative to the maximum of its time.
   static void store_weights(
       const Forward& f, const Item& part, const Run& rows, const Slot& slot, const acc* row_max, const acc* row_sum) {
-    const auto store = [&](Dtype dtype, void* to) {
+    const int64_t first = (part.first_row(f.problem) + rows.first) * f.problem.steps;
+    const StepsRows weights{f.problem.dtype, f.weights, first, rows.end - rows.first, f.problem.steps};
+    const StepsRows exact{kAccumulated<acc>, f.exact_weights, first, rows.end - rows.first, f.problem.steps};
+    const bool is_stored_twice = f.exact_weights != nullptr && f.exact_weights != f.weights;
+    int64_t written = part.first_step;
+    for (int64_t i = 0; i < *slot.used; ++i) {
+      const Tile& tile = slot.tiles[i];
+      acc* const scores = slot.tile_scores + i * f.plan.tile;
+      acc factors[kChunk];
       for (int64_t t = rows.first; t < rows.end; ++t) {
-        const StepsRow row{dtype, to, (part.batch * f.problem.queries + part.first_query + t) * f.problem.steps};
-        int64_t written = part.first_step;
-        for (int64_t i = 0; i < *slot.used; ++i) {
-          const acc tile_max = slot.tile_max[t * slot.kept + i];
-          acc* weights = slot.tile_scores + t * slot.stride + i * f.plan.tile;
-          acc factor = row_sum[t] == 0          ? acc(0)
-                       : tile_max == row_max[t] ? 1 / row_sum[t]
-                                                : std::exp(tile_max - row_max[t]) / row_sum[t];
-          if (std::isnan(factor)) {
-            spoil_weights(weights, f.problem, part.batch, part.first_query + t, slot.tiles[i]);
-            factor = 1;
-          }
-          row.scatter(weights, slot.tiles[i], written, factor);
-          written = slot.tiles[i].steps[slot.tiles[i].count - 1] + 1;
+        const acc tile_max = slot.tile_max[t * slot.kept + i];
+        acc factor = row_sum[t] == 0          ? acc(0)
+                     : tile_max == row_max[t] ? 1 / row_sum[t]
+                                              : std::exp(tile_max - row_max[t]) / row_sum[t];
+        if (std::isnan(factor)) {
+          spoil_weights(scores + t * slot.stride, f.problem, part.batch, part.first_query + t, tile);
+          factor = 1;
         }
-        row.zero(written, part.end_step);
+        factors[t - rows.first] = factor;
       }
-    };
-    store(f.problem.dtype, f.weights);
-    if (f.exact_weights != nullptr && f.exact_weights != f.weights) {
-      store(kAccumulated<acc>, f.exact_weights);
+      weights.scatter(scores + rows.first * slot.stride, slot.stride, factors, tile, written);
+      if (is_stored_twice) {
+        exact.scatter(scores + rows.first * slot.stride, slot.stride, factors, tile, written);
+      }
+      written = tile.steps[tile.count - 1] + 1;
+    }
+    weights.zero(written, part.end_step);
+    if (is_stored_twice) {
+      exact.zero(written, part.end_step);
     }
   }
 };

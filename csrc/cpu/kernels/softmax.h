@@ -51,14 +51,14 @@ struct Part {
   }
 };
 
-// row[j] = gradient(factor a_j, row[j], subtract), and 0 where the weight a_j is: 0 * inf is no gradient. Returns the sum.
+// row[j] = gradient(factor a_j, row[j], subtract), but nothing where the weight a_j is 0. Returns the sum.
 template <class acc, class Gradient>
 acc pass_on(acc* row, const acc* weights, int64_t steps, acc factor, acc subtract, const Gradient& gradient) {
   Vec<acc> total(0);
   for_vectors<acc>(steps, [&](int64_t j, auto count) {
     const Vec<acc> a = Vec<acc>::loadu(weights + j, count);
     const Vec<acc> de = gradient(Vec<acc>(factor) * a, Vec<acc>::loadu(row + j, count), Vec<acc>(subtract));
-    const Vec<acc> passed = Vec<acc>::blendv(de, Vec<acc>(0), a == Vec<acc>(0));
+    const Vec<acc> passed = where_weighted(a, de);
     passed.store(row + j, static_cast<int>(count));
     total = total + passed;
   });

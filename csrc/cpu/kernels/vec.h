@@ -147,6 +147,20 @@ inline Vec<float> exponential_from(float least, const Vec<float>& x) {
 }
 #endif
 
+// x, but 0 where the weight is: whatever it meets, it passes nothing on, and 0 * inf would be no number.
+template <class acc>
+inline Vec<acc> where_weighted(const Vec<acc>& weight, const Vec<acc>& x) {
+  return Vec<acc>::blendv(x, Vec<acc>(0), weight == Vec<acc>(0));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// PyTorch's masks are vectors, which a comparison's result becomes and a blend makes a mask of again.
+template <>
+inline Vec<float> where_weighted(const Vec<float>& weight, const Vec<float>& x) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ), x);
+}
+#endif
+
 // The larger, and a where b is NaN: one instruction, where PyTorch's maximum() is a chain of four.
 template <class acc>
 Vec<acc> raised(const Vec<acc>& a, const Vec<acc>& b) {
@@ -250,29 +264,31 @@ template <class F>
   condition ? f(std::true_type()) : f(std::false_type());
 }
 
-// Elements `first`, `first + stride`, ... of a tensor of any dtype, in the accumulation type.
-template <class acc>
-void load_row(acc* to, Dtype dtype, const void* data, int64_t first, int64_t stride, int64_t size) {
-  with_type<acc>(dtype, [&](auto example) {
-    using scalar = decltype(example);
-    const scalar* const typed = static_cast<const scalar*>(data) + first;
-    int64_t i = 0;
-    if (stride == 1) {
-      if constexpr (sizeof(scalar) == 2) {
-        for (; i + Vec<float>::size() <= size; i += Vec<float>::size()) {
-          Vec<float> x;
-          at::vec::load_to_float<scalar>(typed + i, x);
-          x.store(to + i);
-        }
-      } else {
-        std::copy_n(typed, size, to);
-        return;
+// Elements that are `stride` apart, in the accumulation type.
+template <class acc, class scalar>
+void load_row(acc* to, const scalar* from, int64_t stride, int64_t size) {
+  int64_t i = 0;
+  if (stride == 1) {
+    if constexpr (std::is_same_v<scalar, acc>) {
+      return for_vectors<acc>(
+          size, [&](int64_t j, auto count) { Vec<acc>::loadu(from + j, count).store(to + j, static_cast<int>(count)); });
+    } else {
+      for (; i + Vec<float>::size() <= size; i += Vec<float>::size()) {
+        Vec<float> x;
+        at::vec::load_to_float<scalar>(from + i, x);
+        x.store(to + i);
       }
     }
-    for (; i < size; ++i) {
-      to[i] = static_cast<acc>(typed[i * stride]);
-    }
-  });
+  }
+  for (; i < size; ++i) {
+    to[i] = static_cast<acc>(from[i * stride]);
+  }
+}
+
+// The same of a tensor of any dtype, from element `first` on.
+template <class acc>
+void load_row(acc* to, Dtype dtype, const void* data, int64_t first, int64_t stride, int64_t size) {
+  with_type<acc>(dtype, [&](auto example) { load_row(to, static_cast<const decltype(example)*>(data) + first, stride, size); });
 }
 
 // Two vectors' numbers rounded to halves, one behind the other.
@@ -287,26 +303,27 @@ inline Vec<scalar> rounded(const Vec<float>& low, const Vec<float>& high) {
   return at::vec::convert_from_float<scalar>(low, high);
 }
 
-// The way back, into consecutive elements: out[first + i] = factor * from[i]
+// The way back, into consecutive elements: to[i] = factor * from[i]
+template <class acc, class scalar>
+void store_row(scalar* to, const acc* from, int64_t size, acc factor) {
+  if constexpr (std::is_same_v<scalar, acc>) {
+    scale_row(to, from, size, factor);
+  } else {
+    const Vec<acc> factors(factor);
+    constexpr int64_t lanes = Vec<acc>::size();
+    for (int64_t i = 0; i < size; i += 2 * lanes) {
+      const int64_t low = std::min(lanes, size - i);
+      const int64_t high = std::min(lanes, size - i - low);
+      const Vec<acc> a = Vec<acc>::loadu(from + i, low) * factors;
+      const Vec<acc> b = high > 0 ? Vec<acc>::loadu(from + i + low, high) * factors : Vec<acc>(0);
+      rounded<scalar>(a, b).store(to + i, static_cast<int>(low + high));
+    }
+  }
+}
+
 template <class acc>
 void store_row(Dtype dtype, void* data, int64_t first, const acc* from, int64_t size, acc factor = 1) {
-  with_type<acc>(dtype, [&](auto example) {
-    using scalar = decltype(example);
-    scalar* const to = static_cast<scalar*>(data) + first;
-    if constexpr (std::is_same_v<scalar, acc>) {
-      scale_row(to, from, size, factor);
-    } else {
-      const Vec<acc> factors(factor);
-      constexpr int64_t lanes = Vec<acc>::size();
-      for (int64_t i = 0; i < size; i += 2 * lanes) {
-        const int64_t low = std::min(lanes, size - i);
-        const int64_t high = std::min(lanes, size - i - low);
-        const Vec<acc> a = Vec<acc>::loadu(from + i, low) * factors;
-        const Vec<acc> b = high > 0 ? Vec<acc>::loadu(from + i + low, high) * factors : Vec<acc>(0);
-        rounded<scalar>(a, b).store(to + i, static_cast<int>(low + high));
-      }
-    }
-  });
+  with_type<acc>(dtype, [&](auto example) { store_row(static_cast<decltype(example)*>(data) + first, from, size, factor); });
 }
 
 // out[first .. first + size] = 0. All the dtypes have an all-zero-bits 0.
