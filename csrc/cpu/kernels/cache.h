@@ -80,9 +80,9 @@ class Ahead {
   [[gnu::noinline]] const Lines* take_some(int64_t steps) {
     Block& block = blocks_[next_];
     const int64_t most = std::min(ceil_div(steps * pace_, kPace), block.lines - block.taken);
-    const int64_t of_step = pace_ > kPace && most > 1 ? 2 : 1;
-    taken_ = {block.row + block.taken * kLine, std::min(most / of_step, steps), of_step * kLine};
-    block.taken += taken_.steps * of_step;
+    const int64_t two = pace_ > kPace && most > 1;
+    taken_ = {block.row + block.taken * kLine, std::min(most >> two, steps), kLine << two};
+    block.taken += taken_.steps << two;
     if (block.taken == block.lines) {
       block.row += block.stride;
       block.taken = 0;

@@ -209,15 +209,20 @@ inline void split_pairs(Pair* to, int64_t apart, const Vec<float>& x, const Vec<
 
 #endif
 
-// a . b of rows of `size` numbers, where a 0 of a passes nothing on, whatever it meets.
+// a . b of rows of `size` numbers, where a 0 of a passes nothing on, whatever it meets: its partial sums, one a lane.
 template <class acc, class element>
-acc dot_product(const acc* a, const element* b, int64_t size) {
+[[gnu::always_inline]] inline Vec<acc> partial_dot_products(const acc* a, const element* b, int64_t size) {
   Vec<acc> total(0);
   for_vectors<acc>(size, [&](int64_t i, auto count) {
     const auto x = Vec<acc>::loadu(a + i, count);
     total = at::vec::fmadd(x, where_weighted(x, Factors<element>::numbers(b, i, count)), total);
   });
-  return sum(total);
+  return total;
+}
+
+template <class acc, class element>
+acc dot_product(const acc* a, const element* b, int64_t size) {
+  return sum(partial_dot_products(a, b, size));
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

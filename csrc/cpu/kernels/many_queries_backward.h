@@ -262,19 +262,22 @@ struct AttentionBackward {
     // As in a forward, a loop for each pass.
     acc* delta = slot.delta + first;
     acc* excess = slot.excess + first;
-    for (int64_t t = 0; has_whole_rows(f) && t < count; ++t) {
-      delta[t] = dot_product(weights + t * stride, grad_scores + t * stride, tile.count);
+    if (has_whole_rows(f)) {
+      sum_each(delta, count, [&](int64_t t) __attribute__((always_inline)) {
+        return partial_dot_products(weights + t * stride, grad_scores + t * stride, tile.count);
+      });
     }
     const acc scale = static_cast<acc>(problem.scale);
     const bool apart = !has_whole_rows(f) && f.weights.data != nullptr;
     acc sums[kChunk];
+    sum_each(sums, count, [&](int64_t t) __attribute__((always_inline)) {
+      return differentiate_softmax(grad_scores + t * stride, weights + t * stride, tile.count, delta[t], scale, apart);
+    });
     for (int64_t t = 0; t < count; ++t) {
-      acc* row = grad_scores + t * stride;
-      sums[t] = differentiate_softmax(row, weights + t * stride, tile.count, delta[t], scale, apart);
       excess[t] += sums[t];
-    }
-    for (int64_t t = 0; has_whole_rows(f) && t < count; ++t) {
-      take_off_excess(grad_scores + t * stride, weights + t * stride, tile.count, sums[t]);
+      if (has_whole_rows(f)) {
+        take_off_excess(grad_scores + t * stride, weights + t * stride, tile.count, sums[t]);
+      }
     }
   }
 
@@ -286,15 +289,15 @@ struct AttentionBackward {
     mask_scores(weights, stride, f.problem, item.batch, first_query, count, tile);
     const acc* logsumexp = static_cast<const acc*>(f.logsumexp) + item.batch * f.problem.queries + first_query;
     acc sums[kChunk];
+    sum_each(sums, count, [&](int64_t t) __attribute__((always_inline)) {
+      return recompute_softmax(weights + t * stride, tile.count, logsumexp[t], has_whole_rows(f));
+    });
     for (int64_t t = 0; t < count; ++t) {
-      sums[t] = recompute_softmax(weights + t * stride, tile.count, logsumexp[t], has_whole_rows(f));
       if (std::isnan(sums[t])) {
         spoil_weights(weights + t * stride, f.problem, item.batch, first_query + t, tile);
-        sums[t] = 1;
+      } else if (has_whole_rows(f) && sums[t] != 0) {
+        scale_row(weights + t * stride, weights + t * stride, tile.count, 1 / sums[t]);
       }
-    }
-    for (int64_t t = 0; has_whole_rows(f) && t < count; ++t) {
-      scale_row(weights + t * stride, weights + t * stride, tile.count, 1 / sums[t]);
     }
   }
 

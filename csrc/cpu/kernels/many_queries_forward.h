@@ -259,14 +259,19 @@ struct AttentionForward {
         scale_row(context, context, slot.context_size, correction);
       }
     }
-    for (int64_t t = 0; t < queries; ++t) {
+    acc sums[kChunk];
+    sum_each(sums, queries, [&](int64_t t) __attribute__((always_inline)) {
       acc* row = scores + t * stride;
       if (slot.row_max[t] == kNothing<acc>) {
         std::fill_n(row, count, acc(0));
-      } else {
-        slot.row_sum[t] += exponentials(row, count, slot.row_max[t]);
+        return Vec<acc>(0);
       }
+      return exponentials(row, count, slot.row_max[t]);
+    });
+    for (int64_t t = 0; t < queries; ++t) {
+      slot.row_sum[t] += sums[t];
       if constexpr (kIsPaired<element>) {
+        acc* row = scores + t * stride;
         if (slot.residuals != nullptr) {
           acc* residuals = slot.residuals + t * slot.residuals_stride;
           lost_by_rounding(residuals, row, steps);

@@ -170,7 +170,7 @@ struct OneQueryForward {
         }
       }
       const bool adds = row_sum != 0;
-      row_sum += exponentials(row, whole, row_max);
+      row_sum += sum(exponentials(row, whole, row_max));
       if (f.weights != nullptr) {
         scatter(slot.weights - item.first_step, row, tile);
       }
@@ -367,8 +367,8 @@ struct OneQueryBackward {
       } else {
         slot.score.scores(a, slot.memory);
         std::fill(a + tile.count, a + whole_vectors<acc>(tile.count), kNothing<acc>);
-        const acc total = recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], is_whole);
-        if (is_whole) {
+        const acc total = sum(recompute_softmax(a, tile.count, static_cast<const acc*>(f.logsumexp)[batch], is_whole));
+        if (is_whole && total != 0) {
           scale_row(a, a, tile.count, 1 / total);
         }
       }
@@ -381,7 +381,7 @@ struct OneQueryBackward {
       }
       const acc scale = static_cast<acc>(f.problem.scale);
       const acc subtract = is_whole ? dot_product(a, de, tile.count) : delta;
-      const acc excess = differentiate_softmax(de, a, tile.count, subtract, scale, !is_whole && weights != nullptr);
+      const acc excess = sum(differentiate_softmax(de, a, tile.count, subtract, scale, !is_whole && weights != nullptr));
       if (is_whole) {
         take_off_excess(de, a, tile.count, excess);
       }

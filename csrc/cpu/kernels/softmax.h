@@ -1,4 +1,5 @@
-// What a softmax takes, over whole vectors of scores.
+// What a softmax takes, over whole vectors of scores. The end of a sum, across a vector, takes as long as the
+// rest of a short row: sums are returned as they are, one a lane, for sum_each() of several rows to share the shuffles.
 #pragma once
 
 #include "products.h"
@@ -17,9 +18,9 @@ constexpr acc kNothing = -std::numeric_limits<acc>::infinity();
 template <class acc>
 constexpr acc kSmallestExponent = std::is_same_v<acc, double> ? -708 : -87;
 
-// row[j] = exp(row[j] - subtract), 0 where that is subnormal, for whole vectors; returns the sum.
+// row[j] = exp(row[j] - subtract), 0 where that is subnormal, for whole vectors; returns their partial sums, one a lane.
 template <class acc>
-acc exponentials(acc* row, int64_t count, acc subtract) {
+[[gnu::always_inline]] inline Vec<acc> exponentials(acc* row, int64_t count, acc subtract) {
   Vec<acc> total(0);
   const Vec<acc> shift(subtract);
   for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
@@ -27,7 +28,7 @@ acc exponentials(acc* row, int64_t count, acc subtract) {
     p.store(row + j);
     total = total + p;
   }
-  return sum(total);
+  return total;
 }
 
 // What a part of a row's steps came to: the largest score, the sum of the exponentials relative to it, and of the rows they weigh.
@@ -51,9 +52,10 @@ struct Part {
   }
 };
 
-// row[j] = gradient(factor a_j, row[j], subtract), but nothing where the weight a_j is 0. Returns the sum.
+// row[j] = gradient(factor a_j, row[j], subtract), but nothing where the weight a_j is 0. Returns the partial sums.
 template <class acc, class Gradient>
-acc pass_on(acc* row, const acc* weights, int64_t steps, acc factor, acc subtract, const Gradient& gradient) {
+[[gnu::always_inline]] inline Vec<acc> pass_on(
+    acc* row, const acc* weights, int64_t steps, acc factor, acc subtract, const Gradient& gradient) {
   Vec<acc> total(0);
   for_vectors<acc>(steps, [&](int64_t j, auto count) {
     const Vec<acc> a = Vec<acc>::loadu(weights + j, count);
@@ -62,15 +64,17 @@ acc pass_on(acc* row, const acc* weights, int64_t steps, acc factor, acc subtrac
     passed.store(row + j, static_cast<int>(count));
     total = total + passed;
   });
-  return sum(total);
+  return total;
 }
 
-// The gradients of scores out of those of their weights, de_s = scale a_s (da_s - delta). Returns their sum, which over a whole row
-// is 0 but for what rounding left in delta. Summed `apart` from the da_s, out of the context, delta would be rounded otherwise than
-// the one whose weight is 1, and the scale would multiply their difference: such a weight leaves the others nothing, and has no
-// gradient. Of weights that are recomputed that cannot be told, since a log-sum-exp is rounded by as much as it is large.
+// The gradients of scores out of those of their weights, de_s = scale a_s (da_s - delta). Returns their partial sums, whose sum
+// over a whole row is 0 but for what rounding left in delta. Summed `apart` from the da_s, out of the context, delta would be
+// rounded otherwise than the one whose weight is 1, and the scale would multiply their difference: such a weight leaves the others
+// nothing, and has no gradient. Of weights that are recomputed that cannot be told, since a log-sum-exp is rounded by as much as it
+// is large.
 template <class acc>
-acc differentiate_softmax(acc* row, const acc* weights, int64_t steps, acc delta, acc scale, bool apart) {
+[[gnu::always_inline]] inline Vec<acc> differentiate_softmax(
+    acc* row, const acc* weights, int64_t steps, acc delta, acc scale, bool apart) {
   const auto gradient = [](const auto& a, const auto& da, const auto& delta) { return a * (da - delta); };
   if (!apart) {
     return pass_on(row, weights, steps, scale, delta, gradient);
@@ -103,16 +107,17 @@ acc maximum(const acc* row, int64_t count, acc start) {
   return largest(all);
 }
 
-// A tile's weights out of its scores, filled up to whole vectors, and the row's log-sum-exp; returns their sum, by which those of a
-// `whole` row are to be divided. The log-sum-exp is rounded by as much as it is large, the scores may be rounded otherwise than the
-// forward's were, and both grow with the scale: a whole row goes by its own maximum, and of a part no weight is more than 1.
+// A tile's weights out of its scores, filled up to whole vectors, and the row's log-sum-exp; returns their partial sums, by whose
+// sum those of a `whole` row are to be divided unless it is 0. The log-sum-exp is rounded by as much as it is large, the scores may
+// be rounded otherwise than the forward's were, and both grow with the scale: a whole row goes by its own maximum, and of a part no
+// weight is more than 1.
 template <class acc>
-acc recompute_softmax(acc* row, int64_t steps, acc logsumexp, bool whole) {
+[[gnu::always_inline]] inline Vec<acc> recompute_softmax(acc* row, int64_t steps, acc logsumexp, bool whole) {
   const int64_t count = whole_vectors<acc>(steps);
   const acc shift = whole ? maximum(row, count, kNothing<acc>) : logsumexp;
   if (logsumexp == kNothing<acc> || shift == kNothing<acc>) {
     std::fill_n(row, count, acc(0));
-    return 1;
+    return Vec<acc>(0);
   }
   if (!whole) {
     for (int64_t j = 0; j < count; j += Vec<acc>::size()) {

@@ -234,6 +234,19 @@ inline void store_sixteen_sums(float* out, int64_t stride, const Vec<float> (&x)
 }
 #endif
 
+// out[i] = the sum of f(i), a vector, four at a time.
+template <class acc, class F>
+[[gnu::always_inline]] inline void sum_each(acc* out, int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const Vec<acc> four[] = {f(i), f(i + 1), f(i + 2), f(i + 3)};
+    sum_four<acc>(out + i, four);
+  }
+  for (; i < count; ++i) {
+    out[i] = sum(f(i));
+  }
+}
+
 // to[i] = factor * from[i]
 template <class acc>
 void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
