@@ -73,7 +73,7 @@ inline int64_t group_of(const Problem& problem, int64_t bytes) {
   const int64_t keys = problem.method == Method::Dot ? 0 : problem.key_size;
   const int64_t row = std::max<int64_t>(keys + problem.memory_size, 1) * width_of(problem.dtype);
   const int64_t most = std::clamp<int64_t>(bytes / row / 4 * 4, 4, kGroupRows);
-  // As even as can be: while a short one is worked on, no more rows than it has are fetched.
+  // As even as can be: while a short one is worked on, no more rows than it has are prefetched.
   if (problem.steps <= most) {
     return most;
   }
@@ -104,11 +104,11 @@ inline Plan plan_of(
   plan.chunks = std::max<int64_t>(ceil_div(problem.queries, plan.chunk), 1);
   const int64_t row = problem.memory_size + (problem.method == Method::Dot ? 0 : problem.key_size);
   const int64_t bytes = problem.batch * problem.steps * row * width_of(problem.dtype);
-  plan.fetches = bytes >= kFarMemory;
+  plan.prefetches = bytes >= kFarMemory;
   plan.streams = writes_rows && problem.queries <= kShallow && bytes >= kLarge;
   if (problem.is_one_query()) {
     const bool is_dot = problem.method == Method::Dot, is_half = width_of(problem.dtype) < int64_t{sizeof(float)};
-    const bool is_read_twice = plan.fetches && !writes_rows && has_room_for(kTwiceReadBytes);
+    const bool is_read_twice = plan.prefetches && !writes_rows && has_room_for(kTwiceReadBytes);
     // Not of a group that the first-level cache keeps, whose sum leaves the memory idle for less than it takes beside the reading.
     // Additive scores leave it less idle anyhow: of halves and within a last-level cache, 1.03 to 1.15 times as long.
     plan.overlaps = bytes >= (is_dot ? 1 : 2) * kLarge && !(is_dot ? is_read_twice : writes_rows || is_half);

@@ -181,7 +181,7 @@ Plan random_plan(const Problem& p, Random& random, int64_t most_queries) {
   plan.split_tiles = random.of({tiles, random.upto(1, tiles)});
   plan.split_size = plan.split_tiles * plan.tile - random.of({int64_t{0}, random.upto(0, plan.tile - 1)});
   plan.splits = std::max<int64_t>(ceil_div(p.steps, plan.split_size), 1);
-  plan.fetches = random.chance(0.5);
+  plan.prefetches = random.chance(0.5);
   plan.overlaps = random.chance(0.5);
   plan.streams = random.chance(0.5);
   plan.streams_queries = random.chance(0.5);
@@ -243,7 +243,7 @@ bool check_products(Random& random) {
   char* const base = reinterpret_cast<char*>(scratch.data());
   Arena arena(base + -reinterpret_cast<uintptr_t>(base) % 64);
   Workspace<float> work(arena, dtype, kChunk, kTakesTiles<float>);
-  work.ahead.clear();
+  work.prefetches.clear();
   const MatrixTiles matrix_tiles(kTakesTiles<float>);
   const auto numbers = [&](int64_t size) {
     std::vector<float> some(size);
@@ -321,28 +321,28 @@ bool check_products(Random& random) {
 }
 
 // What is asked for ahead are the lines of the rows that were named, all of them and no others.
-bool check_ahead(Random& random) {
-  using CPU_CAPABILITY::Ahead, CPU_CAPABILITY::kLine;
-  Ahead ahead;
+bool check_prefetches(Random& random) {
+  using CPU_CAPABILITY::PrefetchQueue, CPU_CAPABILITY::kLine;
+  PrefetchQueue prefetches;
   std::vector<char> data(1 << 19), wanted(data.size()), asked(data.size() + kLine);
-  ahead.clear();
+  prefetches.clear();
   int64_t begin = 0;
   for (int64_t blocks = random.upto(0, 4); blocks > 0; --blocks) {
     const Dtype dtype = random.of({Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half});
     const int64_t rows = random.upto(0, 30), size = random.upto(0, 300), first = random.upto(0, 3);
     const View view{data.data() + begin, 0, size + random.of({0, 0, 7, 100}), random.of({1, 1, 1, 2})};
     const int64_t width = width_of(dtype);
-    ahead.add(dtype, view, 0, first, rows, size);
+    prefetches.add(dtype, view, 0, first, rows, size);
     for (int64_t r = 0; (view.element == 1 || size == 1) && r < rows; ++r) {
       std::fill_n(wanted.begin() + begin + (first + r) * view.row * width, size * width, 1);
     }
     begin += (first + rows) * view.row * width + 64;
   }
   if (random.upto(0, 1) == 1) {
-    ahead.spread(random.upto(0, 2 * ceil_div(begin, kLine)));
+    prefetches.spread(random.upto(0, 2 * ceil_div(begin, kLine)));
   }
   const char* const end = data.data() + data.size();
-  for (const Ahead::Lines* lines; (lines = ahead.take(random.upto(1, 40))) != nullptr;) {
+  for (const PrefetchQueue::Lines* lines; (lines = prefetches.take(random.upto(1, 40))) != nullptr;) {
     for (const char* line = lines->first; line < lines->first + lines->bytes * lines->steps; line += kLine) {
       if (line < data.data() || line >= end || !wanted[line - data.data()]) {
         std::printf("a line of no row that comes next was asked for\n");
@@ -544,7 +544,7 @@ bool check(uint64_t seed) {
     run_items(s, random, backward.backward_slot, backward.backward, backward.merge_backward, again);
     checker.compare("grad keys of scores", keys_again.values(), truth.grad_keys, c.dtype, slack, truth.grad_size);
   }
-  return check_parts(random) && check_work_stealing(random) && check_ahead(random) && check_products(random) && checker.ok;
+  return check_parts(random) && check_work_stealing(random) && check_prefetches(random) && check_products(random) && checker.ok;
 }
 
 }  // namespace

@@ -10,8 +10,8 @@ namespace {  // one unit includes this: what it calls once is inlined
 // So many source steps may share a reciprocal in a backward of many queries. Not queries: a NaN of one would come into the next.
 constexpr int kSharedSteps = kAddsBesideProducts ? 1 : 2;
 
-// Whether the next source step begins beside this one's sums.
-constexpr bool kTakesAhead = kSharedSteps == 1 && kHasManyRegisters;
+// Whether the loop over source steps is pipelined by software: the next one begins beside this one's sums.
+constexpr bool kPipelines = kSharedSteps == 1 && kHasManyRegisters;
 
 template <class element>
 class AdditiveGradient : public AdditiveScore<element> {
@@ -181,7 +181,7 @@ class AdditiveGradient : public AdditiveScore<element> {
   static constexpr int kAbreast = kHasManyRegisters ? 4 : 2;
 
   // Column by column, so that all that the sums run over, exponentials and gradients, is in the first-level cache and nowhere else.
-  // The rows' own lines are read and written once, and fetched while the columns before them are at work.
+  // The rows' own lines are read and written once, and prefetched while the columns before them are at work.
   template <bool to_queries>
   void add_by_columns(
       const acc* grad_scores, int64_t scores_stride, int64_t first, int64_t count, int64_t steps, Result<acc> grad_query) {
@@ -199,12 +199,12 @@ class AdditiveGradient : public AdditiveScore<element> {
           // Meanwhile a line of every row that comes next.
           const int64_t next = a + (width.value + w) * lanes;
           for (int64_t t = t0; next < this->size_ && t < t0 + rows.value; ++t) {
-            fetch(queries[t] + next);
-            fetch(grad_query.to + t * grad_query.stride + next);
+            prefetch(queries[t] + next);
+            prefetch(grad_query.to + t * grad_query.stride + next);
           }
           for (int64_t j = steps * t0 / count; next < this->size_ && j < steps * (t0 + rows.value) / count; ++j) {
-            fetch(keys[j] + next);
-            fetch(grad_keys.to + j * grad_keys.stride + next);
+            prefetch(keys[j] + next);
+            prefetch(grad_keys.to + j * grad_keys.stride + next);
           }
           const auto add = column.shared == kSharedSteps ? add_column<kSharedSteps, to_queries, rows.value>
                            : column.shared == 1          ? add_column<1, to_queries, rows.value>
@@ -301,18 +301,19 @@ class AdditiveGradient : public AdditiveScore<element> {
   template <int shared, bool to_queries, int rows>
   [[gnu::noinline]] static void add_column(
       const Column& column, int64_t t0, acc* grad_v, const acc* scores, int64_t scores_stride, int64_t steps) {
-    if constexpr (kTakesAhead) {
+    if constexpr (kPipelines) {
       constexpr auto each = std::make_integer_sequence<int, rows>();
-      add_ahead<shared, to_queries>(each, column, t0, grad_v, scores, scores_stride, steps);
+      add_pipelined<shared, to_queries>(each, column, t0, grad_v, scores, scores_stride, steps);
     } else {
       add_together<shared, to_queries, rows>(column, t0, grad_v, scores, scores_stride, steps);
     }
   }
 
-  // h is the end of four operations, each of which waits for the one before, and three sums wait for h: while a step's h are added
-  // the next step's are taken. A pack of queries rather than a loop: an array that a loop fills would be stored at every step.
+  // Pipelined: while a step's h are added, the next step's are computed. h is the end of four operations, each of which waits for
+  // the one before, and three sums wait for h. A pack of queries rather than a loop: an array that a loop fills would be stored at
+  // every step.
   template <int shared, bool to_queries, int... query>
-  [[gnu::always_inline]] static void add_ahead(
+  [[gnu::always_inline]] static void add_pipelined(
       std::integer_sequence<int, query...>,
       const Column& column,
       int64_t t0,
@@ -325,10 +326,10 @@ class AdditiveGradient : public AdditiveScore<element> {
     acc* const grad_keys = column.grad_keys;
     Vec<acc> k = Vec<acc>::loadu(keys);
     Vec<acc> grad_v = Vec<acc>::loadu(grad_v_sum);
-    const auto take = [&](int i) __attribute__((always_inline)) {
+    const auto compute = [&](int i) __attribute__((always_inline)) {
       return negative_tanh<acc>(half_denominator<shared>(Vec<acc>::loadu(queries + i * lanes), k));
     };
-    Vec<acc> h[] = {take(query)...};
+    Vec<acc> h[] = {compute(query)...};
     Vec<acc> grad_q[] = {(static_cast<void>(query), Vec<acc>(0))...};
     for (int64_t j = 0; j < steps; ++j) {
       k = Vec<acc>::loadu(keys + std::min(j + 1, steps - 1) * lanes);
@@ -336,7 +337,7 @@ class AdditiveGradient : public AdditiveScore<element> {
       const auto add = [&](int i) __attribute__((always_inline)) {
         add_slope(grad_q[i], grad_k, grad_v, Vec<acc>(scores[i * scores_stride + j]), h[i]);
         asm("" : "+v"(grad_k.values));  // in its place: put off to the store, all terms would wait in registers
-        h[i] = take(i);
+        h[i] = compute(i);
       };
       (add(query), ...);
       grad_k.store(grad_keys + j * lanes);

@@ -1,4 +1,4 @@
-// What is asked for ahead, and what goes past the caches.
+// Prefetching by software, and non-temporal stores.
 #pragma once
 
 #include "call.h"
@@ -10,19 +10,19 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 
 constexpr int64_t kLine = 64;  // bytes
 
-// A line of what comes next, into the second-level cache: the first has its hands full. Calls of what does nothing but fetch would
-// be dropped as without effect, were they not inlined at once.
-[[gnu::always_inline]] inline void fetch(const void* line) {
+// A line of what comes next, into the second-level cache: the first has its hands full. Calls of what does nothing but prefetch
+// would be dropped as without effect, were they not inlined at once.
+[[gnu::always_inline]] inline void prefetch(const void* line) {
   __builtin_prefetch(line, 0, 2);
 }
 
-// Rows that come next, in the order of their use. Products ask for their lines one by one, each beside a dozen cycles of
+// Rows that come next, in the order of their use. Products prefetch their lines one by one, each beside a dozen cycles of
 // multiply-adds: what other work has left far away is near when its turn comes. Few queries wait for what they read: theirs are
-// spread over all of their products, so that at no moment nothing is asked for.
-class Ahead {
+// spread over all of their products, so that some line is always on its way.
+class PrefetchQueue {
  public:
-  // A step of AVX-512's register tiles reads four lines, others' one. Without registers to spare none is asked for beside it: gcc's
-  // loops took up to 1.19 times the instructions.
+  // A step of AVX-512's register tiles reads four lines, others' one. Without registers to spare none is prefetched beside it:
+  // gcc's loops took up to 1.19 times the instructions.
 #if defined(CPU_CAPABILITY_AVX512)
   static constexpr int64_t kMostOfStep = 2;
 #elif defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
@@ -118,14 +118,14 @@ class Ahead {
   Lines taken_{};
 };
 
-// A step's lines; returns the next one's. Where there may be two, a single one is asked for twice, which is cheaper than a branch.
-[[gnu::always_inline]] inline const char* fetch_lines(const char* line, int64_t bytes) {
-  fetch(line);
-  if constexpr (Ahead::kMostOfStep == 1) {
+// A step's lines; returns the next one's. Where there may be two, a single one is prefetched twice, which is cheaper than a branch.
+[[gnu::always_inline]] inline const char* prefetch_lines(const char* line, int64_t bytes) {
+  prefetch(line);
+  if constexpr (PrefetchQueue::kMostOfStep == 1) {
     return line + kLine;
   }
   line += bytes;
-  fetch(line - kLine);
+  prefetch(line - kLine);
   return line;
 }
 
@@ -135,7 +135,7 @@ constexpr bool kStreams = true;
 constexpr bool kStreams = false;
 #endif
 
-// Past every cache, where kStreams; `to` is aligned to a vector.
+// A non-temporal store, past every cache, where kStreams; `to` is aligned to a vector.
 template <class V>
 inline void stream(void* to, const V& x) {
 #if defined(CPU_CAPABILITY_AVX512)

@@ -53,7 +53,7 @@ struct Plan {
   int64_t split_size;    // source steps per item
   int64_t splits;        // items along S
   int64_t split_tiles;   // tiles per item, at most
-  bool fetches;          // what few queries read may be far: what comes next is asked for ahead
+  bool prefetches;       // what few queries read may be far: what comes next is prefetched
   bool overlaps;         // one query does what is left of a group of a large memory beside the next one's reading
   bool streams;          // results too large to stay near go past the caches: the gradients of few queries' keys and memory,
   bool streams_queries;  // and few steps' contexts and gradients of queries

@@ -163,7 +163,7 @@ class OneQueryDot {
 
   void begin_gradients(const Item&) {}
 
-  static bool fetches_beside_gradients(const RowGroup<acc>& memory, const GradientRows<acc>& grad_memory, const acc*) {
+  static bool prefetches_beside_gradients(const RowGroup<acc>& memory, const GradientRows<acc>& grad_memory, const acc*) {
     return memory.overlaps() && grad_memory.streams() && !memory.leaves_gradients();
   }
 

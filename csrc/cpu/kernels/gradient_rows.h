@@ -41,8 +41,8 @@ class GradientRows {
     with_bool(streams_, [&](auto streams) { combine_terms<streams.value, false>(tile, coefficients, g, q, nullptr); });
   }
 
-  // The same of rows that are streamed, while the memory's next ones are fetched.
-  void combine_and_fetch(const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>& memory) {
+  // The same of rows that are streamed, while the memory's next ones are prefetched.
+  void combine_and_prefetch(const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>& memory) {
     combine_terms<true, true>(tile, coefficients, g, q, &memory);
   }
 
@@ -84,17 +84,17 @@ class GradientRows {
   }
 
  private:
-  template <bool streams, bool fetches>
+  template <bool streams, bool prefetches>
   void combine_terms(const Tile& tile, const acc* coefficients, const acc* g, const acc* q, const RowGroup<acc>* memory) {
     const acc* const rows[] = {g, q};
     const auto take = [&](auto terms, const acc* const* from, const acc* factors) {
       with_type<acc>(dtype_, [&](auto example) {
         for_blocks<4>(tile.count, [&](auto count, int64_t first) {
           const char* next[count.value] = {};
-          for (int r = 0; fetches && r < count.value; ++r) {
+          for (int r = 0; prefetches && r < count.value; ++r) {
             next[r] = memory->next(first + r);
           }
-          combine_block<terms.value, count.value, streams, fetches, decltype(example)>(
+          combine_block<terms.value, count.value, streams, prefetches, decltype(example)>(
               tile.steps + first, from, factors + first, next);
         });
       });
@@ -109,7 +109,7 @@ class GradientRows {
   }
 
   // Not inlined: the loop needs registers that whoever calls would have in use.
-  template <int terms, int count, bool streams, bool fetches, class scalar>
+  template <int terms, int count, bool streams, bool prefetches, class scalar>
   [[gnu::noinline]] void combine_block(
       const int64_t* steps, const acc* const* rows, const acc* coefficients, const char* const* next) {
     scalar* to[count];
@@ -136,8 +136,8 @@ class GradientRows {
           result[1] = at::vec::fmadd(factors[1][r], x[1][1], result[1]);
         }
         store_two<streams>(to[r] + d, result, filled);
-        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += kLine) {
-          fetch(next[r] + d * sizeof(scalar) + at);
+        for (size_t at = 0; prefetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += kLine) {
+          prefetch(next[r] + d * sizeof(scalar) + at);
         }
       }
     });

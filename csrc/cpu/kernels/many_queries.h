@@ -2,8 +2,8 @@
 // many_queries_backward.h.
 //
 // Each tile of memory is read once and serves the scores and the context (forward), or all of its gradients (backward), while it
-// is in cache. It is bound by the products in products.h, which meanwhile fetch what comes next. One query, which is bound by the
-// read, goes its own way: one_query.h.
+// is in cache. It is bound by the products in products.h, which meanwhile prefetch what comes next. One query, which is bound by
+// the read, goes its own way: one_query.h.
 #pragma once
 
 #include "cache.h"
@@ -87,19 +87,19 @@ class Next {
     return is_item_;
   }
 
-  void queries_to(Ahead& ahead, Dtype dtype, const View& view, int64_t size) const {
-    ahead.add(dtype, view, item_.batch, item_.first_query, item_.queries, size);
+  void queries_to(PrefetchQueue& prefetches, Dtype dtype, const View& view, int64_t size) const {
+    prefetches.add(dtype, view, item_.batch, item_.first_query, item_.queries, size);
   }
 
   template <class acc>
-  void steps_to(Ahead& ahead) const {
+  void steps_to(PrefetchQueue& prefetches) const {
     if (problem_.prepared_keys.data != nullptr) {
       const int64_t size = prepared_size(problem_.key_size);
-      ahead.add(kAccumulated<acc>, problem_.prepared_keys, item_.batch, first_step_, steps_, size);
+      prefetches.add(kAccumulated<acc>, problem_.prepared_keys, item_.batch, first_step_, steps_, size);
     } else {
-      ahead.add(problem_.dtype, problem_.keys, item_.batch, first_step_, steps_, problem_.key_size);
+      prefetches.add(problem_.dtype, problem_.keys, item_.batch, first_step_, steps_, problem_.key_size);
     }
-    ahead.add(problem_.dtype, problem_.memory, item_.batch, first_step_, steps_, problem_.memory_size);
+    prefetches.add(problem_.dtype, problem_.memory, item_.batch, first_step_, steps_, problem_.memory_size);
   }
 
  private:
@@ -119,7 +119,7 @@ template <class element>
 void spread(Workspace<element>& work, int64_t queries, int64_t steps, int64_t size) {
   constexpr int64_t abreast = kWidest * Vec<typename Factors<element>::acc>::size();
   if (work.panel == nullptr) {
-    work.ahead.spread(2 * ceil_div(queries, kRows) * steps * ceil_div(size, abreast));
+    work.prefetches.spread(2 * ceil_div(queries, kRows) * steps * ceil_div(size, abreast));
   }
 }
 

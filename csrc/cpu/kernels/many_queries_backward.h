@@ -74,7 +74,7 @@ struct AttentionBackward {
     int64_t written = item.first_step;  // up to here the memory's gradient is written
     SourceWalk walk(problem, item, f.plan.tile);
     for (Tile tile; item.queries > 0 && walk.next(tile);) {
-      plan_ahead(f, index, item, tile, slot);
+      queue_prefetches(f, index, item, tile, slot);
       slot.memory.load(item.batch, tile);
       slot.gradient.begin_tile(item.batch, tile, written, slot.memory);
       slot.grad_memory.begin(tile, written);
@@ -142,19 +142,19 @@ struct AttentionBackward {
     }
   }
 
-  static void plan_ahead(const Backward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
-    if (!slot.work.may_plan(f.plan.fetches, tile.count)) {
+  static void queue_prefetches(const Backward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
+    if (!slot.work.may_prefetch(f.plan.prefetches, tile.count)) {
       return;
     }
-    Ahead& ahead = slot.work.ahead;
+    PrefetchQueue& prefetches = slot.work.prefetches;
     const Next next(f.problem, f.plan, index, item, tile.steps[tile.count - 1] + 1);
     if (next.is_item()) {
-      next.queries_to(ahead, f.problem.dtype, f.grad_context, f.problem.memory_size);
-      next.queries_to(ahead, kAccumulated<acc>, f.weights, f.problem.steps);
+      next.queries_to(prefetches, f.problem.dtype, f.grad_context, f.problem.memory_size);
+      next.queries_to(prefetches, kAccumulated<acc>, f.weights, f.problem.steps);
     }
-    next.template steps_to<acc>(ahead);
+    next.template steps_to<acc>(prefetches);
     if (next.is_item()) {
-      next.queries_to(ahead, f.problem.dtype, f.problem.query, f.problem.key_size);
+      next.queries_to(prefetches, f.problem.dtype, f.problem.query, f.problem.key_size);
     }
     spread(slot.work, item.queries, tile.count, f.problem.memory_size);
   }

@@ -68,7 +68,7 @@ struct AttentionForward {
       more = walk.next(slot.tiles[(tiles + 1) % (slot.kept + 1)]);
       const int64_t place = tiles % slot.kept;
       acc* const scores = slot.tile_scores + place * f.plan.tile;
-      plan_ahead(f, index, item, tile, slot);
+      queue_prefetches(f, index, item, tile, slot);
       slot.memory.load(item.batch, tile);
       slot.score.load_keys(item.batch, tile, slot.memory);
       slot.score.scores(scores, stride, 0, item.queries, tile.count, slot.work);
@@ -143,16 +143,16 @@ struct AttentionForward {
   }
 
  private:
-  static void plan_ahead(const Forward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
-    if (!slot.work.may_plan(f.plan.fetches, tile.count)) {
+  static void queue_prefetches(const Forward& f, int64_t index, const Item& item, const Tile& tile, Slot& slot) {
+    if (!slot.work.may_prefetch(f.plan.prefetches, tile.count)) {
       return;
     }
-    Ahead& ahead = slot.work.ahead;
+    PrefetchQueue& prefetches = slot.work.prefetches;
     const Next next(f.problem, f.plan, index, item, tile.steps[tile.count - 1] + 1);
     if (next.is_item()) {
-      next.queries_to(ahead, f.problem.dtype, f.problem.query, f.problem.key_size);
+      next.queries_to(prefetches, f.problem.dtype, f.problem.query, f.problem.key_size);
     }
-    next.template steps_to<acc>(ahead);
+    next.template steps_to<acc>(prefetches);
     spread(slot.work, item.queries, tile.count, f.problem.memory_size);
   }
 

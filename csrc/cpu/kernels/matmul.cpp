@@ -227,24 +227,24 @@ class Block {
 
 #if defined(__AMX_BF16__)
   // What the next terms are taken from, where it stands.
-  void plan_ahead(int64_t k, const Run& run) {
-    work_.ahead.clear();
+  void queue_prefetches(int64_t k, const Run& run) {
+    work_.prefetches.clear();
     const int64_t depth = std::min(kPanelDepth, call_.depth - k);
     if (call_.a_columns == nullptr) {
-      work_.ahead.add(call_.a_type, call_.a, 0, first_row_ + run.first, run.end - run.first, k, depth);
+      work_.prefetches.add(call_.a_type, call_.a, 0, first_row_ + run.first, run.end - run.first, k, depth);
     }
     if (call_.b_rows == nullptr) {
       const View& b = call_.b;
       if (by_rows_) {
-        work_.ahead.add(call_.b_type, b, 0, k, depth, first_column_, width_);
+        work_.prefetches.add(call_.b_type, b, 0, k, depth, first_column_, width_);
       } else {
-        work_.ahead.add(call_.b_type, {b.data, 0, b.element, b.row}, 0, first_column_, width_, k, depth);
+        work_.prefetches.add(call_.b_type, {b.data, 0, b.element, b.row}, 0, first_column_, width_, k, depth);
       }
     }
   }
 
   void add_by_tiles(int64_t k, int64_t depth, const Coefficients<float>& c, const Run& run) {
-    plan_ahead(k + depth, run);
+    queue_prefetches(k + depth, run);
     static constexpr float one = 1;
     const auto [added, stride] = plus(k, 0);
     const Result<float> out = Result<float>(out_, stride_, added, stride, &one, 0).at(run.first, 0);

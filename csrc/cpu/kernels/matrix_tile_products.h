@@ -299,7 +299,7 @@ void multiply_panel(
     const Tiles& a,
     const Tiles& panel,
     int64_t tiles,
-    Ahead& ahead,
+    PrefetchQueue& prefetches,
     Taker& taker) {
   constexpr int64_t apart = 2 * kTileRows;
   const int64_t products = parts * (parts + 1) / 2 * ceil_div(height, kTileRows) * ceil_div(width, kTileRows) * tiles;
@@ -312,7 +312,7 @@ void multiply_panel(
     const int64_t end = std::min(height, first + tall);
     const Tiles left = a.from(first);
     if (factor == 1 && first == i && end - i == tall && wide <= width) {
-      return tile_products<parts, rows, columns>(out + i * stride, stride, add, left, panel, tiles, ahead, taker, every);
+      return tile_products<parts, rows, columns>(out + i * stride, stride, add, left, panel, tiles, prefetches, taker, every);
     }
     const auto for_vectors = [&](const auto& f) {
       for (int64_t t = i; t < end; ++t) {
@@ -324,7 +324,7 @@ void multiply_panel(
     if (add) {
       for_vectors([](float* sum, const float* to, int64_t count) { Vec<float>::loadu(to, count).store(sum); });
     }
-    tile_products<parts, rows, columns>(sums, apart, add, left, panel, tiles, ahead, taker, every);
+    tile_products<parts, rows, columns>(sums, apart, add, left, panel, tiles, prefetches, taker, every);
     for_vectors([&](const float* sum, float* to, int64_t count) {
       (Vec<float>::loadu(sum) * Vec<float>(factor)).store(to, static_cast<int>(count));
     });
@@ -497,7 +497,7 @@ void multiply_in_parts(
       take(1 - which, next < depth ? n : n + Panel::kWidth, next < depth ? next : 0);
       const Tiles coefficients = left.from(k / (2 * kTileRows)), columns = Panel(work, which).from(0);
       const bool add = to.plus != nullptr || k > 0;
-      multiply_panel<parts>(to.to, to.stride, add, 1, height, width, coefficients, columns, tiles, work.ahead, taker);
+      multiply_panel<parts>(to.to, to.stride, add, 1, height, width, coefficients, columns, tiles, work.prefetches, taker);
       taker.finish();
       which = 1 - which;
       k = next;
@@ -575,7 +575,7 @@ void dot_products_in_parts(
           rows.tiles(d),
           Panel(work, which).from(0),
           ceil_div(depth, kIsPaired<element> ? kTileRows : 2 * kTileRows),
-          work.ahead,
+          work.prefetches,
           both);
       columns.finish();
       which = 1 - which;

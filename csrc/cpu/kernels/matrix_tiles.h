@@ -128,7 +128,7 @@ class MatrixTiles {
 #if defined(__AMX_BF16__)
 // sums (+)= a b for `rows` groups of a and `columns` of b, so many tiles of each. Of factors in parts all products of two whose
 // places add up to less than `parts`: the others are beyond the last bit. Four products share their factors' loads, each of which
-// takes half as long as a product. What is wanted next is asked for a line every other product: more would fill the buffers that
+// takes half as long as a product. What is wanted next is prefetched a line every other product: more would fill the buffers that
 // the loads need. `every` so many products, evenly, what is multiplied next is taken by a step.
 template <int parts, int rows, int columns, class Taker>
 inline void tile_products(
@@ -138,7 +138,7 @@ inline void tile_products(
     const Tiles& a,
     const Tiles& b,
     int64_t tiles,
-    Ahead& ahead,
+    PrefetchQueue& prefetches,
     Taker& taker,
     int64_t every) {
   const int64_t a_line = a.line * sizeof(Pair), b_line = kTileRows * sizeof(Pair), bytes = stride * sizeof(float);
@@ -167,7 +167,7 @@ inline void tile_products(
     const Pair* const left = a.data + k * a.tile;
     const Pair* const right = b.data + k * b.tile;
     // Those behind the last one do no harm; if there is none, what is here anyhow.
-    const Ahead::Lines* const lines = ahead.take(asked);
+    const PrefetchQueue::Lines* const lines = prefetches.take(asked);
     const char* next = lines != nullptr ? lines->first : reinterpret_cast<const char*>(left);
     const int64_t apart = lines != nullptr ? kLine : 0;
     const auto step = [&]() __attribute__((always_inline)) {
@@ -178,8 +178,8 @@ inline void tile_products(
         }
       }
     };
-    const auto ask = [&]() __attribute__((always_inline)) {
-      fetch(next);
+    const auto prefetch_one = [&]() __attribute__((always_inline)) {
+      prefetch(next);
       next += apart;
     };
 #pragma GCC unroll 3
@@ -194,7 +194,7 @@ inline void tile_products(
         const Pair* const row = left + p * TileBuffer<parts>::kPart;
         _tile_loadd(4, row, a_line);
         _tile_dpbf16ps(0, 4, 6);
-        ask();
+        prefetch_one();
         step();
         if constexpr (columns == 2) {
           _tile_dpbf16ps(1, 4, 7);
@@ -203,7 +203,7 @@ inline void tile_products(
         if constexpr (rows == 2) {
           _tile_loadd(5, row + a.group, a_line);
           _tile_dpbf16ps(2, 5, 6);
-          ask();
+          prefetch_one();
           step();
         }
         if constexpr (rows == 2 && columns == 2) {

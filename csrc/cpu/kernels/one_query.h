@@ -8,9 +8,9 @@
 // Of one group, delta is sum_s a_s da_s, which is the same, and no context is read.
 //
 // It is bound by the memory's bandwidth. Rows are read one after the other, as they lie, and whoever reads a row first has later
-// ones fetched, line by line: the prefetchers in hardware stop at each page's end. A gradient that no cache holds is written past
-// all of them, which spares its lines' being read. And what is read, written and computed in turns adds up: of a large memory, what
-// is left to do with a group's rows once their coefficients are known is done beside the next group's, row by row.
+// ones prefetched, line by line: the prefetchers in hardware stop at each page's end. A gradient that no cache holds is written
+// past all of them, which spares its lines' being read. And what is read, written and computed in turns adds up: of a large memory,
+// what is left to do with a group's rows once their coefficients are known is done beside the next group's, row by row.
 #pragma once
 
 #include "cache.h"
@@ -34,7 +34,7 @@ void for_groups(const Problem& problem, const Plan& plan, int64_t index, const F
   for (int i = 0; more; i = 1 - i) {
     Upcoming& next = two[1 - i];
     more = walk.next(next.tile);
-    if (!more && plan.fetches && index + 1 < plan.items(problem)) {
+    if (!more && plan.prefetches && index + 1 < plan.items(problem)) {
       const Item after = plan.item(problem, index + 1);
       next.batch = after.batch;
       SourceWalk(problem, after, plan.group).next(next.tile);
@@ -96,7 +96,7 @@ struct GroupGradients {
     if (!streams) {
       combine_memory(q);
     } else if (!all) {
-      grad_memory.combine_and_fetch(tile, coefficients, grad_context, q, memory);
+      grad_memory.combine_and_prefetch(tile, coefficients, grad_context, q, memory);
     }
     Rest<acc>& rest = memory.add_later(grad_query, grad_scores());
     if (all) {
@@ -288,14 +288,14 @@ struct OneQueryBackward {
     slot.score.begin(item.batch);
     slot.score.begin_gradients(item);
     slot.grad_memory.begin(item);
-    const bool fetches = !slot.score.fetches_beside_gradients(slot.memory, slot.grad_memory, incoming.grad_context);
+    const bool prefetches = !slot.score.prefetches_beside_gradients(slot.memory, slot.grad_memory, incoming.grad_context);
     acc excess = 0;
     for_groups(problem, f.plan, index, [&](const Tile& tile, const Upcoming& next) {
       acc coefficients[2 * kGroupRows];
       const GroupGradients<acc> group{tile, slot.memory, coefficients, incoming.grad_context, slot.grad_memory, slot.grad_query};
       slot.memory.load(item.batch, tile, next);
       slot.score.load_keys(item.batch, tile, next);
-      excess += incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kGroupRows, fetches);
+      excess += incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kGroupRows, prefetches);
       if (grad_scores != nullptr) {
         scatter(grad_scores, group.grad_scores(), tile);
       }
@@ -354,8 +354,8 @@ struct OneQueryBackward {
       }
     }
 
-    // Returns the sum of de. `fetches`: the memory's next rows here, unless its scores have.
-    acc find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool fetches) const {
+    // Returns the sum of de. `prefetches`: the memory's next rows here, unless its scores have.
+    acc find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool prefetches) const {
       // Of one group delta is sum_s a_s da_s, of what is there, and the context is not read.
       const bool is_whole = f.plan.has_whole_rows(f.problem);
       if (score_gradients != nullptr) {
@@ -374,7 +374,7 @@ struct OneQueryBackward {
       }
       std::fill_n(de, tile.count, acc(0));
       if (grad_context != nullptr) {
-        slot.memory.dot_products(de, grad_context, 1, fetches && weights != nullptr);
+        slot.memory.dot_products(de, grad_context, 1, prefetches && weights != nullptr);
       }
       for (int64_t j = 0; grad_weights != nullptr && j < tile.count; ++j) {
         de[j] += grad_weights[tile.steps[j]];

@@ -57,7 +57,7 @@ class OneQueryAdditive {
     }
   }
 
-  // The memory's rows, which are read after the keys, are fetched with them; those of the group before are added up.
+  // The memory's rows, which are read after the keys, are prefetched with them; those of the group before are added up.
   void scores(acc* out, RowGroup<acc>& memory) const {
     if (!v_is_moderate_) {
       is_factored() ? find_scores<1, true>(out, memory) : find_scores<1, false>(out, memory);
@@ -77,13 +77,13 @@ class OneQueryAdditive {
     std::fill_n(grad_v_, size_, acc(0));
   }
 
-  // The memory's gradient is taken with that of keys, neither of which a cache holds, and its next rows are fetched with theirs.
-  bool fetches_beside_gradients(const RowGroup<acc>&, const GradientRows<acc>& grad_memory, const acc* grad_context) const {
+  // The memory's gradient is taken with that of keys, neither of which a cache holds, and its next rows are prefetched with theirs.
+  bool prefetches_beside_gradients(const RowGroup<acc>&, const GradientRows<acc>& grad_memory, const acc* grad_context) const {
     return problem_.dtype == kAccumulated<acc> && grad_context != nullptr && grad_memory.streams() && grad_keys_->streams();
   }
 
   void add_gradients(const GroupGradients<acc>& group) {
-    if (fetches_beside_gradients(group.memory, group.grad_memory, group.grad_context)) {
+    if (prefetches_beside_gradients(group.memory, group.grad_memory, group.grad_context)) {
       return is_factored() ? add<true, kAll>(group) : add<false, kAll>(group);
     }
     group.combine_memory(nullptr);
@@ -140,7 +140,7 @@ class OneQueryAdditive {
   template <int shared, bool factored>
   void find_scores(acc* out, RowGroup<acc>& memory) const {
     const RowGroup<acc>& keys = rows();
-    const bool fetches = keys.fetches();
+    const bool prefetches = keys.prefetches();
     const int64_t end = factored ? shared_size_ : size_;
     with_key_type<factored>([&](auto example) {
       using scalar = decltype(example);
@@ -151,14 +151,14 @@ class OneQueryAdditive {
           const auto* key = static_cast<const scalar*>(keys.address(first + r));
           totals[0][r] = sum_of_quotients<shared, !factored>(
               half_off_, v_, end, [&](int64_t a, int64_t filled) __attribute__((always_inline)) {
-                if (fetches) {
-                  keys.template fetch_next_line<scalar>(first + r, a);
-                  memory.template fetch_next_line<of_memory>(first + r, a);
+                if (prefetches) {
+                  keys.template prefetch_next_line<scalar>(first + r, a);
+                  memory.template prefetch_next_line<of_memory>(first + r, a);
                 }
                 return meet<factored>(key, a, filled);
               });
-          if (fetches) {
-            memory.fetch_rest_of_next(first + r, end);
+          if (prefetches) {
+            memory.prefetch_rest_of_next(first + r, end);
           }
           memory.go_on();
         }
@@ -196,7 +196,7 @@ class OneQueryAdditive {
 #pragma GCC unroll 4
           for (int r = 0; r < rows.value; ++r) {
             stream(grad_memory[r] + d, Vec<acc>(weights[r]) * g);
-            fetch(next[r] + d * sizeof(acc));
+            prefetch(next[r] + d * sizeof(acc));
           }
         };
         for_vectors<acc>(size_, [&](int64_t a, auto count) {
@@ -206,8 +206,8 @@ class OneQueryAdditive {
           Vec<acc> x[rows.value], grad_k[rows.value];
 #pragma GCC unroll 4
           for (int r = 0; r < rows.value; ++r) {
-            if (keys.fetches()) {
-              keys.template fetch_next_line<scalar>(first + r, a);
+            if (keys.prefetches()) {
+              keys.template prefetch_next_line<scalar>(first + r, a);
             }
             x[r] = meet<factored>(static_cast<const scalar*>(keys.address(first + r)), a, count);
           }

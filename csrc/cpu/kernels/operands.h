@@ -104,11 +104,11 @@ constexpr int64_t kLeftSize<float> = TileBuffer<3>::size(kTile / kTileRows, kPan
 // What an item's products share: scratch, of which those of few queries have none, and what comes next.
 template <class element>
 struct Workspace {
-  element* panel;  // kPanelWidth x kPanelDepth
-  Pair* left;      // coefficients as pairs: of tiles, or where they are pairs anyhow
-  int parts;       // bfloat16 that a float is the sum of in matrix tiles
-  bool by_tiles;   // all of more than a few queries, matrix tiles
-  Ahead ahead;     // what the next item or tile begins with
+  element* panel;            // kPanelWidth x kPanelDepth
+  Pair* left;                // coefficients as pairs: of tiles, or where they are pairs anyhow
+  int parts;                 // bfloat16 that a float is the sum of in matrix tiles
+  bool by_tiles;             // all of more than a few queries, matrix tiles
+  PrefetchQueue prefetches;  // what the next item or tile begins with
 
   // For products of up to `queries` queries.
   Workspace(Arena& arena, Dtype factors, int64_t queries, bool worth_tiles)
@@ -119,9 +119,9 @@ struct Workspace {
 
   // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries have time for it
   // only where they wait for what they read, and a register tile of few steps has none.
-  bool may_plan(bool far, int64_t steps) {
-    ahead.clear();
-    return Ahead::kMostOfStep > 0 && steps >= kPanelRows && (panel != nullptr || far);
+  bool may_prefetch(bool far, int64_t steps) {
+    prefetches.clear();
+    return PrefetchQueue::kMostOfStep > 0 && steps >= kPanelRows && (panel != nullptr || far);
   }
 };
 

@@ -35,8 +35,8 @@ constexpr int kRows = tallest(kColumns);
 // The depth of a transposed block: at most 32 KiB, so that it stays in that cache.
 constexpr int64_t kTransposedDepth = std::min<int64_t>(kPanelDepth, (1 << 15) / (kPanelWidth * sizeof(float)));
 
-// Rows of b that are asked for ahead.
-constexpr int64_t kAhead = 16;
+// How many rows of b ahead of its reading a panel is prefetched.
+constexpr int64_t kPrefetchRows = 16;
 
 // Rows of a result that are worth packing a panel for. Intel's second-level cache is the slower one to read rows from that crowd
 // the first.
@@ -82,11 +82,11 @@ struct Product {
   const element* const* b;
   int64_t depth;
   int64_t size;
-  Ahead* ahead = nullptr;
+  PrefetchQueue* prefetches = nullptr;
   const PanelRows<element>* panel = nullptr;  // the first rows pass by b itself, the others by what those leave there
 
-  const Ahead::Lines* lines() const {
-    return ahead == nullptr ? nullptr : ahead->take(depth);
+  const PrefetchQueue::Lines* lines() const {
+    return prefetches == nullptr ? nullptr : prefetches->take(depth);
   }
 };
 
@@ -100,15 +100,15 @@ struct Product {
 
 // A product's register tile: `rows` from i0 on by `width` vectors from n on, over all k. Of a partial one, a single vector, not all
 // elements exist. The result's lines, each of another page, come while the sums are taken: what was there is added last. They need
-// not come if they are written past the caches. A tile that `packs` leaves a panel of what it takes of b for those that follow, and
-// asks for it ahead: the others' rows of b are near. Those ask for what is wanted next.
+// not come if they are written past the caches. A tile that `packs` leaves a panel of what it reads of b for those that follow, and
+// prefetches it: the others' rows of b are near. Those prefetch what is wanted next.
 //
 // A tile is to begin while the one before it is still being added up. With AVX-512 it is a function of its own, of few arguments,
 // and what the end needs is read again then: the compiler would keep it in vectors, or read as vectors what was just written as
 // numbers, and either waits for the sums.
 template <int rows, int width, bool partial, bool packs, class element, class acc>
 ATTN_EXT_TILE void multiply_tile(
-    const Product<element, acc>& product, int64_t i0, int64_t n, [[maybe_unused]] const Ahead::Lines* lines) {
+    const Product<element, acc>& product, int64_t i0, int64_t n, [[maybe_unused]] const PrefetchQueue::Lines* lines) {
   static_assert(!partial || width == 1);
   constexpr bool tall = 2 * rows > tallest(width);
   using F = Factors<element>;
@@ -142,7 +142,7 @@ ATTN_EXT_TILE void multiply_tile(
     if constexpr (tall) {
       asm("" : "+r"(from));  // one register for all vectors: the compiler would keep the place of each
     }
-    [[maybe_unused]] const element* later = packs ? b[std::min(k + kAhead, depth - 1)] + n : nullptr;
+    [[maybe_unused]] const element* later = packs ? b[std::min(k + kPrefetchRows, depth - 1)] + n : nullptr;
     typename F::Vector right[width];
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
@@ -165,7 +165,7 @@ ATTN_EXT_TILE void multiply_tile(
   if (!packs && lines != nullptr) [[unlikely]] {
     const auto [first, steps, bytes] = *lines;
     for (const char* line = first; k < steps; ++k) {
-      line = fetch_lines(line, bytes);
+      line = prefetch_lines(line, bytes);
       step(k);
     }
   }
@@ -286,10 +286,10 @@ void multiply(
       return multiply_by_tiles(out, height, c, b, depth, size, *work);
     }
   }
-  Ahead* const ahead = work == nullptr ? nullptr : &work->ahead;
+  PrefetchQueue* const prefetches = work == nullptr ? nullptr : &work->prefetches;
   // Rows a multiple of 1 KiB apart, as a tensor's often are, share a few sets of the caches, and each has a page of its own.
   if (work == nullptr || work->panel == nullptr || height < kPackedRows || depth < kPanelRows || size <= kPanelWidth) {
-    return multiply_blocks<acc, acc>({out, c, b, depth, size, ahead}, height);
+    return multiply_blocks<acc, acc>({out, c, b, depth, size, prefetches}, height);
   }
   const PanelRows<acc> rows(work->panel, depth);
   const acc* from[kPanelDepth];
@@ -298,7 +298,7 @@ void multiply(
     for (int64_t k = 0; k < depth; ++k) {
       from[k] = b[k] + n;
     }
-    multiply_blocks<acc, acc>({out.at(0, n), c, from, depth, width, ahead, &rows}, height);
+    multiply_blocks<acc, acc>({out.at(0, n), c, from, depth, width, prefetches, &rows}, height);
   }
 }
 
@@ -337,7 +337,7 @@ void multiply(
     for (int64_t k = 0; k < depth; k += 2) {
       zip_rows(panel + k / 2 * kPanelWidth, b[k], k + 1 < depth ? b[k + 1] : nullptr, n, width);
     }
-    multiply_blocks<Pair, acc>({out.at(0, n), paired, rows.address, pairs, width, &work->ahead}, height);
+    multiply_blocks<Pair, acc>({out.at(0, n), paired, rows.address, pairs, width, &work->prefetches}, height);
   }
 #endif
 }
@@ -392,7 +392,7 @@ void sum_products(
     int64_t b_count,
     int64_t size,
     acc factor,
-    Ahead* ahead = nullptr) {
+    PrefetchQueue* prefetches = nullptr) {
   using F = Factors<element>;
   for_even_blocks<kRows>(a_count, [&](auto rows, int64_t i0) {
     for_blocks<kColumns>(b_count, [&](auto columns, int64_t j0) {
@@ -421,10 +421,10 @@ void sum_products(
       };
       constexpr std::integral_constant<int64_t, Vec<acc>::size()> full;
       int64_t d = 0;
-      if (const Ahead::Lines* lines = ahead == nullptr ? nullptr : ahead->take(size / full); lines != nullptr) {
+      if (const PrefetchQueue::Lines* lines = prefetches == nullptr ? nullptr : prefetches->take(size / full); lines != nullptr) {
         const auto [first, steps, bytes] = *lines;
         for (const char* line = first; d < steps * full; d += full) {
-          line = fetch_lines(line, bytes);
+          line = prefetch_lines(line, bytes);
           step(d, full);
         }
       }
@@ -487,14 +487,15 @@ void dot_products(
           const Coefficients<element> rows{a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1};
           const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
           transpose(work.panel, kPanelWidth, b + j0, width, d, depth);
-          multiply_blocks<element, acc>({block, rows, columns.address, depth, whole_vectors<acc>(width), &work.ahead}, a_count);
+          multiply_blocks<element, acc>(
+              {block, rows, columns.address, depth, whole_vectors<acc>(width), &work.prefetches}, a_count);
         }
       }
       j0 = std::min(j0, paneled);
     }
   }
   if (j0 < b_count) {
-    sum_products<element>(out + j0, stride, a, a_count, b + j0, b_count - j0, size, factor, &work.ahead);
+    sum_products<element>(out + j0, stride, a, a_count, b + j0, b_count - j0, size, factor, &work.prefetches);
   }
 }
 

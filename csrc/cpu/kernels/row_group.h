@@ -8,8 +8,8 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// How far ahead of what is read lines are fetched.
-constexpr int64_t kAheadBytes = 1 << 14;
+// How far ahead of what is read lines are prefetched.
+constexpr int64_t kPrefetchBytes = 1 << 14;
 
 // Rows below which four are read at once, which saves their sums' ends; of others, one stream of lines is faster than four, whose
 // places in the caches may be the same. From half as long ones on something else may go on beside their products.
@@ -152,18 +152,18 @@ class RowGroup {
  public:
   RowGroup(Arena& arena, Dtype dtype, const View& view, const Plan& plan, int64_t size)
       : source_(dtype),
-        fetches_(plan.fetches),
+        prefetches_(plan.prefetches),
         view_(view),
         size_(size),
         line_(kLine / width_of(dtype)),
         in_place_(view.element == 1 || size <= 1),
         is_long_(size * width_of(dtype) >= kLongRow),
-        overlaps_(plan.overlaps && fetches_ && in_place_ && 2 * size * width_of(dtype) >= kLongRow),
+        overlaps_(plan.overlaps && prefetches_ && in_place_ && 2 * size * width_of(dtype) >= kLongRow),
         leaves_gradients_(overlaps_ && is_long_ && source_ == kAccumulated<acc>),
-        ahead_(
+        prefetch_rows_(
             plan.streams && !leaves_gradients_
                 ? plan.group
-                : std::clamp<int64_t>(kAheadBytes / std::max<int64_t>(size * width_of(dtype), 1), 1, plan.group)),
+                : std::clamp<int64_t>(kPrefetchBytes / std::max<int64_t>(size * width_of(dtype), 1), 1, plan.group)),
         dtype_(in_place_ ? source_ : kAccumulated<acc>),
         stride_(padded<acc>(size)),
         copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)),
@@ -179,8 +179,8 @@ class RowGroup {
     for (int64_t r = 0; r < count_; ++r) {
       rows_[r] = address(b, tile.steps[r]);
     }
-    if (fetches_) {
-      const int64_t here = std::max<int64_t>(count_ - ahead_, 0);
+    if (prefetches_) {
+      const int64_t here = std::max<int64_t>(count_ - prefetch_rows_, 0);
       std::copy_n(rows_ + count_ - here, here, next_);
       for (int64_t r = here; r < count_; ++r) {
         next_[r] = r - here < next.tile.count ? address(next.batch, next.tile.steps[r - here]) : rows_[r];
@@ -210,32 +210,32 @@ class RowGroup {
     return static_cast<const acc*>(rows_[r]);
   }
 
-  // Whoever reads rows by address has later ones fetched: the line of feature d of the one that is due at row r.
-  bool fetches() const {
-    return fetches_;
+  // Whoever reads rows by address has later ones prefetched: the line of feature d of the one that is due at row r.
+  bool prefetches() const {
+    return prefetches_;
   }
 
-  [[gnu::always_inline]] void fetch_next(int64_t r, int64_t d) const {
-    fetch(next(r) + d * width_of(source_));
+  [[gnu::always_inline]] void prefetch_next(int64_t r, int64_t d) const {
+    prefetch(next(r) + d * width_of(source_));
   }
 
   // For whoever reads one vector of features after the other, of which a line may have several; of `scalar` where that is known.
   template <class scalar = char>
-  [[gnu::always_inline]] void fetch_next_line(int64_t r, int64_t d) const {
+  [[gnu::always_inline]] void prefetch_next_line(int64_t r, int64_t d) const {
     constexpr bool is_line = Vec<acc>::size() * sizeof(scalar) >= kLine;
     if (is_line || (d & (line_ - 1)) == 0) {
-      fetch_next(r, d);
+      prefetch_next(r, d);
     }
   }
 
   // From feature d on.
-  void fetch_rest_of_next(int64_t r, int64_t d) const {
+  void prefetch_rest_of_next(int64_t r, int64_t d) const {
     for (const int64_t line = kLine / width_of(source_); d < size_; d += line) {
-      fetch_next(r, d);
+      prefetch_next(r, d);
     }
   }
 
-  // Of what comes kAheadBytes after row r; a whole group after it where it is fetched beside gradients that are streamed.
+  // Of what comes kPrefetchBytes after row r; a whole group after it where it is prefetched beside gradients that are streamed.
   const char* next(int64_t r) const {
     return static_cast<const char*>(next_[r]);
   }
@@ -270,8 +270,8 @@ class RowGroup {
     rest_.add_part();
   }
 
-  // out[r] = factor x . row_r, of an x that is of the rows' dtype. `fetches`: here, where the rows are read first.
-  void dot_products(acc* out, const acc* x, acc factor, bool fetches = true) {
+  // out[r] = factor x . row_r, of an x that is of the rows' dtype. `prefetches`: here, where the rows are read first.
+  void dot_products(acc* out, const acc* x, acc factor, bool prefetches = true) {
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
       const auto* const left = left_of<scalar>(x);
@@ -281,16 +281,16 @@ class RowGroup {
         rest_.add_part(kGroupRows);
         return;
       }
-      with_bool(fetches && fetches_, [&](auto fetching) {
-        const bool one_by_one = fetching.value && is_long_;
+      with_bool(prefetches && prefetches_, [&](auto prefetching) {
+        const bool one_by_one = prefetching.value && is_long_;
         for_blocks<4>(count_, [&](auto rows, int64_t first) {
           Vec<acc> totals[1][rows.value];
           if (one_by_one) {
             for (int r = 0; r < rows.value; ++r) {
-              multiply<1, fetching.value, scalar>(totals[0] + r, left, first + r);
+              multiply<1, prefetching.value, scalar>(totals[0] + r, left, first + r);
             }
           } else {
-            multiply<rows.value, fetching.value, scalar>(totals[0], left, first);
+            multiply<rows.value, prefetching.value, scalar>(totals[0], left, first);
           }
           store_sums<1, rows.value>(out + first, 0, totals, factor);
         });
@@ -397,7 +397,7 @@ class RowGroup {
   };
 
   // Vectors that add up to x . row_r each, of `rows` rows from `first` on, with what is done beside them.
-  template <int rows, bool fetches, class scalar, class Left, class Beside = Nothing>
+  template <int rows, bool prefetches, class scalar, class Left, class Beside = Nothing>
   [[gnu::always_inline]] void multiply(Vec<acc>* totals, const Left* x, int64_t first, const Beside& beside = {}) const {
     const scalar* row[rows];
     const char* later[rows];
@@ -405,20 +405,20 @@ class RowGroup {
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       row[r] = static_cast<const scalar*>(rows_[first + r]);
-      later[r] = fetches ? next(first + r) : nullptr;
+      later[r] = prefetches ? next(first + r) : nullptr;
       sums[r][0] = sums[r][1] = Vec<acc>(0);
     }
     for_twos<acc>(size_, [&](int64_t d, auto count) __attribute__((always_inline)) {
-      const auto ask = [&](int r) __attribute__((always_inline)) {
-        for (size_t at = 0; fetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += kLine) {
-          fetch(later[r] + d * sizeof(scalar) + at);
+      const auto prefetch_one = [&](int r) __attribute__((always_inline)) {
+        for (size_t at = 0; prefetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += kLine) {
+          prefetch(later[r] + d * sizeof(scalar) + at);
         }
       };
       if constexpr (kMultipliesPairs<scalar>) {
         const auto left = load_pairs(x + d, count);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-          ask(r);
+          prefetch_one(r);
           sums[r][0] = Factors<Paired<scalar>>::multiply_add(left, load_pairs(row[r] + d, count), sums[r][0]);
           std::swap(sums[r][0], sums[r][1]);  // two chains
         }
@@ -427,7 +427,7 @@ class RowGroup {
         load_two(left, x + d, count);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-          ask(r);
+          prefetch_one(r);
           load_two(right, row[r] + d, count);
           sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
           sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
@@ -442,7 +442,7 @@ class RowGroup {
   }
 
   Dtype source_;
-  bool fetches_;
+  bool prefetches_;
   View view_;
   int64_t size_;
   int64_t line_;  // elements
@@ -450,8 +450,8 @@ class RowGroup {
   bool is_long_;
   bool overlaps_;
   bool leaves_gradients_;
-  int64_t ahead_;  // rows
-  Dtype dtype_;    // of the rows as they are read
+  int64_t prefetch_rows_;  // rows
+  Dtype dtype_;            // of the rows as they are read
   int64_t stride_;
   acc* copies_;
   Rest<acc> rest_;
