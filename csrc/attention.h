@@ -43,7 +43,7 @@ struct Outputs {
 struct Saved {
   const OptionalTensor& grad_context;
   const OptionalTensor& grad_weights;
-  const OptionalTensor& context;  // where the device takes_context()
+  const OptionalTensor& context;  // where the device needs_context()
   const OptionalTensor& weights;
   const Tensor& logsumexp;
 };
@@ -60,7 +60,7 @@ struct Gradients {
 // A device's way in.
 struct EntryPoints {
   // Whether a backward of a problem of these sizes, of which nothing else is there yet, reads the context.
-  bool (*takes_context)(const Problem& sizes);
+  bool (*needs_context)(const Problem& sizes);
   void (*forward)(const Inputs& inputs, Outputs& outputs);
   void (*backward)(const Inputs& inputs, const Saved& saved, Gradients& gradients);
   // What is left of a backward once the gradients of the scores are known: those of query, keys and v.
@@ -71,7 +71,7 @@ struct EntryPoints {
 namespace cpu {
 extern const EntryPoints entry_points;
 const char* capability_name();
-bool multiplies();  // the projections' float matrices, or leaves them to PyTorch's library
+bool has_own_matmul();  // the projections' float matrices, or leaves them to PyTorch's library
 }  // namespace cpu
 
 namespace cuda {

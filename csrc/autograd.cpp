@@ -39,7 +39,7 @@ struct AttentionNode : torch::autograd::Function<AttentionNode> {
       bool need_weights,
       Forwards* outputs) {
     const AutoDispatchBelowADInplaceOrView guard;
-    const bool with_context = takes_context(*inputs);
+    const bool with_context = needs_context(*inputs);
     *outputs = attend(*inputs, need_weights, {with_context, true});
     const Kept kept(*outputs, with_context, need_weights);
     ctx->set_materialize_grads(false);

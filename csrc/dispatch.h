@@ -29,14 +29,14 @@ inline Tensor or_undefined(const OptionalTensor& tensor) {
 }
 
 // Whether a backward of such tensors reads the context. A forward that asks leaves out, or does not keep, what nobody reads.
-bool takes_context(const Inputs& inputs);
+bool needs_context(const Inputs& inputs);
 
 // What a backward is given of a forward's results: as they were accumulated, and undefined where it has no use for them.
 struct Kept {
-  Kept(const Forwards& outputs, bool takes_context, bool takes_weights) : logsumexp(std::get<2>(outputs)) {
+  Kept(const Forwards& outputs, bool needs_context, bool takes_weights) : logsumexp(std::get<2>(outputs)) {
     const auto& [given_context, given_weights, _, exact] = outputs;
     const bool rounded = !exact.empty();
-    if (takes_context) {
+    if (needs_context) {
       context = rounded ? exact[0] : given_context;
     }
     if (takes_weights) {

@@ -39,7 +39,7 @@ Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
 SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_time) {
   const auto& [lengths, mask] = hidden;
   const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
-  if (!cpu::multiplies() || !hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
+  if (!cpu::has_own_matmul() || !hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
       !hidden.fit(memory)) {
     return std::nullopt;
   }

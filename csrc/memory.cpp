@@ -423,7 +423,7 @@ struct MemoryStep : torch::autograd::Function<MemoryStep> {
     const Arguments& of = *arguments;
     const Tensor projected = of.project(query);
     const Inputs inputs = of.with(projected);
-    const bool with_context = takes_context(inputs);
+    const bool with_context = needs_context(inputs);
     const Forwards outputs = attend(inputs, true, {with_context, true});
     const Kept kept(outputs, with_context, true);
     ctx->set_materialize_grads(false);

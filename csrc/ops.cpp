@@ -318,13 +318,13 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-bool takes_context(const Inputs& inputs) {
+bool needs_context(const Inputs& inputs) {
   const Tensor &query = inputs.query, &memory = inputs.memory;
   // What is no argument of the op it says; of sizes that torch.compile leaves open nothing is known.
   if ((query.dim() != 3 && query.dim() != 2) || memory.dim() != 3 || has_open_sizes(query) || has_open_sizes(memory)) {
     return true;
   }
-  return entries_of(query).takes_context(problem_of_sizes(inputs.method(), query, memory));
+  return entries_of(query).needs_context(problem_of_sizes(inputs.method(), query, memory));
 }
 
 // B batch, T queries, S source steps. The scores are dot products of query [B, T, D] and memory [B, S, D]; with keys [B, S, D]
@@ -333,7 +333,7 @@ bool takes_context(const Inputs& inputs) {
 // it, where they meet more than one call's queries. A query [B, D] is one decoder step: no result has the T then. weights has no
 // elements if need_weights is false, nor has a gradient that is not wanted, of query, memory, keys, v and the scores [B, T, S].
 // need_exact: which of context and weights a backward will take as they were accumulated; of halves, `exact` has them, in float32,
-// and otherwise it is empty. Not every backward reads the context: takes_context().
+// and otherwise it is empty. Not every backward reads the context: needs_context().
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
       "attention(Tensor query, Tensor memory, Tensor? keys, Tensor? v, Tensor? prepared_keys, Tensor? lengths, Tensor? mask,"
@@ -365,7 +365,7 @@ TORCH_LIBRARY(attn_ext, m) {
       " Tensor? lengths, Tensor? mask, float scale, bool need_weights, Tensor? node) -> (Tensor context, Tensor weights)");
 
   m.def("cpu_capability() -> str", cpu_capability);
-  m.def("cpu_multiplies() -> bool", cpu::multiplies);
+  m.def("cpu_multiplies() -> bool", cpu::has_own_matmul);
   m.def("cuda_build() -> str", cuda_build);
 }
 

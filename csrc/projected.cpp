@@ -80,7 +80,7 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
     const BelowAutograd guard;
     const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), options->by_keys), bias, *options);
     const Inputs inputs = projected.with(memory, v, *options);
-    const bool with_context = takes_context(inputs);
+    const bool with_context = needs_context(inputs);
     const Forwards outputs = attend(inputs, need_weights, {with_context, true});
     const Kept kept(outputs, with_context, need_weights);
     ctx->set_materialize_grads(false);

@@ -13,7 +13,7 @@ using torch::autograd::variable_list;
 
 // What PyTorch's products of a type are taken in: on a processor with products of ours, float16 has none of its own.
 at::ScalarType product_type(at::ScalarType type, const Tensor& tensor) {
-  return type == at::kHalf && tensor.is_cpu() && cpu::multiplies() ? at::kFloat : type;
+  return type == at::kHalf && tensor.is_cpu() && cpu::has_own_matmul() ? at::kFloat : type;
 }
 
 bool is_time_major(const Tensor& tensor) {
@@ -122,7 +122,7 @@ Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   }
   const Tensor rows = rows_of(input), factors = weight.t();
   Tensor projected;
-  if (cpu::takes(rows, factors) && (!bias || cpu::is_plain(*bias))) {
+  if (cpu::can_matmul(rows, factors) && (!bias || cpu::is_plain(*bias))) {
     projected = at::empty({rows.size(0), factors.size(1)}, rows.options());
     cpu::matmul(projected, rows, factors, bias, false, some);
   } else {
@@ -156,7 +156,7 @@ Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& inp
 
 Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const SomeRows& some) {
   const Tensor to = rows_of(sum), rows = rows_of(grad);
-  if (cpu::takes(rows, weight)) {
+  if (cpu::can_matmul(rows, weight)) {
     cpu::matmul(to, rows, weight, std::nullopt, true, some);
     return sum;
   }

@@ -62,7 +62,7 @@ Tensor contiguous(const OptionalTensor& tensor) {
 
 // Whether a backward on so many threads reads the context. With one thread nothing is split: a context that is read even then must
 // be given. Without gradients of rows, one query's groups are the smaller.
-bool takes_context(const Problem& sizes, int64_t threads) {
+bool needs_context(const Problem& sizes, int64_t threads) {
   return !backward_plan(sizes, threads, true, false).has_whole_rows(sizes);
 }
 
@@ -100,8 +100,8 @@ void run_backward(const Inputs& inputs, Backward& call, bool has_context, Gradie
   }
 }
 
-bool takes_context(const Problem& sizes) {
-  return takes_context(sizes, at::get_num_threads());
+bool needs_context(const Problem& sizes) {
+  return needs_context(sizes, at::get_num_threads());
 }
 
 void forward(const Inputs& inputs, Outputs& outputs) {
@@ -119,7 +119,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   const bool rounds = outputs.context.scalar_type() != outputs.logsumexp.scalar_type();
   call.exact_context = rounds ? data_of(outputs.exact_context) : call.context;
   call.exact_weights = rounds ? data_of(outputs.exact_weights) : call.weights;
-  call.is_read_back = call.exact_context != nullptr && takes_context(call.problem);
+  call.is_read_back = call.exact_context != nullptr && needs_context(call.problem);
   for (const Tensor* output : {&outputs.context, &outputs.weights, &outputs.exact_context, &outputs.exact_weights}) {
     use_huge_pages(*output);
   }
@@ -139,7 +139,7 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
   const bool has_context = saved.context.has_value();
   const auto sizes = problem_of_sizes(inputs.method(), inputs.query, inputs.memory);
   TORCH_CHECK_VALUE(
-      has_context || !takes_context(sizes, 1),
+      has_context || !needs_context(sizes, 1),
       "context is missing: a backward of T=",
       sizes.queries,
       ", S=",
@@ -169,7 +169,7 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
 
 }  // namespace
 
-const EntryPoints entry_points{takes_context, forward, backward, backward_of_scores, prepare_keys};
+const EntryPoints entry_points{needs_context, forward, backward, backward_of_scores, prepare_keys};
 
 const char* capability_name() {
   return capability().name;

@@ -30,7 +30,7 @@ constexpr int64_t kFewPairs = int64_t{1} << 22;
 
 // At precision "medium" products are left to PyTorch.
 bool may_multiply() {
-  return multiplies() && factors_of_float() != Dtype::BFloat16;
+  return has_own_matmul() && factors_of_float() != Dtype::BFloat16;
 }
 
 Dtype factors_of(Dtype a, Dtype b) {
@@ -190,7 +190,7 @@ std::optional<Addresses> rows_of_all(at::TensorList tensors, const SomeRows& som
 
 }  // namespace
 
-bool multiplies() {
+bool has_own_matmul() {
   static const bool has_kernels = capability().matmul() != nullptr;
   return has_kernels;
 }
@@ -201,7 +201,7 @@ bool is_plain(const Tensor& tensor) {
   return keys.remove(c10::DispatchKey::BackendSelect).highestPriorityTypeId() == c10::DispatchKey::CPU;
 }
 
-bool takes(const Tensor& a, const Tensor& b) {
+bool can_matmul(const Tensor& a, const Tensor& b) {
   if (!is_summed_in_float(a) || !is_summed_in_float(b) || !may_multiply() || a.size(1) != b.size(0) || !is_by_rows(a) ||
       !(is_by_rows(b) || is_by_columns(b))) {
     return false;

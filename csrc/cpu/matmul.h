@@ -19,7 +19,7 @@ bool is_plain(const at::Tensor& tensor);
 using SomeRows = std::optional<std::vector<Run>>;
 
 // Whether matmul() takes these, or they are PyTorch's: [rows, depth] and [depth, columns].
-bool takes(const at::Tensor& a, const at::Tensor& b);
+bool can_matmul(const at::Tensor& a, const at::Tensor& b);
 
 // out = a b, + bias [columns], or, if it adds to out and there is no bias, out + a b. The other rows of out become 0, or stay what
 // they are where it adds.

@@ -97,7 +97,7 @@ Tensor& bmm_out_dtype(const Tensor& a, const Tensor& b, at::ScalarType type, Ten
 
 }  // namespace
 
-const EntryPoints cpu::entry_points{cuda::entry_points.takes_context, forward, backward, backward_of_scores, prepare_keys};
+const EntryPoints cpu::entry_points{cuda::entry_points.needs_context, forward, backward, backward_of_scores, prepare_keys};
 
 cuda::Stream cuda::current_stream(c10::Device) {
   return nullptr;

@@ -48,7 +48,7 @@ class AdditiveGradient : public AdditiveScore<element> {
   void begin(const Item& item) {
     this->load_queries(item.batch, item.first_query, item.queries);
     if (only_queries(f_)) {
-      half_exponentials_.take(this->query_.addresses(), item.queries, [](const Vec<acc>& exponentials, int64_t) {
+      half_exponentials_.compute(this->query_.addresses(), item.queries, [](const Vec<acc>& exponentials, int64_t) {
         return exponentials * Vec<acc>(0.5);
       });
       this->query_range_ = half_exponentials_.range();
@@ -176,8 +176,8 @@ class AdditiveGradient : public AdditiveScore<element> {
     int shared;  // so many steps share a reciprocal; 0: q and k
   };
 
-  // So many columns are taken out of the rows at a time, since every row is in a page of its own; with half of the registers, whose
-  // vectors are half as long, half as many.
+  // So many columns are loaded out of the rows at a time, since every row is in a page of its own; with half of the registers,
+  // whose vectors are half as long, half as many.
   static constexpr int kAbreast = kHasManyRegisters ? 4 : 2;
 
   // Column by column, so that all that the sums run over, exponentials and gradients, is in the first-level cache and nowhere else.
@@ -190,7 +190,7 @@ class AdditiveGradient : public AdditiveScore<element> {
     const Result<acc> grad_keys = grad_keys_.rows(first > 0);
     for_blocks<kAbreast>(ceil_div(this->size_, lanes), [&](auto width, int64_t vector) {
       const int64_t a = vector * lanes;
-      take_columns<width.value>(queries, count, steps, a);
+      load_columns<width.value>(queries, count, steps, a);
       for (int w = 0; w < width.value; ++w) {
         const Column& column = columns_[w];
         std::fill_n(column.grad_keys, steps * lanes, acc(0));
@@ -227,7 +227,7 @@ class AdditiveGradient : public AdditiveScore<element> {
 
   // `width` of them, of the features from a on.
   template <int width>
-  void take_columns(const acc* const* queries, int64_t count, int64_t steps, int64_t a) {
+  void load_columns(const acc* const* queries, int64_t count, int64_t steps, int64_t a) {
     const int64_t last = std::min(lanes, this->size_ - a - (width - 1) * lanes);
     const auto for_rows = [&](const acc* const* rows, int64_t end, const auto& f) __attribute__((always_inline)) {
       for (int64_t i = 0; i < end; ++i) {

@@ -41,16 +41,16 @@ class Exponentials {
   }
 
   template <class Scale>
-  void take(const acc* const* rows, int64_t count, const Scale& scale) {
+  void compute(const acc* const* rows, int64_t count, const Scale& scale) {
     Vec<acc> magnitudes(0);
     for (int64_t i = 0; i < count; ++i) {
       address_[i] = rows_ + i * stride_;
-      take_exponentials(rows_ + i * stride_, rows[i], size_, stride_, magnitudes, scale);
+      exponentiate_row(rows_ + i * stride_, rows[i], size_, stride_, magnitudes, scale);
     }
     range_ = 2 * largest(magnitudes);
   }
 
-  void find(int64_t b, const Tile& tile) {
+  void use_prepared(int64_t b, const Tile& tile) {
     range_ = 0;
     for (int64_t i = 0; i < tile.count; ++i) {
       address_[i] = static_cast<const acc*>(prepared_.data) + b * prepared_.batch + tile.steps[i] * prepared_.row;
@@ -119,7 +119,7 @@ class AdditiveScore {
     }
     std::fill(v_ + size_, v_ + Exponentials<acc>::shared_size(size_), acc(0));
     if (needs_.scores) {
-      query_over_v_.take(query_.addresses(), count, [&](const Vec<acc>& exponentials, int64_t a) {
+      query_over_v_.compute(query_.addresses(), count, [&](const Vec<acc>& exponentials, int64_t a) {
         return exponentials * Vec<acc>::loadu(inverse_v_ + a);
       });
       query_range_ = query_over_v_.range();
@@ -128,14 +128,14 @@ class AdditiveScore {
 
   void load_keys(int64_t b, const Tile& tile, const Rows<element>&) {
     if (key_exponentials_.is_prepared()) {
-      key_exponentials_.find(b, tile);
+      key_exponentials_.use_prepared(b, tile);
       if (!needs_.keys && may_share(2)) {  // nobody looks at the keys themselves
         return;
       }
     }
     keys_.load(b, tile);
     if (has_exponentials_ && !key_exponentials_.is_prepared()) {
-      key_exponentials_.take(keys_.addresses(), tile.count, kUnscaled);
+      key_exponentials_.compute(keys_.addresses(), tile.count, kUnscaled);
     }
   }
 
@@ -146,7 +146,7 @@ class AdditiveScore {
       acc* row = static_cast<acc*>(p.prepared) + i * stride;
       load_row(row, p.dtype, p.keys, i / p.steps, i % p.steps, p.key_size);
       Vec<acc> magnitudes(0);
-      take_exponentials(row, row, p.key_size, stride, magnitudes, kUnscaled);
+      exponentiate_row(row, row, p.key_size, stride, magnitudes, kUnscaled);
       row[stride - kPreparedLine] = 2 * largest(magnitudes);
     }
   }

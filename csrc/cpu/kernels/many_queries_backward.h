@@ -66,7 +66,7 @@ struct AttentionBackward {
       slot.grad_context.load(item.batch, item.first_query, item.queries);
     }
     if (!has_whole_rows(f)) {
-      find_delta(f, item, slot);
+      compute_delta(f, item, slot);
     }
     std::fill_n(slot.excess, item.queries, acc(0));
     slot.gradient.begin(item);
@@ -79,7 +79,7 @@ struct AttentionBackward {
       slot.gradient.begin_tile(item.batch, tile, written, slot.memory);
       slot.grad_memory.begin(tile, written);
       for (int64_t t = 0; t < item.queries; t += kChunk) {
-        take_chunk(f, item, t, std::min(kChunk, item.queries - t), tile, written, slot);
+        process_block(f, item, t, std::min(kChunk, item.queries - t), tile, written, slot);
       }
       slot.grad_memory.end(tile);
       slot.gradient.end_tile(tile);
@@ -161,7 +161,7 @@ struct AttentionBackward {
 
   // A few of an item's queries against a tile: their weights, the gradient of their scores, and what both add to the other
   // gradients.
-  static void take_chunk(
+  static void process_block(
       const Backward& f, const Item& item, int64_t first, int64_t count, const Tile& tile, int64_t written, Slot& slot) {
     const Problem& problem = f.problem;
     const int64_t stride = slot.tile_stride;
@@ -170,7 +170,7 @@ struct AttentionBackward {
     if (f.score_gradients.data != nullptr) {
       gather(grad_scores, stride, kAccumulated<acc>, f.score_gradients, item.batch, item.first_query + first, count, tile);
     } else {
-      find_grad_scores(f, item, first, count, tile, slot, weights, grad_scores);
+      compute_grad_scores(f, item, first, count, tile, slot, weights, grad_scores);
     }
     if (f.grad_scores != nullptr) {
       grad_scores_rows(f, item, first, count).scatter<acc>(grad_scores, stride, nullptr, tile, written);
@@ -227,7 +227,7 @@ struct AttentionBackward {
     return {kAccumulated<acc>, f.grad_scores, (item.first_row(f.problem) + first) * steps, count, steps};
   }
 
-  static void find_grad_scores(
+  static void compute_grad_scores(
       const Backward& f,
       const Item& item,
       int64_t first,
@@ -276,7 +276,7 @@ struct AttentionBackward {
     for (int64_t t = 0; t < count; ++t) {
       excess[t] += sums[t];
       if (has_whole_rows(f)) {
-        take_off_excess(grad_scores + t * stride, weights + t * stride, tile.count, sums[t]);
+        subtract_excess(grad_scores + t * stride, weights + t * stride, tile.count, sums[t]);
       }
     }
   }
@@ -305,7 +305,7 @@ struct AttentionBackward {
     return f.plan.has_whole_rows(f.problem);
   }
 
-  static void find_delta(const Backward& f, const Item& item, Slot& slot) {
+  static void compute_delta(const Backward& f, const Item& item, Slot& slot) {
     const Problem& problem = f.problem;
     if (f.grad_context.data != nullptr) {
       slot.context.load(item.batch, item.first_query, item.queries);

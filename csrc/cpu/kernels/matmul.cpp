@@ -51,7 +51,7 @@ class Block {
       for_rows([&](int64_t i) { load_row(sums_ + i * stride_, call_.out_type, call_.out, place(i), 1, width_); });
     }
     if (is_few_) {
-      take_few_rows();
+      multiply_few_rows();
     } else {
       for (int64_t k = 0; runs_ != end_runs_ && k < call_.depth; k += kPanelDepth) {
         add(k, std::min(kPanelDepth, call_.depth - k));
@@ -156,7 +156,7 @@ class Block {
     }
   }
 
-  void take_few_rows() {
+  void multiply_few_rows() {
     const float* rows[kFewRows];
     int64_t count = 0;
     for_rows([&](int64_t i) { rows[count++] = row_of_a(i, 0, call_.depth); });
@@ -221,7 +221,7 @@ class Block {
   // Whatever the division into blocks, so that the number of threads changes no bit.
   static bool is_worth_tiles_of(const Matmul& call) {
     const int64_t rows = std::min({call.run_rows, call.rows, kTile}), columns = std::min(call.columns, kTile);
-    const int64_t depth = std::min(call.depth, kPanelDepth), take_right = call.has_rows_of_b() ? kTakeRows : kTakeColumns;
+    const int64_t depth = std::min(call.depth, kPanelDepth), take_right = call.has_rows_of_b() ? kPackRows : kPackColumns;
     return is_worth_tiles<float>(excess_of_tiles(rows, depth, columns, parts_of(call.factors), take_right));
   }
 

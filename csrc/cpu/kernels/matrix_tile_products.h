@@ -1,6 +1,6 @@
 // The products of products.h by matrix tiles (matrix_tiles.h). Their left factor has its pairs along a row, their right one, a
 // panel of columns, from row to row, so that a tile's lines lie one behind the other and share no set of the cache. Pairs of
-// bfloat16 stand so in a query or a memory; rows of floats are taken into their parts, block by block.
+// bfloat16 stand so in a query or a memory; rows of floats are packed, split into their parts, block by block.
 #pragma once
 
 #include "operands.h"
@@ -10,20 +10,20 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// What taking a number of either factor into three parts costs, the right one's from rows or, beyond what registers spend on it, as
-// columns, in multiply-adds of such numbers by tiles; what a multiply-add by registers does, and what tiles take to begin after
-// other work. After tiles, vectors are slower for some time, by a fifth in multiply-adds, which is why neighbouring products go the
-// same way, and in exponentials by so much for each. Measured on a Xeon.
-constexpr int64_t kTakeLeft = 40, kTakeRows = 38, kTakeColumns = 26, kBegin = 1 << 17;
+// Costs on a Xeon, in multiply-adds of three-part floats by AMX: of packing a number of the left operand; one of the right operand
+// from rows, or from columns beyond what registers spend on transposing; and of beginning after other work.
+constexpr int64_t kPackLeft = 40, kPackRows = 38, kPackColumns = 26, kBegin = 1 << 17;
+// Of a multiply-add by registers; and what AMX adds to an exponential. After tiles, vectors are slower for some time, multiply-adds
+// by a fifth, which is why neighbouring products go the same way.
 constexpr double kMultiplyAdd = 2.0, kSlowerExponential = 0.7;
 
 // How much longer a product takes by tiles, which its factors need not fill, than by registers.
-constexpr double excess_of_tiles(int64_t height, int64_t depth, int64_t width, int parts, int64_t take_right) {
+constexpr double excess_of_tiles(int64_t height, int64_t depth, int64_t width, int parts, int64_t pack_right) {
   const double work = static_cast<double>(height) * width * depth;
   const double filled =
       static_cast<double>(whole_tiles(height) * whole_tiles(width)) * ceil_div(depth, 2 * kTileRows) * 2 * kTileRows;
-  const double taken = static_cast<double>(kTakeLeft * height + take_right * width) * depth;
-  return filled * parts * (parts + 1) / 12 + taken * (parts + 1) / 4 - kMultiplyAdd * work;
+  const double packing = static_cast<double>(kPackLeft * height + pack_right * width) * depth;
+  return filled * parts * (parts + 1) / 12 + packing * (parts + 1) / 4 - kMultiplyAdd * work;
 }
 
 // Whether products go by tiles: of pairs wherever there are tiles, of floats all that follow each other, whose excess that is, or
@@ -48,12 +48,12 @@ struct TileExcess {
 
   // Scores, or their gradients: dot products of rows of `size` numbers.
   double of_scores(int64_t size) const {
-    return excess_of_tiles(queries, size, steps, parts, kTakeColumns);
+    return excess_of_tiles(queries, size, steps, parts, kPackColumns);
   }
 
   // What is summed of the memory's rows, or into their gradient.
   double of_rows() const {
-    return excess_of_tiles(queries, steps, problem.memory_size, parts, kTakeRows);
+    return excess_of_tiles(queries, steps, problem.memory_size, parts, kPackRows);
   }
 
   double of_exponentials() const {
@@ -64,7 +64,7 @@ struct TileExcess {
 #if defined(__AMX_BF16__)
 
 // The right factor: 32 columns of it, so many numbers of each along the index that is summed over. A workspace has two panels: one
-// is multiplied, and the next one taken meanwhile.
+// is multiplied, and the next one packed meanwhile.
 template <class element, int parts>
 struct TilePanel : TileBuffer<parts> {
   static constexpr int64_t kWidth = 2 * kTileRows;
@@ -78,23 +78,23 @@ struct TilePanel : TileBuffer<parts> {
       : TileBuffer<parts>(reinterpret_cast<Pair*>(work.panel) + which * kSize, kDepth) {}
 };
 
-// Floats are taken in steps. A matrix product leaves the vectors' units idle for most of its 16 cycles: some have a step at their
-// side. Pairs, of whose products there are a sixth as many, are taken at once.
-template <class Taker>
-class Steps {
+// Floats are packed in steps. A matrix product leaves the vectors' units idle for most of its 16 cycles: some have a step at their
+// side. Pairs, of whose products there are a sixth as many, are packed at once.
+template <class Packer>
+class PackSteps {
  public:
   int64_t steps_left() const {
     return left_;
   }
 
   [[gnu::noinline]] void step() {
-    static_cast<Taker*>(this)->take();
+    static_cast<Packer*>(this)->pack();
     --left_;
   }
 
   [[gnu::noinline]] void finish() {
     for (; left_ > 0; --left_) {
-      static_cast<Taker*>(this)->take();
+      static_cast<Packer*>(this)->pack();
     }
   }
 
@@ -126,10 +126,10 @@ inline void fill_up(const TilePanel<Pair, 1>& panel, int64_t pairs) {
 
 // A panel from rows of b.
 template <class element, int parts>
-class RowsTaker;
+class RowsPacker;
 
 template <>
-class RowsTaker<Pair, 1> : public AtOnce {
+class RowsPacker<Pair, 1> : public AtOnce {
  public:
   // Numbers n .. n + width of `depth` rows.
   void begin(const TilePanel<Pair, 1>& panel, const Pair* const* b, int64_t n, int64_t width, int64_t depth) {
@@ -141,11 +141,11 @@ class RowsTaker<Pair, 1> : public AtOnce {
 };
 
 // The order in which a product sums up is free: pairs are numbers i and i + 8 of 16 along that index, which spares permutations. A
-// step takes two rows.
+// step packs two rows.
 template <int parts>
-class RowsTaker<float, parts> : public Steps<RowsTaker<float, parts>> {
-  friend class Steps<RowsTaker<float, parts>>;
-  using Steps<RowsTaker<float, parts>>::left_;
+class RowsPacker<float, parts> : public PackSteps<RowsPacker<float, parts>> {
+  friend class PackSteps<RowsPacker<float, parts>>;
+  using PackSteps<RowsPacker<float, parts>>::left_;
 
  public:
   void begin(const TilePanel<float, parts>& panel, const float* const* b, int64_t n, int64_t width, int64_t depth) {
@@ -160,7 +160,7 @@ class RowsTaker<float, parts> : public Steps<RowsTaker<float, parts>> {
   }
 
  private:
-  void take() {
+  void pack() {
     const float* const* const row = rows_ + line_ / 8 * 16 + line_ % 8;
     const float *const x = row[0], *const y = row[8];
     Pair* const to = panel_.line(0, line_ / kTileRows, line_ % kTileRows);
@@ -185,10 +185,10 @@ class RowsTaker<float, parts> : public Steps<RowsTaker<float, parts>> {
 
 // A panel from rows of b as columns.
 template <class element, int parts>
-class ColumnsTaker;
+class ColumnsPacker;
 
 template <>
-class ColumnsTaker<Pair, 1> : public AtOnce {
+class ColumnsPacker<Pair, 1> : public AtOnce {
  public:
   // `depth` elements from d on of `width` rows.
   void begin(const TilePanel<Pair, 1>& panel, const Pair* const* b, int64_t width, int64_t d, int64_t depth) {
@@ -199,12 +199,12 @@ class ColumnsTaker<Pair, 1> : public AtOnce {
   }
 };
 
-// 16 numbers of 16 rows are taken in six steps, two for eight rows each and four for two lines of pairs each, or at once, in
+// 16 numbers of 16 rows are packed in six steps, two for eight rows each and four for two lines of pairs each, or at once, in
 // registers.
 template <int parts>
-class ColumnsTaker<float, parts> : public Steps<ColumnsTaker<float, parts>> {
-  friend class Steps<ColumnsTaker<float, parts>>;
-  using Steps<ColumnsTaker<float, parts>>::left_;
+class ColumnsPacker<float, parts> : public PackSteps<ColumnsPacker<float, parts>> {
+  friend class PackSteps<ColumnsPacker<float, parts>>;
+  using PackSteps<ColumnsPacker<float, parts>>::left_;
 
  public:
   void begin(const TilePanel<float, parts>& panel, const float* const* b, int64_t width, int64_t d, int64_t depth) {
@@ -226,11 +226,11 @@ class ColumnsTaker<float, parts> : public Steps<ColumnsTaker<float, parts>> {
       __m512 fours[kTileRows];
 #pragma GCC unroll 4
       for (int i = 0; i < kTileRows; i += 4) {
-        take_rows(fours, i);
+        transpose_rows(fours, i);
       }
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
-        take_columns(fours, c);
+        pack_lines(fours, c);
       }
       next_square();
     }
@@ -239,12 +239,12 @@ class ColumnsTaker<float, parts> : public Steps<ColumnsTaker<float, parts>> {
  private:
   static constexpr int kStepsOfSquare = 6;
 
-  void take() {
+  void pack() {
     if (step_ < 2) {
-      take_rows(fours_, 8 * step_);
-      take_rows(fours_, 8 * step_ + 4);
+      transpose_rows(fours_, 8 * step_);
+      transpose_rows(fours_, 8 * step_ + 4);
     } else {
-      take_columns(fours_, step_ - 2);
+      pack_lines(fours_, step_ - 2);
     }
     if (++step_ == kStepsOfSquare) {
       step_ = 0;
@@ -259,7 +259,7 @@ class ColumnsTaker<float, parts> : public Steps<ColumnsTaker<float, parts>> {
     }
   }
 
-  void take_rows(__m512* fours, int64_t i) const {
+  void transpose_rows(__m512* fours, int64_t i) const {
     const float* const* const row = rows_ + group_ * kTileRows + i;
     const int64_t d = square_ * kTileRows;
     if (d + kTileRows <= depth_) {
@@ -272,7 +272,7 @@ class ColumnsTaker<float, parts> : public Steps<ColumnsTaker<float, parts>> {
   }
 
   // Lines c and c + 4.
-  void take_columns(const __m512* fours, int64_t c) const {
+  void pack_lines(const __m512* fours, int64_t c) const {
     Pair* const to = panel_.line(group_, square_ / 2, square_ % 2 * 8 + c);
     const TwoColumns even = columns_of_fours<false>(fours, c), odd = columns_of_fours<true>(fours, c);
     split_pairs<parts>(to, panel_.kPart, Vec<float>(even.first), Vec<float>(even.second));
@@ -288,7 +288,7 @@ class ColumnsTaker<float, parts> : public Steps<ColumnsTaker<float, parts>> {
 
 // The columns of a panel, factor (a b + what is there, if it is to `add`), in one order wherever the result's edges are. There are
 // 16 rows of a, or those that are missing may be read.
-template <int parts, class Taker>
+template <int parts, class Packer>
 void multiply_panel(
     float* out,
     int64_t stride,
@@ -300,10 +300,10 @@ void multiply_panel(
     const Tiles& panel,
     int64_t tiles,
     PrefetchQueue& prefetches,
-    Taker& taker) {
+    Packer& packer) {
   constexpr int64_t apart = 2 * kTileRows;
   const int64_t products = parts * (parts + 1) / 2 * ceil_div(height, kTileRows) * ceil_div(width, kTileRows) * tiles;
-  const int64_t every = std::max<int64_t>(1, products / std::max<int64_t>(taker.steps_left(), 1));
+  const int64_t every = std::max<int64_t>(1, products / std::max<int64_t>(packer.steps_left(), 1));
   alignas(64) float sums[2 * kTileRows * apart];
   const auto block = [&](auto rows, auto columns, int64_t i) {
     constexpr int64_t tall = rows * kTileRows, wide = columns * kTileRows;
@@ -312,7 +312,7 @@ void multiply_panel(
     const int64_t end = std::min(height, first + tall);
     const Tiles left = a.from(first);
     if (factor == 1 && first == i && end - i == tall && wide <= width) {
-      return tile_products<parts, rows, columns>(out + i * stride, stride, add, left, panel, tiles, prefetches, taker, every);
+      return tile_products<parts, rows, columns>(out + i * stride, stride, add, left, panel, tiles, prefetches, packer, every);
     }
     const auto for_vectors = [&](const auto& f) {
       for (int64_t t = i; t < end; ++t) {
@@ -324,7 +324,7 @@ void multiply_panel(
     if (add) {
       for_vectors([](float* sum, const float* to, int64_t count) { Vec<float>::loadu(to, count).store(sum); });
     }
-    tile_products<parts, rows, columns>(sums, apart, add, left, panel, tiles, prefetches, taker, every);
+    tile_products<parts, rows, columns>(sums, apart, add, left, panel, tiles, prefetches, packer, every);
     for_vectors([&](const float* sum, float* to, int64_t count) {
       (Vec<float>::loadu(sum) * Vec<float>(factor)).store(to, static_cast<int>(count));
     });
@@ -349,10 +349,10 @@ void multiply_panel(
 
 // The left factor: row i of `depth` numbers, times a factor, filled up with zeros.
 template <int parts>
-void take_row(const TileBuffer<parts>& left, int64_t i, const float* row, int64_t depth, float factor) {
+void pack_row(const TileBuffer<parts>& left, int64_t i, const float* row, int64_t depth, float factor) {
   const Vec<float> times(factor);
   Pair* to = left.line(i / kTileRows, 0, i % kTileRows);
-  const auto take = [&](const Vec<float>& lower, const Vec<float>& upper) {
+  const auto pack = [&](const Vec<float>& lower, const Vec<float>& upper) {
     if constexpr (parts == 1) {
       _mm512_storeu_si512(to, rounded<c10::BFloat16>(lower * times, upper * times));
     } else {
@@ -365,21 +365,21 @@ void take_row(const TileBuffer<parts>& left, int64_t i, const float* row, int64_
   };
   int64_t k = 0;
   for (; k + 2 * kTileRows <= depth; k += 2 * kTileRows) {
-    take(Vec<float>::loadu(row + k), Vec<float>::loadu(row + k + kTileRows));
+    pack(Vec<float>::loadu(row + k), Vec<float>::loadu(row + k + kTileRows));
   }
   if (k < depth) {
     const auto some = [&](int64_t i) { return Vec<float>(_mm512_maskz_loadu_ps(lanes_of(depth - i), row + i)); };
-    take(some(k), some(k + kTileRows));
+    pack(some(k), some(k + kTileRows));
   }
 }
 
 // Coefficients, times their rows' factors. Those that come by columns are transposed first.
 template <int parts>
-void take_coefficients(
+void pack_coefficients(
     const TileBuffer<parts>& left, int64_t height, const Coefficients<float>& c, int64_t depth, const Result<float>& out) {
   if (c.column == 1) {
     for (int64_t i = 0; i < height; ++i) {
-      take_row(left, i, c.data + i * c.row, depth, out.factors[i * out.step]);
+      pack_row(left, i, c.data + i * c.row, depth, out.factors[i * out.step]);
     }
     return;
   }
@@ -393,22 +393,22 @@ void take_coefficients(
     const int64_t count = std::min(kTileRows, height - first);
     transpose(rows, stride, columns, depth, first, count);
     for (int64_t i = 0; i < count; ++i) {
-      take_row(left, first + i, rows + i * stride, depth, out.factors[(first + i) * out.step]);
+      pack_row(left, first + i, rows + i * stride, depth, out.factors[(first + i) * out.step]);
     }
   }
 }
 
 // The left factor from rows of a.
 template <class element, int parts>
-class LeftTaker;
+class LeftPacker;
 
 // Where they are.
 template <>
-class LeftTaker<Pair, 1> : public AtOnce {
+class LeftPacker<Pair, 1> : public AtOnce {
  public:
   using Rows = const Pair* const*;
 
-  LeftTaker(const Workspace<Pair>&, Rows a, int64_t count, float) : a_(a[0]), stride_(count > 1 ? a[1] - a[0] : 0) {}
+  LeftPacker(const Workspace<Pair>&, Rows a, int64_t count, float) : a_(a[0]), stride_(count > 1 ? a[1] - a[0] : 0) {}
 
   void begin(int64_t, int64_t) {}
 
@@ -422,16 +422,16 @@ class LeftTaker<Pair, 1> : public AtOnce {
   int64_t stride_;
 };
 
-// Times a factor; a step takes one. While a block of their numbers is multiplied, the next one is taken.
+// Times a factor; a step packs one. While a block of their numbers is multiplied, the next one is packed.
 template <int parts>
-class LeftTaker<float, parts> : public Steps<LeftTaker<float, parts>> {
-  friend class Steps<LeftTaker<float, parts>>;
-  using Steps<LeftTaker<float, parts>>::left_;
+class LeftPacker<float, parts> : public PackSteps<LeftPacker<float, parts>> {
+  friend class PackSteps<LeftPacker<float, parts>>;
+  using PackSteps<LeftPacker<float, parts>>::left_;
 
  public:
   using Rows = const float* const*;
 
-  LeftTaker(const Workspace<float>& work, Rows a, int64_t count, float factor)
+  LeftPacker(const Workspace<float>& work, Rows a, int64_t count, float factor)
       : scratch_(work.left), rows_(a), count_(count), factor_(factor) {}
 
   // `depth` numbers from d on.
@@ -446,9 +446,9 @@ class LeftTaker<float, parts> : public Steps<LeftTaker<float, parts>> {
   }
 
  private:
-  void take() {
+  void pack() {
     const int64_t i = count_ - left_;
-    take_row(block(first_), i, rows_[i] + first_, depth_, factor_);
+    pack_row(block(first_), i, rows_[i] + first_, depth_, factor_);
   }
 
   TileBuffer<parts> block(int64_t d) const {
@@ -463,9 +463,10 @@ class LeftTaker<float, parts> : public Steps<LeftTaker<float, parts>> {
   int64_t first_ = 0, depth_ = 0;
 };
 
-// begin(taker, panel, n, width, k, depth) has `depth` of the right factor's numbers taken, from the k-th on, of the columns n .. n
+// begin(packer, panel, n, width, k, depth) has `depth` of the right factor's numbers packed, from the k-th on, of the columns n ..
+// n
 // + width.
-template <int parts, class element, class Taker, class Begin>
+template <int parts, class element, class Packer, class Begin>
 void multiply_in_parts(
     Result<float> out,
     int64_t height,
@@ -473,18 +474,18 @@ void multiply_in_parts(
     int64_t depth,
     int64_t size,
     Workspace<element>& work,
-    Taker& taker,
+    Packer& packer,
     const Begin& begin) {
   using Panel = TilePanel<element, parts>;
   const TileBuffer<parts> left(work.left, depth);
-  take_coefficients(left, height, c, depth, out);
-  const auto take = [&](int which, int64_t n, int64_t k) {
+  pack_coefficients(left, height, c, depth, out);
+  const auto pack = [&](int which, int64_t n, int64_t k) {
     if (n < size) {
-      begin(taker, Panel(work, which), n, std::min(Panel::kWidth, size - n), k, std::min(Panel::kDepth, depth - k));
+      begin(packer, Panel(work, which), n, std::min(Panel::kWidth, size - n), k, std::min(Panel::kDepth, depth - k));
     }
   };
-  take(0, 0, 0);
-  taker.finish();
+  pack(0, 0, 0);
+  packer.finish();
   int which = 0;
   for (int64_t n = 0; n < size; n += Panel::kWidth) {
     const int64_t width = std::min(Panel::kWidth, size - n);
@@ -494,11 +495,11 @@ void multiply_in_parts(
     int64_t k = 0;
     do {
       const int64_t next = k + Panel::kDepth, tiles = ceil_div(std::min(Panel::kDepth, depth - k), 2 * kTileRows);
-      take(1 - which, next < depth ? n : n + Panel::kWidth, next < depth ? next : 0);
+      pack(1 - which, next < depth ? n : n + Panel::kWidth, next < depth ? next : 0);
       const Tiles coefficients = left.from(k / (2 * kTileRows)), columns = Panel(work, which).from(0);
       const bool add = to.plus != nullptr || k > 0;
-      multiply_panel<parts>(to.to, to.stride, add, 1, height, width, coefficients, columns, tiles, work.prefetches, taker);
-      taker.finish();
+      multiply_panel<parts>(to.to, to.stride, add, 1, height, width, coefficients, columns, tiles, work.prefetches, packer);
+      packer.finish();
       which = 1 - which;
       k = next;
     } while (k < depth);
@@ -507,7 +508,7 @@ void multiply_in_parts(
 
 // The steps of both factors, the right one's first, which is needed sooner.
 template <class Right, class Left>
-struct BothTakers {
+struct BothPackers {
   Right& right;
   Left& left;
 
@@ -542,29 +543,29 @@ void dot_products_in_parts(
     Workspace<element>& work) {
   using Panel = TilePanel<element, parts>;
   constexpr int64_t kStep = kIsPaired<element> ? Panel::kDepth / 2 : Panel::kDepth;  // elements
-  LeftTaker<element, parts> rows(work, a, a_count, factor);
-  ColumnsTaker<element, parts> columns;
-  BothTakers<ColumnsTaker<element, parts>, LeftTaker<element, parts>> both{columns, rows};
-  const auto take_rows = [&](int64_t d) {
+  LeftPacker<element, parts> rows(work, a, a_count, factor);
+  ColumnsPacker<element, parts> columns;
+  BothPackers<ColumnsPacker<element, parts>, LeftPacker<element, parts>> both{columns, rows};
+  const auto pack_rows = [&](int64_t d) {
     if (d < size) {
       rows.begin(d, std::min(kStep, size - d));
     }
   };
-  const auto take_columns = [&](int which, int64_t d, int64_t j) {
+  const auto pack_columns = [&](int which, int64_t d, int64_t j) {
     if (d < size) {
       columns.begin(Panel(work, which), b + j, std::min(Panel::kWidth, b_count - j), d, std::min(kStep, size - d));
     }
   };
-  take_rows(0);
-  take_columns(0, 0, 0);
+  pack_rows(0);
+  pack_columns(0, 0, 0);
   both.finish();
   int which = 0;
   for (int64_t d = 0; d < size; d += kStep) {
     const int64_t depth = std::min(kStep, size - d);
-    take_rows(d + kStep);
+    pack_rows(d + kStep);
     for (int64_t j = 0; j < b_count; j += Panel::kWidth) {
       const bool last = j + Panel::kWidth >= b_count;
-      take_columns(1 - which, last ? d + kStep : d, last ? 0 : j + Panel::kWidth);
+      pack_columns(1 - which, last ? d + kStep : d, last ? 0 : j + Panel::kWidth);
       multiply_panel<parts>(
           out + j,
           stride,
@@ -606,9 +607,9 @@ void multiply_by_tiles(
     int64_t size,
     Workspace<element>& work) {
   with_parts<element>(work.parts, [&](auto parts) {
-    RowsTaker<element, parts> rows;
-    const auto begin = [&](auto& taker, const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
-      taker.begin(panel, b + k, n, width, count);
+    RowsPacker<element, parts> rows;
+    const auto begin = [&](auto& packer, const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
+      packer.begin(panel, b + k, n, width, count);
     };
     multiply_in_parts<parts>(out, height, c, depth, size, work, rows, begin);
   });
@@ -625,11 +626,11 @@ void multiply_columns_by_tiles(
     int64_t size,
     Workspace<float>& work) {
   with_parts<float>(work.parts, [&](auto parts) {
-    ColumnsTaker<float, parts> columns;
+    ColumnsPacker<float, parts> columns;
     const float* const* found = nullptr;
-    const auto begin = [&](auto& taker, const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
+    const auto begin = [&](auto& packer, const auto& panel, int64_t n, int64_t width, int64_t k, int64_t count) {
       found = k == 0 ? find(n, width) : found;
-      taker.begin(panel, found, width, k, count);
+      packer.begin(panel, found, width, k, count);
     };
     multiply_in_parts<parts>(out, height, c, depth, size, work, columns, begin);
   });

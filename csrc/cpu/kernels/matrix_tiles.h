@@ -129,8 +129,8 @@ class MatrixTiles {
 // sums (+)= a b for `rows` groups of a and `columns` of b, so many tiles of each. Of factors in parts all products of two whose
 // places add up to less than `parts`: the others are beyond the last bit. Four products share their factors' loads, each of which
 // takes half as long as a product. What is wanted next is prefetched a line every other product: more would fill the buffers that
-// the loads need. `every` so many products, evenly, what is multiplied next is taken by a step.
-template <int parts, int rows, int columns, class Taker>
+// the loads need. `every` so many products, evenly, a step packs some of what is multiplied next.
+template <int parts, int rows, int columns, class Packer>
 inline void tile_products(
     float* sums,
     int64_t stride,
@@ -139,7 +139,7 @@ inline void tile_products(
     const Tiles& b,
     int64_t tiles,
     PrefetchQueue& prefetches,
-    Taker& taker,
+    Packer& packer,
     int64_t every) {
   const int64_t a_line = a.line * sizeof(Pair), b_line = kTileRows * sizeof(Pair), bytes = stride * sizeof(float);
   float* const below = sums + kTileRows * stride;
@@ -173,8 +173,8 @@ inline void tile_products(
     const auto step = [&]() __attribute__((always_inline)) {
       if (--wait == 0) {
         wait = every;
-        if (taker.steps_left() > 0) {
-          taker.step();
+        if (packer.steps_left() > 0) {
+          packer.step();
         }
       }
     };

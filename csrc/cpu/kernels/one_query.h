@@ -295,7 +295,7 @@ struct OneQueryBackward {
       const GroupGradients<acc> group{tile, slot.memory, coefficients, incoming.grad_context, slot.grad_memory, slot.grad_query};
       slot.memory.load(item.batch, tile, next);
       slot.score.load_keys(item.batch, tile, next);
-      excess += incoming.find_coefficients(f, tile, slot, coefficients, coefficients + kGroupRows, prefetches);
+      excess += incoming.compute_coefficients(f, tile, slot, coefficients, coefficients + kGroupRows, prefetches);
       if (grad_scores != nullptr) {
         scatter(grad_scores, group.grad_scores(), tile);
       }
@@ -355,7 +355,7 @@ struct OneQueryBackward {
     }
 
     // Returns the sum of de. `prefetches`: the memory's next rows here, unless its scores have.
-    acc find_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool prefetches) const {
+    acc compute_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool prefetches) const {
       // Of one group delta is sum_s a_s da_s, of what is there, and the context is not read.
       const bool is_whole = f.plan.has_whole_rows(f.problem);
       if (score_gradients != nullptr) {
@@ -383,7 +383,7 @@ struct OneQueryBackward {
       const acc subtract = is_whole ? dot_product(a, de, tile.count) : delta;
       const acc excess = sum(differentiate_softmax(de, a, tile.count, subtract, scale, !is_whole && weights != nullptr));
       if (is_whole) {
-        take_off_excess(de, a, tile.count, excess);
+        subtract_excess(de, a, tile.count, excess);
       }
       return excess;
     }

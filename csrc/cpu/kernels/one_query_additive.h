@@ -34,7 +34,7 @@ class OneQueryAdditive {
     query_ = query_rows_.load_only(b);
     if (is_prepared_) {
       Vec<acc> magnitudes(0);
-      take_exponentials(query_exponentials_, query_, size_, shared_size_, magnitudes, kUnscaled);
+      exponentiate_row(query_exponentials_, query_, size_, shared_size_, magnitudes, kUnscaled);
       query_range_ = 2 * largest(magnitudes);
     }
     load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
@@ -60,15 +60,15 @@ class OneQueryAdditive {
   // The memory's rows, which are read after the keys, are prefetched with them; those of the group before are added up.
   void scores(acc* out, RowGroup<acc>& memory) const {
     if (!v_is_moderate_) {
-      is_factored() ? find_scores<1, true>(out, memory) : find_scores<1, false>(out, memory);
+      is_factored() ? compute_scores<1, true>(out, memory) : compute_scores<1, false>(out, memory);
     } else if (range_ <= range_of<acc>(4)) {
-      find_scores<4, true>(out, memory);
+      compute_scores<4, true>(out, memory);
     } else if (range_ <= range_of<acc>(2)) {
-      find_scores<2, true>(out, memory);
+      compute_scores<2, true>(out, memory);
     } else if (is_factored()) {
-      find_scores<1, true>(out, memory);
+      compute_scores<1, true>(out, memory);
     } else {
-      find_scores<4, false>(out, memory);
+      compute_scores<4, false>(out, memory);
     }
   }
 
@@ -138,7 +138,7 @@ class OneQueryAdditive {
   }
 
   template <int shared, bool factored>
-  void find_scores(acc* out, RowGroup<acc>& memory) const {
+  void compute_scores(acc* out, RowGroup<acc>& memory) const {
     const RowGroup<acc>& keys = rows();
     const bool prefetches = keys.prefetches();
     const int64_t end = factored ? shared_size_ : size_;

@@ -217,7 +217,7 @@ inline Vec<acc> add_reciprocals(const Vec<acc>& sum, Vec<acc> (&x)[count]) {
 // to[a] = exp(2 from[a]), scaled by `scale(exponentials, a)`, and ones from there to `end`, whole vectors; the largest |from[a]|
 // goes into `magnitudes`. A NaN may drop out of that: it makes its row's results NaN on either way.
 template <class acc, class Scale>
-inline void take_exponentials(acc* to, const acc* from, int64_t size, int64_t end, Vec<acc>& magnitudes, const Scale& scale) {
+inline void exponentiate_row(acc* to, const acc* from, int64_t size, int64_t end, Vec<acc>& magnitudes, const Scale& scale) {
   for_vectors<acc>(size, [&](int64_t a, auto count) {
     const auto x = Vec<acc>::loadu(from + a, count);
     scale(exponential<acc>(x, 2), a).store(to + a);

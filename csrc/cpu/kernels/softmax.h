@@ -86,7 +86,7 @@ template <class acc>
 
 // That sum, of steps that are all there are, out of their gradients.
 template <class acc>
-void take_off_excess(acc* row, const acc* weights, int64_t steps, acc excess) {
+void subtract_excess(acc* row, const acc* weights, int64_t steps, acc excess) {
   pass_on(row, weights, steps, acc(1), excess, [](const auto& a, const auto& de, const auto& excess) { return de - a * excess; });
 }
 
