@@ -57,7 +57,7 @@ const MatmulKernels* where_mkl_leaves_it() {
 }
 
 // Of floats no library takes matrix tiles.
-const MatmulKernels* by_tiles() {
+const MatmulKernels* amx_matmul() {
   return &AVX512_AMX::matmul_kernels();
 }
 
@@ -80,7 +80,7 @@ const Capability& capability() {
       {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels, no_matmul},
 #if defined(__x86_64__)
       {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels, no_matmul},
-      {"avx512_amx", "AVX512", unasked_tiles, AVX512_AMX::dot_kernels, AVX512_AMX::additive_kernels, by_tiles},
+      {"avx512_amx", "AVX512", unasked_tiles, AVX512_AMX::dot_kernels, AVX512_AMX::additive_kernels, amx_matmul},
       {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels, where_mkl_leaves_it},
       {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, where_mkl_leaves_it},
 #endif

@@ -238,13 +238,13 @@ bool check_products(Random& random) {
   using namespace CPU_CAPABILITY;
   const Dtype dtype = random.of({Dtype::Float, Dtype::Half});
   Arena count(nullptr);
-  Workspace<float> counted(count, dtype, kChunk, kTakesTiles<float>);
+  Workspace<float> counted(count, dtype, kChunk, kHasAmx<float>);
   std::vector<float> scratch(count.used() / sizeof(float) + 16, static_cast<float>(kNaN));
   char* const base = reinterpret_cast<char*>(scratch.data());
   Arena arena(base + -reinterpret_cast<uintptr_t>(base) % 64);
-  Workspace<float> work(arena, dtype, kChunk, kTakesTiles<float>);
+  Workspace<float> work(arena, dtype, kChunk, kHasAmx<float>);
   work.prefetches.clear();
-  const MatrixTiles matrix_tiles(kTakesTiles<float>);
+  const AmxScope amx_scope(kHasAmx<float>);
   const auto numbers = [&](int64_t size) {
     std::vector<float> some(size);
     std::generate(some.begin(), some.end(), random.normals(1));
@@ -258,7 +258,7 @@ bool check_products(Random& random) {
     return addresses;
   };
   // Relative to the sums of magnitudes.
-  const double tolerance = kTakesTiles<float> && dtype == Dtype::Half ? 0x1p-14 : 0x1p-21;
+  const double tolerance = kHasAmx<float> && dtype == Dtype::Half ? 0x1p-14 : 0x1p-21;
   bool ok = true;
   const auto compare = [&](const char* what, float actual, double expected, double magnitude) {
     if (ok && !(std::abs(actual - expected) <= tolerance * magnitude)) {
@@ -278,7 +278,7 @@ bool check_products(Random& random) {
     const Result<float> result(
         out.data(), stride, adds ? (in_place ? out.data() : plus.data()) : nullptr, stride, factors.data(), 1);
 #if defined(__AMX_BF16__)
-    multiply_by_tiles(result, height, coefficients, rows.data(), depth, width, work);
+    multiply_by_amx(result, height, coefficients, rows.data(), depth, width, work);
 #else
     multiply(result, height, coefficients, rows.data(), depth, width, &work);
 #endif
@@ -301,7 +301,7 @@ bool check_products(Random& random) {
     std::vector<float> out(a_count * kTile);
     const float factor = random.of({1.0, 0.3});
 #if defined(__AMX_BF16__)
-    dot_products_by_tiles(out.data(), kTile, a_rows.data(), a_count, b_rows.data(), b_count, size, factor, work);
+    dot_products_by_amx(out.data(), kTile, a_rows.data(), a_count, b_rows.data(), b_count, size, factor, work);
 #else
     dot_products<float>(out.data(), kTile, a_rows.data(), a_count, b_rows.data(), b_count, size, factor, work);
 #endif

@@ -19,9 +19,9 @@ class AdditiveGradient : public AdditiveScore<element> {
   using acc = typename AdditiveScore<element>::acc;
   static constexpr bool kMultipliesKeys = false;
 
-  static bool takes_tiles(const Problem& problem, const Plan& plan) {
-    const TileExcess excess(problem, plan);
-    return is_worth_tiles<element>(excess.of_scores(problem.memory_size) + excess.of_rows() + excess.of_exponentials());
+  static bool goes_by_amx(const Problem& problem, const Plan& plan) {
+    const AmxExcess excess(problem, plan);
+    return is_worth_amx<element>(excess.of_scores(problem.memory_size) + excess.of_rows() + excess.of_exponentials());
   }
 
   AdditiveGradient(const Backward& f, Arena& arena)

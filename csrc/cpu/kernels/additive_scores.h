@@ -93,9 +93,9 @@ class AdditiveScore {
   using element = element_;
   using acc = typename Factors<element>::acc;
 
-  static bool takes_tiles(const Problem& problem, const Plan& plan) {
-    const TileExcess excess(problem, plan);
-    return is_worth_tiles<element>(excess.of_rows() + excess.of_exponentials());
+  static bool goes_by_amx(const Problem& problem, const Plan& plan) {
+    const AmxExcess excess(problem, plan);
+    return is_worth_amx<element>(excess.of_rows() + excess.of_exponentials());
   }
 
   AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, Needs needs = {})

@@ -20,9 +20,9 @@ class DotScore {
   static constexpr decltype(Kernels::prepare) prepare = nullptr;
   static constexpr decltype(Kernels::sum_v) sum_v = nullptr;
 
-  static bool takes_tiles(const Problem& problem, const Plan& plan) {
-    const TileExcess excess(problem, plan);
-    return is_worth_tiles<element>(excess.of_scores(problem.key_size) + excess.of_rows());
+  static bool goes_by_amx(const Problem& problem, const Plan& plan) {
+    const AmxExcess excess(problem, plan);
+    return is_worth_amx<element>(excess.of_scores(problem.key_size) + excess.of_rows());
   }
 
   DotScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena)

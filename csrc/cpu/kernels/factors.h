@@ -44,7 +44,7 @@ struct Pair {
 template <class element>
 constexpr bool kIsPaired = std::is_same_v<element, Pair>;
 
-// Pairs that are multiplied at once; rows are filled up with zeros to a multiple. A matrix tile (matrix_tiles.h) takes 16.
+// Pairs that are multiplied at once; rows are filled up with zeros to a multiple. A matrix tile (amx.h) takes 16.
 #if defined(__AMX_BF16__)
 constexpr int64_t kPairsAtOnce = 16;
 #else

@@ -36,8 +36,8 @@ struct AttentionBackward {
     int64_t tile_stride = padded<acc>(f.plan.tile);
     // [count][tile_stride], of the chunk at hand, its weights, and right behind them its scores' gradients.
     acc* coefficients = arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride);
-    Workspace<element> work{arena, f.problem.factors, f.plan.chunk, Gradient::takes_tiles(f.problem, f.plan)};
-    bool transposes = kTransposesCoefficients && !work.by_tiles && f.plan.chunk >= kMany;
+    Workspace<element> work{arena, f.problem.factors, f.plan.chunk, Gradient::goes_by_amx(f.problem, f.plan)};
+    bool transposes = kTransposesCoefficients && !work.by_amx && f.plan.chunk >= kMany;
     int64_t columns_stride = padded<acc>(2 * std::min(kChunk, f.plan.chunk));
     // [tile][2 kChunk] the coefficients transposed, if they are.
     acc* columns = transposes ? arena.take<acc>(f.plan.tile * columns_stride) : nullptr;
@@ -58,7 +58,7 @@ struct AttentionBackward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
-    const MatrixTiles matrix_tiles(slot.work.by_tiles);
+    const AmxScope amx_scope(slot.work.by_amx);
     if (slot.query_in_place) {
       slot.grad_query = static_cast<acc*>(f.grad_query) + item.first_row(problem) * slot.query_stride;
     }

@@ -42,7 +42,7 @@ struct AttentionForward {
     int64_t residuals_stride = padded<acc>(f.plan.tile);
     // [chunk][residuals_stride] what a tile's exponentials lose as they are rounded, or null.
     acc* residuals = counts_gained && f.problem.method != Method::Dot ? arena.take<acc>(f.plan.chunk * residuals_stride) : nullptr;
-    Workspace<element> work{arena, f.problem.factors, f.plan.chunk, Score::takes_tiles(f.problem, f.plan)};
+    Workspace<element> work{arena, f.problem.factors, f.plan.chunk, Score::goes_by_amx(f.problem, f.plan)};
     Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size};
     Score score{f.problem, f.plan.chunk, f.plan.tile, arena};
   };
@@ -55,7 +55,7 @@ struct AttentionForward {
     const Problem& problem = f.problem;
     const Item item = f.plan.item(problem, index);
     Slot slot(f, base);
-    const MatrixTiles matrix_tiles(slot.work.by_tiles);
+    const AmxScope amx_scope(slot.work.by_amx);
     const int64_t stride = slot.stride;
     std::fill_n(slot.row_max, item.queries, kNothing<acc>);
     std::fill_n(slot.row_sum, item.queries, acc(0));

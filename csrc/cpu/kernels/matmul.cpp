@@ -26,7 +26,7 @@ class Block {
         depth_stride_(padded<float>(is_few_ ? call.depth : kPanelDepth)),
         height_stride_(padded<float>(call.height)),
         width_stride_(padded<float>(call.width)),
-        work_(arena, call.factors, kTile, is_worth_tiles_of(call)),
+        work_(arena, call.factors, kTile, is_worth_amx_of(call)),
         runs_(arena.take<Run>(call.height / 2 + 1)),
         a_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * height_stride_)
            : is_float(call.a_type)   ? nullptr
@@ -43,7 +43,7 @@ class Block {
     batch_ = item / across / down;
     first_row_ = item / across % down * call_.height;
     height_ = std::min(call_.height, call_.rows - first_row_);
-    const MatrixTiles matrix_tiles(work_.by_tiles);
+    const AmxScope amx_scope(work_.by_amx);
     out_ = sums_ != nullptr ? sums_ : static_cast<float*>(call_.out) + place(0);
     stride_ = sums_ != nullptr ? width_stride_ : call_.out_row;
     find_runs();
@@ -180,8 +180,8 @@ class Block {
   void add(int64_t k, int64_t depth) {
     const Coefficients<float> c = coefficients(k, depth);
 #if defined(__AMX_BF16__)
-    if (work_.by_tiles) {
-      std::for_each(runs_, end_runs_, [&](const Run& run) { add_by_tiles(k, depth, c, run); });
+    if (work_.by_amx) {
+      std::for_each(runs_, end_runs_, [&](const Run& run) { add_by_amx(k, depth, c, run); });
       return;
     }
 #endif
@@ -219,10 +219,10 @@ class Block {
   }
 
   // Whatever the division into blocks, so that the number of threads changes no bit.
-  static bool is_worth_tiles_of(const Matmul& call) {
+  static bool is_worth_amx_of(const Matmul& call) {
     const int64_t rows = std::min({call.run_rows, call.rows, kTile}), columns = std::min(call.columns, kTile);
     const int64_t depth = std::min(call.depth, kPanelDepth), take_right = call.has_rows_of_b() ? kPackRows : kPackColumns;
-    return is_worth_tiles<float>(excess_of_tiles(rows, depth, columns, parts_of(call.factors), take_right));
+    return is_worth_amx<float>(excess_of_amx(rows, depth, columns, parts_of(call.factors), take_right));
   }
 
 #if defined(__AMX_BF16__)
@@ -243,7 +243,7 @@ class Block {
     }
   }
 
-  void add_by_tiles(int64_t k, int64_t depth, const Coefficients<float>& c, const Run& run) {
+  void add_by_amx(int64_t k, int64_t depth, const Coefficients<float>& c, const Run& run) {
     queue_prefetches(k + depth, run);
     static constexpr float one = 1;
     const auto [added, stride] = plus(k, 0);
@@ -254,14 +254,14 @@ class Block {
       for (int64_t i = 0; i < depth; ++i) {
         rows_of_b[i] = row_of_b(i, k);
       }
-      multiply_by_tiles(out, run.end - run.first, rows, rows_of_b, depth, width_, work_);
+      multiply_by_amx(out, run.end - run.first, rows, rows_of_b, depth, width_, work_);
     } else {
       const float* columns[kPanelWidth];
       const auto find = [&](int64_t n, int64_t width) {
         find_columns(columns, n, width, k, depth);
         return columns;
       };
-      multiply_columns_by_tiles(out, run.end - run.first, rows, find, depth, width_, work_);
+      multiply_columns_by_amx(out, run.end - run.first, rows, find, depth, width_, work_);
     }
   }
 #endif
@@ -325,7 +325,7 @@ void run(const Matmul& call, int64_t item, char* slot) {
 }  // namespace
 
 const MatmulKernels& matmul_kernels() {
-  static constexpr MatmulKernels kernels{kTakesTiles<float> ? "avx512_amx" : "avx512", slot_size, run};
+  static constexpr MatmulKernels kernels{kHasAmx<float> ? "avx512_amx" : "avx512", slot_size, run};
   return kernels;
 }
 

@@ -1,9 +1,9 @@
 // What the products of attention take and where their results go.
 #pragma once
 
+#include "amx.h"
 #include "cache.h"
 #include "factors.h"
-#include "matrix_tiles.h"
 #include "rows.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
@@ -98,7 +98,7 @@ constexpr int64_t kLeftSize<Pair> = kTile * padded<Pair>(kPanelDepth / 2);
 #endif
 #if defined(__AMX_BF16__)
 template <>
-constexpr int64_t kLeftSize<float> = TileBuffer<3>::size(kTile / kTileRows, kPanelDepth);
+constexpr int64_t kLeftSize<float> = AmxBuffer<3>::size(kTile / kAmxRows, kPanelDepth);
 #endif
 
 // What an item's products share: scratch, of which those of few queries have none, and what comes next.
@@ -107,15 +107,15 @@ struct Workspace {
   element* panel;            // kPanelWidth x kPanelDepth
   Pair* left;                // coefficients as pairs: of tiles, or where they are pairs anyhow
   int parts;                 // bfloat16 that a float is the sum of in matrix tiles
-  bool by_tiles;             // all of more than a few queries, matrix tiles
+  bool by_amx;               // all of more than a few queries, matrix tiles
   PrefetchQueue prefetches;  // what the next item or tile begins with
 
   // For products of up to `queries` queries.
-  Workspace(Arena& arena, Dtype factors, int64_t queries, bool worth_tiles)
+  Workspace(Arena& arena, Dtype factors, int64_t queries, bool worth_amx)
       : panel(queries >= kPanelRows ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
-        left(kIsPaired<element> || worth_tiles ? arena.take<Pair>(kLeftSize<element>) : nullptr),
+        left(kIsPaired<element> || worth_amx ? arena.take<Pair>(kLeftSize<element>) : nullptr),
         parts(parts_of(factors)),
-        by_tiles(queries >= kPanelRows && worth_tiles) {}
+        by_amx(queries >= kPanelRows && worth_amx) {}
 
   // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries have time for it
   // only where they wait for what they read, and a register tile of few steps has none.

@@ -9,10 +9,10 @@
 // Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
 // pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two. The processor's matrix
 // tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it
-// (matrix_tile_products.h). docs/performance.md says what was measured.
+// (amx_products.h). docs/performance.md says what was measured.
 #pragma once
 
-#include "matrix_tile_products.h"
+#include "amx_products.h"
 #include "operands.h"
 #include "processor.h"
 #include "transpose.h"
@@ -91,11 +91,11 @@ struct Product {
 };
 
 #if defined(CPU_CAPABILITY_AVX512)
-#define ATTN_EXT_TILE [[gnu::noinline]]
-#define ATTN_EXT_ANEW(address) asm("" : "+r"(address))
+#define ATTN_EXT_REGISTER_TILE [[gnu::noinline]]
+#define ATTN_EXT_RELOAD(address) asm("" : "+r"(address))
 #else
-#define ATTN_EXT_TILE [[gnu::always_inline]] inline
-#define ATTN_EXT_ANEW(address)
+#define ATTN_EXT_REGISTER_TILE [[gnu::always_inline]] inline
+#define ATTN_EXT_RELOAD(address)
 #endif
 
 // A product's register tile: `rows` from i0 on by `width` vectors from n on, over all k. Of a partial one, a single vector, not all
@@ -107,7 +107,7 @@ struct Product {
 // and what the end needs is read again then: the compiler would keep it in vectors, or read as vectors what was just written as
 // numbers, and either waits for the sums.
 template <int rows, int width, bool partial, bool packs, class element, class acc>
-ATTN_EXT_TILE void multiply_tile(
+ATTN_EXT_REGISTER_TILE void multiply_tile(
     const Product<element, acc>& product, int64_t i0, int64_t n, [[maybe_unused]] const PrefetchQueue::Lines* lines) {
   static_assert(!partial || width == 1);
   constexpr bool tall = 2 * rows > tallest(width);
@@ -126,7 +126,7 @@ ATTN_EXT_TILE void multiply_tile(
     const acc* row = product.out.to + i0 * product.out.stride + n;
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i, row += product.out.stride) {
-      ATTN_EXT_ANEW(row);
+      ATTN_EXT_RELOAD(row);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
         __builtin_prefetch(row + w * lanes, 1);
@@ -173,7 +173,7 @@ ATTN_EXT_TILE void multiply_tile(
     step(k);
   }
   const Product<element, acc>* again = &product;
-  ATTN_EXT_ANEW(again);
+  ATTN_EXT_RELOAD(again);
   const Result<acc>& out = again->out;
   acc* to = out.to + i0 * out.stride + n;
   const acc* factors = out.factors + i0 * out.step;
@@ -181,8 +181,8 @@ ATTN_EXT_TILE void multiply_tile(
     if (out.streams) {
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i, to += out.stride, factors += out.step) {
-        ATTN_EXT_ANEW(to);
-        ATTN_EXT_ANEW(factors);
+        ATTN_EXT_RELOAD(to);
+        ATTN_EXT_RELOAD(factors);
         const Vec<acc> factor(*factors);
 #pragma GCC unroll 8
         for (int w = 0; w < width; ++w) {
@@ -195,8 +195,8 @@ ATTN_EXT_TILE void multiply_tile(
   if (out.plus == nullptr) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i, to += out.stride, factors += out.step) {
-      ATTN_EXT_ANEW(to);
-      ATTN_EXT_ANEW(factors);
+      ATTN_EXT_RELOAD(to);
+      ATTN_EXT_RELOAD(factors);
       const Vec<acc> factor(*factors);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
@@ -208,9 +208,9 @@ ATTN_EXT_TILE void multiply_tile(
   const acc* plus = out.plus + i0 * out.plus_stride + n;
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i, to += out.stride, plus += out.plus_stride, factors += out.step) {
-    ATTN_EXT_ANEW(to);
-    ATTN_EXT_ANEW(plus);
-    ATTN_EXT_ANEW(factors);
+    ATTN_EXT_RELOAD(to);
+    ATTN_EXT_RELOAD(plus);
+    ATTN_EXT_RELOAD(factors);
     const Vec<acc> factor(*factors);
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
@@ -281,9 +281,9 @@ void multiply(
     int64_t depth,
     int64_t size,
     Workspace<acc>* work = nullptr) {
-  if constexpr (kTakesTiles<acc>) {
-    if (work != nullptr && work->by_tiles) {
-      return multiply_by_tiles(out, height, c, b, depth, size, *work);
+  if constexpr (kHasAmx<acc>) {
+    if (work != nullptr && work->by_amx) {
+      return multiply_by_amx(out, height, c, b, depth, size, *work);
     }
   }
   PrefetchQueue* const prefetches = work == nullptr ? nullptr : &work->prefetches;
@@ -314,7 +314,7 @@ void multiply(
     int64_t size,
     Workspace<Pair>* work) {
 #if defined(__AMX_BF16__)
-  multiply_by_tiles(out, height, c, b, depth, size, *work);
+  multiply_by_amx(out, height, c, b, depth, size, *work);
 #else
   const int64_t pairs = Factors<Pair>::elements(depth);
   Pair* const panel = work->panel;
@@ -465,9 +465,9 @@ void dot_products(
     int64_t size,
     acc factor,
     Workspace<element>& work) {
-  if constexpr (kTakesTiles<element>) {
-    if (work.by_tiles && a_count >= kPanelRows && size > 0) {
-      return dot_products_by_tiles(out, stride, a, a_count, b, b_count, size, factor, work);
+  if constexpr (kHasAmx<element>) {
+    if (work.by_amx && a_count >= kPanelRows && size > 0) {
+      return dot_products_by_amx(out, stride, a, a_count, b, b_count, size, factor, work);
     }
   }
   int64_t j0 = 0;

@@ -8,19 +8,19 @@
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // Rows of a tile, and the numbers of 32 bits in one.
-constexpr int64_t kTileRows = 16;
+constexpr int64_t kAmxRows = 16;
 
 // `count` filled up to whole tiles.
-constexpr int64_t whole_tiles(int64_t count) {
-  return round_up(count, kTileRows);
+constexpr int64_t whole_amx_tiles(int64_t count) {
+  return round_up(count, kAmxRows);
 }
 
 // Whether products of `element` go by them.
 template <class element>
 #if defined(__AMX_BF16__)
-constexpr bool kTakesTiles = kIsPaired<element> || std::is_same_v<element, float>;
+constexpr bool kHasAmx = kIsPaired<element> || std::is_same_v<element, float>;
 #else
-constexpr bool kTakesTiles = false;
+constexpr bool kHasAmx = false;
 #endif
 
 // How many bfloat16 a float is the sum of in products of such factors: eight bits each. Three are all that it has, two all of a
@@ -36,60 +36,60 @@ constexpr int64_t kPartsDepth = parts == 2 ? 256 : 128;
 
 // Either factor of a product in tiles: groups of 16 rows of the left one, or columns of the right one. A group has its tiles, of 16
 // pairs along the index that is summed over, and a tile its parts; where it is in place it has one part.
-struct Tiles {
+struct AmxOperand {
   const Pair* data;
   int64_t group;  // apart, in pairs
   int64_t tile;
   int64_t line;  // of a part's 16, the parts are one behind the other
 
   // Rows that stand in a tensor.
-  static Tiles in_place(const Pair* rows, int64_t stride) {
-    return {rows, kTileRows * stride, kTileRows, stride};
+  static AmxOperand in_place(const Pair* rows, int64_t stride) {
+    return {rows, kAmxRows * stride, kAmxRows, stride};
   }
 
   bool is_in_place() const {
-    return tile == kTileRows;
+    return tile == kAmxRows;
   }
 
   // From row i on; of what is not in place, a multiple of 16.
-  Tiles from(int64_t i) const {
-    return {data + i / kTileRows * group + i % kTileRows * line, group, tile, line};
+  AmxOperand from(int64_t i) const {
+    return {data + i / kAmxRows * group + i % kAmxRows * line, group, tile, line};
   }
 };
 
 // Tiles in scratch, one behind the other, so that their lines share no set of the cache: [groups][tiles][parts][16][16].
 template <int parts>
-struct TileBuffer {
-  static constexpr int64_t kPart = kTileRows * kTileRows;
+struct AmxBuffer {
+  static constexpr int64_t kPart = kAmxRows * kAmxRows;
   static constexpr int64_t kTile = parts * kPart;
 
   Pair* data = nullptr;
   int64_t group = 0;
 
-  TileBuffer() = default;
+  AmxBuffer() = default;
 
   // With room for so many numbers along the index that is summed over.
-  TileBuffer(void* scratch, int64_t depth) : data(static_cast<Pair*>(scratch)), group(size(1, depth)) {}
+  AmxBuffer(void* scratch, int64_t depth) : data(static_cast<Pair*>(scratch)), group(size(1, depth)) {}
 
   // So many pairs it takes.
   static constexpr int64_t size(int64_t groups, int64_t depth) {
-    return groups * ceil_div(depth, 2 * kTileRows) * kTile;
+    return groups * ceil_div(depth, 2 * kAmxRows) * kTile;
   }
 
   // Line r of a group's tile, the first of its parts.
   Pair* line(int64_t g, int64_t tile, int64_t r) const {
-    return data + g * group + tile * kTile + r * kTileRows;
+    return data + g * group + tile * kTile + r * kAmxRows;
   }
 
   // From tile k on.
-  Tiles from(int64_t k) const {
-    return {data + k * kTile, group, kTile, kTileRows};
+  AmxOperand from(int64_t k) const {
+    return {data + k * kTile, group, kTile, kAmxRows};
   }
 };
 
 #if defined(__AMX_BF16__)
 // What ldtilecfg reads.
-struct alignas(64) TileConfiguration {
+struct alignas(64) AmxConfiguration {
   uint8_t palette = 1;
   uint8_t start_row = 0;
   uint8_t reserved[14] = {};
@@ -99,18 +99,18 @@ struct alignas(64) TileConfiguration {
 #endif
 
 // While it lives, this thread's tiles are whole ones, if they are wanted and there are any. Left so, they would slow down others.
-class MatrixTiles {
+class AmxScope {
  public:
-  explicit MatrixTiles(bool wanted) : in_use_(wanted) {
+  explicit AmxScope(bool wanted) : in_use_(wanted) {
 #if defined(__AMX_BF16__)
-    static constexpr TileConfiguration kWhole{};
+    static constexpr AmxConfiguration kWhole{};
     if (in_use_) {
       _tile_loadconfig(&kWhole);
     }
 #endif
   }
 
-  ~MatrixTiles() {
+  ~AmxScope() {
 #if defined(__AMX_BF16__)
     if (in_use_) {
       _tile_release();
@@ -118,8 +118,8 @@ class MatrixTiles {
 #endif
   }
 
-  MatrixTiles(const MatrixTiles&) = delete;
-  MatrixTiles& operator=(const MatrixTiles&) = delete;
+  AmxScope(const AmxScope&) = delete;
+  AmxScope& operator=(const AmxScope&) = delete;
 
  private:
   bool in_use_;
@@ -131,29 +131,29 @@ class MatrixTiles {
 // takes half as long as a product. What is wanted next is prefetched a line every other product: more would fill the buffers that
 // the loads need. `every` so many products, evenly, a step packs some of what is multiplied next.
 template <int parts, int rows, int columns, class Packer>
-inline void tile_products(
+inline void multiply_amx_tiles(
     float* sums,
     int64_t stride,
     bool add,
-    const Tiles& a,
-    const Tiles& b,
+    const AmxOperand& a,
+    const AmxOperand& b,
     int64_t tiles,
     PrefetchQueue& prefetches,
     Packer& packer,
     int64_t every) {
-  const int64_t a_line = a.line * sizeof(Pair), b_line = kTileRows * sizeof(Pair), bytes = stride * sizeof(float);
-  float* const below = sums + kTileRows * stride;
+  const int64_t a_line = a.line * sizeof(Pair), b_line = kAmxRows * sizeof(Pair), bytes = stride * sizeof(float);
+  float* const below = sums + kAmxRows * stride;
   asm volatile("" ::: "memory");  // the compiler does not know that these instructions read
   if (add) {
     _tile_loadd(0, sums, bytes);
     if constexpr (columns == 2) {
-      _tile_loadd(1, sums + kTileRows, bytes);
+      _tile_loadd(1, sums + kAmxRows, bytes);
     }
     if constexpr (rows == 2) {
       _tile_loadd(2, below, bytes);
     }
     if constexpr (rows == 2 && columns == 2) {
-      _tile_loadd(3, below + kTileRows, bytes);
+      _tile_loadd(3, below + kAmxRows, bytes);
     }
   } else {
     _tile_zero(0);
@@ -184,14 +184,14 @@ inline void tile_products(
     };
 #pragma GCC unroll 3
     for (int q = 0; q < parts; ++q) {
-      const Pair* const from = right + q * TileBuffer<parts>::kPart;
+      const Pair* const from = right + q * AmxBuffer<parts>::kPart;
       _tile_loadd(6, from, b_line);
       if constexpr (columns == 2) {
         _tile_loadd(7, from + b.group, b_line);
       }
 #pragma GCC unroll 3
       for (int p = 0; p < parts - q; ++p) {
-        const Pair* const row = left + p * TileBuffer<parts>::kPart;
+        const Pair* const row = left + p * AmxBuffer<parts>::kPart;
         _tile_loadd(4, row, a_line);
         _tile_dpbf16ps(0, 4, 6);
         prefetch_one();
@@ -215,13 +215,13 @@ inline void tile_products(
   }
   _tile_stored(0, sums, bytes);
   if constexpr (columns == 2) {
-    _tile_stored(1, sums + kTileRows, bytes);
+    _tile_stored(1, sums + kAmxRows, bytes);
   }
   if constexpr (rows == 2) {
     _tile_stored(2, below, bytes);
   }
   if constexpr (rows == 2 && columns == 2) {
-    _tile_stored(3, below + kTileRows, bytes);
+    _tile_stored(3, below + kAmxRows, bytes);
   }
 }
 

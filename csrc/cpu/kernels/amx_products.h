@@ -1,4 +1,4 @@
-// The products of products.h by matrix tiles (matrix_tiles.h). Their left factor has its pairs along a row, their right one, a
+// The products of products.h by matrix tiles (amx.h). Their left factor has its pairs along a row, their right one, a
 // panel of columns, from row to row, so that a tile's lines lie one behind the other and share no set of the cache. Pairs of
 // bfloat16 stand so in a query or a memory; rows of floats are packed, split into their parts, block by block.
 #pragma once
@@ -17,30 +17,30 @@ constexpr int64_t kPackLeft = 40, kPackRows = 38, kPackColumns = 26, kBegin = 1 
 // by a fifth, which is why neighbouring products go the same way.
 constexpr double kMultiplyAdd = 2.0, kSlowerExponential = 0.7;
 
-// How much longer a product takes by tiles, which its factors need not fill, than by registers.
-constexpr double excess_of_tiles(int64_t height, int64_t depth, int64_t width, int parts, int64_t pack_right) {
+// How much longer a product takes by AMX, whose tiles its operands need not fill, than by registers.
+constexpr double excess_of_amx(int64_t height, int64_t depth, int64_t width, int parts, int64_t pack_right) {
   const double work = static_cast<double>(height) * width * depth;
   const double filled =
-      static_cast<double>(whole_tiles(height) * whole_tiles(width)) * ceil_div(depth, 2 * kTileRows) * 2 * kTileRows;
+      static_cast<double>(whole_amx_tiles(height) * whole_amx_tiles(width)) * ceil_div(depth, 2 * kAmxRows) * 2 * kAmxRows;
   const double packing = static_cast<double>(kPackLeft * height + pack_right * width) * depth;
   return filled * parts * (parts + 1) / 12 + packing * (parts + 1) / 4 - kMultiplyAdd * work;
 }
 
-// Whether products go by tiles: of pairs wherever there are tiles, of floats all that follow each other, whose excess that is, or
+// Whether products go by AMX: of pairs wherever there are tiles, of floats all that follow each other, whose excess that is, or
 // none.
 template <class element>
-constexpr bool is_worth_tiles(double excess) {
-  return kTakesTiles<element> && (kIsPaired<element> || kBegin + excess <= 0);
+constexpr bool is_worth_amx(double excess) {
+  return kHasAmx<element> && (kIsPaired<element> || kBegin + excess <= 0);
 }
 
 // The excess of an item's queries with a tile of memory.
-struct TileExcess {
+struct AmxExcess {
   const Problem& problem;
   int64_t queries;
   int64_t steps;
   int parts;
 
-  TileExcess(const Problem& problem, const Plan& plan)
+  AmxExcess(const Problem& problem, const Plan& plan)
       : problem(problem),
         queries(std::min(plan.chunk, kChunk)),
         steps(std::min({plan.tile, plan.split_size, problem.steps})),
@@ -48,12 +48,12 @@ struct TileExcess {
 
   // Scores, or their gradients: dot products of rows of `size` numbers.
   double of_scores(int64_t size) const {
-    return excess_of_tiles(queries, size, steps, parts, kPackColumns);
+    return excess_of_amx(queries, size, steps, parts, kPackColumns);
   }
 
   // What is summed of the memory's rows, or into their gradient.
   double of_rows() const {
-    return excess_of_tiles(queries, steps, problem.memory_size, parts, kPackRows);
+    return excess_of_amx(queries, steps, problem.memory_size, parts, kPackRows);
   }
 
   double of_exponentials() const {
@@ -66,16 +66,16 @@ struct TileExcess {
 // The right factor: 32 columns of it, so many numbers of each along the index that is summed over. A workspace has two panels: one
 // is multiplied, and the next one packed meanwhile.
 template <class element, int parts>
-struct TilePanel : TileBuffer<parts> {
-  static constexpr int64_t kWidth = 2 * kTileRows;
+struct AmxPanel : AmxBuffer<parts> {
+  static constexpr int64_t kWidth = 2 * kAmxRows;
   static constexpr int64_t kDepth = kIsPaired<element> ? 2 * kPanelDepth : kPartsDepth<parts>;
-  static constexpr int64_t kSize = TileBuffer<parts>::size(2, kDepth);
+  static constexpr int64_t kSize = AmxBuffer<parts>::size(2, kDepth);
   static_assert(2 * kSize * sizeof(Pair) <= kPanelWidth * kPanelDepth * sizeof(element));
 
-  TilePanel() = default;
+  AmxPanel() = default;
 
-  TilePanel(const Workspace<element>& work, int which)
-      : TileBuffer<parts>(reinterpret_cast<Pair*>(work.panel) + which * kSize, kDepth) {}
+  AmxPanel(const Workspace<element>& work, int which)
+      : AmxBuffer<parts>(reinterpret_cast<Pair*>(work.panel) + which * kSize, kDepth) {}
 };
 
 // Floats are packed in steps. A matrix product leaves the vectors' units idle for most of its 16 cycles: some have a step at their
@@ -117,10 +117,10 @@ inline __mmask16 lanes_of(int64_t count) {
 }
 
 // Zeros below the last of a panel's pairs, as far as its last tile goes.
-inline void fill_up(const TilePanel<Pair, 1>& panel, int64_t pairs) {
-  for (int64_t k = pairs; k < whole_tiles(pairs); ++k) {
-    std::fill_n(panel.line(0, 0, k), kTileRows, Pair{});
-    std::fill_n(panel.line(1, 0, k), kTileRows, Pair{});
+inline void fill_up(const AmxPanel<Pair, 1>& panel, int64_t pairs) {
+  for (int64_t k = pairs; k < whole_amx_tiles(pairs); ++k) {
+    std::fill_n(panel.line(0, 0, k), kAmxRows, Pair{});
+    std::fill_n(panel.line(1, 0, k), kAmxRows, Pair{});
   }
 }
 
@@ -132,7 +132,7 @@ template <>
 class RowsPacker<Pair, 1> : public AtOnce {
  public:
   // Numbers n .. n + width of `depth` rows.
-  void begin(const TilePanel<Pair, 1>& panel, const Pair* const* b, int64_t n, int64_t width, int64_t depth) {
+  void begin(const AmxPanel<Pair, 1>& panel, const Pair* const* b, int64_t n, int64_t width, int64_t depth) {
     for (int64_t k = 0; k < depth; k += 2) {
       zip_rows(panel.line(0, 0, k / 2), b[k], k + 1 < depth ? b[k + 1] : nullptr, n, width, panel.group);
     }
@@ -148,10 +148,10 @@ class RowsPacker<float, parts> : public PackSteps<RowsPacker<float, parts>> {
   using PackSteps<RowsPacker<float, parts>>::left_;
 
  public:
-  void begin(const TilePanel<float, parts>& panel, const float* const* b, int64_t n, int64_t width, int64_t depth) {
+  void begin(const AmxPanel<float, parts>& panel, const float* const* b, int64_t n, int64_t width, int64_t depth) {
     panel_ = panel;
     width_ = width;
-    left_ = whole_tiles(ceil_div(depth, 2));
+    left_ = whole_amx_tiles(ceil_div(depth, 2));
     line_ = 0;
     for (int64_t k = 0; k < depth; ++k) {
       rows_[k] = b[k] + n;
@@ -163,23 +163,23 @@ class RowsPacker<float, parts> : public PackSteps<RowsPacker<float, parts>> {
   void pack() {
     const float* const* const row = rows_ + line_ / 8 * 16 + line_ % 8;
     const float *const x = row[0], *const y = row[8];
-    Pair* const to = panel_.line(0, line_ / kTileRows, line_ % kTileRows);
+    Pair* const to = panel_.line(0, line_ / kAmxRows, line_ % kAmxRows);
     if (width_ == panel_.kWidth) {
       split_pairs<parts>(to, panel_.kPart, Vec<float>::loadu(x), Vec<float>::loadu(y));
-      split_pairs<parts>(to + panel_.group, panel_.kPart, Vec<float>::loadu(x + kTileRows), Vec<float>::loadu(y + kTileRows));
+      split_pairs<parts>(to + panel_.group, panel_.kPart, Vec<float>::loadu(x + kAmxRows), Vec<float>::loadu(y + kAmxRows));
     } else {
-      for (int64_t n = 0; n < width_; n += kTileRows) {
+      for (int64_t n = 0; n < width_; n += kAmxRows) {
         const auto some = [&](const float* row) { return Vec<float>(_mm512_maskz_loadu_ps(lanes_of(width_ - n), row + n)); };
-        split_pairs<parts>(to + n / kTileRows * panel_.group, panel_.kPart, some(x), some(y));
+        split_pairs<parts>(to + n / kAmxRows * panel_.group, panel_.kPart, some(x), some(y));
       }
     }
     ++line_;
   }
 
-  alignas(64) static constexpr float kZeros[TilePanel<float, parts>::kWidth] = {};
+  alignas(64) static constexpr float kZeros[AmxPanel<float, parts>::kWidth] = {};
 
-  TilePanel<float, parts> panel_;
-  const float* rows_[TilePanel<float, parts>::kDepth];
+  AmxPanel<float, parts> panel_;
+  const float* rows_[AmxPanel<float, parts>::kDepth];
   int64_t width_, line_;
 };
 
@@ -191,9 +191,9 @@ template <>
 class ColumnsPacker<Pair, 1> : public AtOnce {
  public:
   // `depth` elements from d on of `width` rows.
-  void begin(const TilePanel<Pair, 1>& panel, const Pair* const* b, int64_t width, int64_t d, int64_t depth) {
-    for (int64_t j = 0; j < width; j += kTileRows) {
-      transpose(panel.line(j / kTileRows, 0, 0), kTileRows, b + j, std::min(kTileRows, width - j), d, depth);
+  void begin(const AmxPanel<Pair, 1>& panel, const Pair* const* b, int64_t width, int64_t d, int64_t depth) {
+    for (int64_t j = 0; j < width; j += kAmxRows) {
+      transpose(panel.line(j / kAmxRows, 0, 0), kAmxRows, b + j, std::min(kAmxRows, width - j), d, depth);
     }
     fill_up(panel, depth);
   }
@@ -207,13 +207,13 @@ class ColumnsPacker<float, parts> : public PackSteps<ColumnsPacker<float, parts>
   using PackSteps<ColumnsPacker<float, parts>>::left_;
 
  public:
-  void begin(const TilePanel<float, parts>& panel, const float* const* b, int64_t width, int64_t d, int64_t depth) {
+  void begin(const AmxPanel<float, parts>& panel, const float* const* b, int64_t width, int64_t d, int64_t depth) {
     panel_ = panel;
     depth_ = depth;
-    squares_ = 2 * ceil_div(depth, 2 * kTileRows);
-    left_ = kStepsOfSquare * squares_ * ceil_div(width, kTileRows);
+    squares_ = 2 * ceil_div(depth, 2 * kAmxRows);
+    left_ = kStepsOfSquare * squares_ * ceil_div(width, kAmxRows);
     group_ = square_ = step_ = 0;
-    for (int64_t j = 0; j < whole_tiles(width); ++j) {
+    for (int64_t j = 0; j < whole_amx_tiles(width); ++j) {
       rows_[j] = b[std::min(j, width - 1)] + d;
     }
   }
@@ -223,9 +223,9 @@ class ColumnsPacker<float, parts> : public PackSteps<ColumnsPacker<float, parts>
       this->step();
     }
     for (; left_ > 0; left_ -= kStepsOfSquare) {
-      __m512 fours[kTileRows];
+      __m512 fours[kAmxRows];
 #pragma GCC unroll 4
-      for (int i = 0; i < kTileRows; i += 4) {
+      for (int i = 0; i < kAmxRows; i += 4) {
         transpose_rows(fours, i);
       }
 #pragma GCC unroll 4
@@ -260,9 +260,9 @@ class ColumnsPacker<float, parts> : public PackSteps<ColumnsPacker<float, parts>
   }
 
   void transpose_rows(__m512* fours, int64_t i) const {
-    const float* const* const row = rows_ + group_ * kTileRows + i;
-    const int64_t d = square_ * kTileRows;
-    if (d + kTileRows <= depth_) {
+    const float* const* const row = rows_ + group_ * kAmxRows + i;
+    const int64_t d = square_ * kAmxRows;
+    if (d + kAmxRows <= depth_) {
       const auto load = [&](int j) { return _mm512_loadu_ps(row[j] + d); };
       transpose_fours(fours + i, load(0), load(1), load(2), load(3));
     } else {
@@ -276,14 +276,14 @@ class ColumnsPacker<float, parts> : public PackSteps<ColumnsPacker<float, parts>
     Pair* const to = panel_.line(group_, square_ / 2, square_ % 2 * 8 + c);
     const TwoColumns even = columns_of_fours<false>(fours, c), odd = columns_of_fours<true>(fours, c);
     split_pairs<parts>(to, panel_.kPart, Vec<float>(even.first), Vec<float>(even.second));
-    split_pairs<parts>(to + 4 * kTileRows, panel_.kPart, Vec<float>(odd.first), Vec<float>(odd.second));
+    split_pairs<parts>(to + 4 * kAmxRows, panel_.kPart, Vec<float>(odd.first), Vec<float>(odd.second));
   }
 
-  TilePanel<float, parts> panel_;
-  const float* rows_[TilePanel<float, parts>::kWidth];
+  AmxPanel<float, parts> panel_;
+  const float* rows_[AmxPanel<float, parts>::kWidth];
   int64_t depth_, squares_, group_, square_;
   int step_;
-  __m512 fours_[kTileRows];
+  __m512 fours_[kAmxRows];
 };
 
 // The columns of a panel, factor (a b + what is there, if it is to `add`), in one order wherever the result's edges are. There are
@@ -296,45 +296,45 @@ void multiply_panel(
     float factor,
     int64_t height,
     int64_t width,
-    const Tiles& a,
-    const Tiles& panel,
+    const AmxOperand& a,
+    const AmxOperand& panel,
     int64_t tiles,
     PrefetchQueue& prefetches,
     Packer& packer) {
-  constexpr int64_t apart = 2 * kTileRows;
-  const int64_t products = parts * (parts + 1) / 2 * ceil_div(height, kTileRows) * ceil_div(width, kTileRows) * tiles;
+  constexpr int64_t apart = 2 * kAmxRows;
+  const int64_t products = parts * (parts + 1) / 2 * ceil_div(height, kAmxRows) * ceil_div(width, kAmxRows) * tiles;
   const int64_t every = std::max<int64_t>(1, products / std::max<int64_t>(packer.steps_left(), 1));
-  alignas(64) float sums[2 * kTileRows * apart];
+  alignas(64) float sums[2 * kAmxRows * apart];
   const auto block = [&](auto rows, auto columns, int64_t i) {
-    constexpr int64_t tall = rows * kTileRows, wide = columns * kTileRows;
+    constexpr int64_t tall = rows * kAmxRows, wide = columns * kAmxRows;
     // A last tile of fewer rows takes some of those before it once more, or, in scratch, what there is.
     const int64_t first = a.is_in_place() ? std::max<int64_t>(std::min(i, height - tall), 0) : i;
     const int64_t end = std::min(height, first + tall);
-    const Tiles left = a.from(first);
+    const AmxOperand left = a.from(first);
     if (factor == 1 && first == i && end - i == tall && wide <= width) {
-      return tile_products<parts, rows, columns>(out + i * stride, stride, add, left, panel, tiles, prefetches, packer, every);
+      return multiply_amx_tiles<parts, rows, columns>(out + i * stride, stride, add, left, panel, tiles, prefetches, packer, every);
     }
     const auto for_vectors = [&](const auto& f) {
       for (int64_t t = i; t < end; ++t) {
-        for (int64_t j = 0; j < std::min(wide, width); j += kTileRows) {
-          f(sums + (t - first) * apart + j, out + t * stride + j, std::min(kTileRows, width - j));
+        for (int64_t j = 0; j < std::min(wide, width); j += kAmxRows) {
+          f(sums + (t - first) * apart + j, out + t * stride + j, std::min(kAmxRows, width - j));
         }
       }
     };
     if (add) {
       for_vectors([](float* sum, const float* to, int64_t count) { Vec<float>::loadu(to, count).store(sum); });
     }
-    tile_products<parts, rows, columns>(sums, apart, add, left, panel, tiles, prefetches, packer, every);
+    multiply_amx_tiles<parts, rows, columns>(sums, apart, add, left, panel, tiles, prefetches, packer, every);
     for_vectors([&](const float* sum, float* to, int64_t count) {
       (Vec<float>::loadu(sum) * Vec<float>(factor)).store(to, static_cast<int>(count));
     });
   };
   constexpr std::integral_constant<int64_t, 1> one;
   constexpr std::integral_constant<int64_t, 2> two;
-  const bool wide = width > kTileRows;
+  const bool wide = width > kAmxRows;
   for (int64_t i = 0, rows; i < height; i += rows) {
-    const bool tall = height >= 2 * kTileRows && height - i > kTileRows;
-    rows = tall ? 2 * kTileRows : kTileRows;
+    const bool tall = height >= 2 * kAmxRows && height - i > kAmxRows;
+    rows = tall ? 2 * kAmxRows : kAmxRows;
     if (tall && wide) {
       block(two, two, i);
     } else if (tall) {
@@ -349,9 +349,9 @@ void multiply_panel(
 
 // The left factor: row i of `depth` numbers, times a factor, filled up with zeros.
 template <int parts>
-void pack_row(const TileBuffer<parts>& left, int64_t i, const float* row, int64_t depth, float factor) {
+void pack_row(const AmxBuffer<parts>& left, int64_t i, const float* row, int64_t depth, float factor) {
   const Vec<float> times(factor);
-  Pair* to = left.line(i / kTileRows, 0, i % kTileRows);
+  Pair* to = left.line(i / kAmxRows, 0, i % kAmxRows);
   const auto pack = [&](const Vec<float>& lower, const Vec<float>& upper) {
     if constexpr (parts == 1) {
       _mm512_storeu_si512(to, rounded<c10::BFloat16>(lower * times, upper * times));
@@ -364,33 +364,33 @@ void pack_row(const TileBuffer<parts>& left, int64_t i, const float* row, int64_
     to += left.kTile;
   };
   int64_t k = 0;
-  for (; k + 2 * kTileRows <= depth; k += 2 * kTileRows) {
-    pack(Vec<float>::loadu(row + k), Vec<float>::loadu(row + k + kTileRows));
+  for (; k + 2 * kAmxRows <= depth; k += 2 * kAmxRows) {
+    pack(Vec<float>::loadu(row + k), Vec<float>::loadu(row + k + kAmxRows));
   }
   if (k < depth) {
     const auto some = [&](int64_t i) { return Vec<float>(_mm512_maskz_loadu_ps(lanes_of(depth - i), row + i)); };
-    pack(some(k), some(k + kTileRows));
+    pack(some(k), some(k + kAmxRows));
   }
 }
 
 // Coefficients, times their rows' factors. Those that come by columns are transposed first.
 template <int parts>
 void pack_coefficients(
-    const TileBuffer<parts>& left, int64_t height, const Coefficients<float>& c, int64_t depth, const Result<float>& out) {
+    const AmxBuffer<parts>& left, int64_t height, const Coefficients<float>& c, int64_t depth, const Result<float>& out) {
   if (c.column == 1) {
     for (int64_t i = 0; i < height; ++i) {
       pack_row(left, i, c.data + i * c.row, depth, out.factors[i * out.step]);
     }
     return;
   }
-  constexpr int64_t stride = kPanelDepth + kTileRows;
-  alignas(64) float rows[kTileRows * stride];
+  constexpr int64_t stride = kPanelDepth + kAmxRows;
+  alignas(64) float rows[kAmxRows * stride];
   const float* columns[kPanelDepth];
   for (int64_t k = 0; k < depth; ++k) {
     columns[k] = c.data + k * c.column;
   }
-  for (int64_t first = 0; first < height; first += kTileRows) {
-    const int64_t count = std::min(kTileRows, height - first);
+  for (int64_t first = 0; first < height; first += kAmxRows) {
+    const int64_t count = std::min(kAmxRows, height - first);
     transpose(rows, stride, columns, depth, first, count);
     for (int64_t i = 0; i < count; ++i) {
       pack_row(left, first + i, rows + i * stride, depth, out.factors[(first + i) * out.step]);
@@ -413,8 +413,8 @@ class LeftPacker<Pair, 1> : public AtOnce {
   void begin(int64_t, int64_t) {}
 
   // a's rows are evenly spaced: they are queries or their gradients.
-  Tiles tiles(int64_t d) const {
-    return Tiles::in_place(a_ + d, stride_);
+  AmxOperand tiles(int64_t d) const {
+    return AmxOperand::in_place(a_ + d, stride_);
   }
 
  private:
@@ -441,7 +441,7 @@ class LeftPacker<float, parts> : public PackSteps<LeftPacker<float, parts>> {
     left_ = count_;
   }
 
-  Tiles tiles(int64_t d) const {
+  AmxOperand tiles(int64_t d) const {
     return block(d).from(0);
   }
 
@@ -451,9 +451,9 @@ class LeftPacker<float, parts> : public PackSteps<LeftPacker<float, parts>> {
     pack_row(block(first_), i, rows_[i] + first_, depth_, factor_);
   }
 
-  TileBuffer<parts> block(int64_t d) const {
+  AmxBuffer<parts> block(int64_t d) const {
     constexpr int64_t depth = kPartsDepth<parts>;
-    return {scratch_ + d / depth % 2 * TileBuffer<parts>::size(kChunk / kTileRows, depth), depth};
+    return {scratch_ + d / depth % 2 * AmxBuffer<parts>::size(kChunk / kAmxRows, depth), depth};
   }
 
   Pair* scratch_;
@@ -476,8 +476,8 @@ void multiply_in_parts(
     Workspace<element>& work,
     Packer& packer,
     const Begin& begin) {
-  using Panel = TilePanel<element, parts>;
-  const TileBuffer<parts> left(work.left, depth);
+  using Panel = AmxPanel<element, parts>;
+  const AmxBuffer<parts> left(work.left, depth);
   pack_coefficients(left, height, c, depth, out);
   const auto pack = [&](int which, int64_t n, int64_t k) {
     if (n < size) {
@@ -494,9 +494,9 @@ void multiply_in_parts(
     // Of no depth it is 0.
     int64_t k = 0;
     do {
-      const int64_t next = k + Panel::kDepth, tiles = ceil_div(std::min(Panel::kDepth, depth - k), 2 * kTileRows);
+      const int64_t next = k + Panel::kDepth, tiles = ceil_div(std::min(Panel::kDepth, depth - k), 2 * kAmxRows);
       pack(1 - which, next < depth ? n : n + Panel::kWidth, next < depth ? next : 0);
-      const Tiles coefficients = left.from(k / (2 * kTileRows)), columns = Panel(work, which).from(0);
+      const AmxOperand coefficients = left.from(k / (2 * kAmxRows)), columns = Panel(work, which).from(0);
       const bool add = to.plus != nullptr || k > 0;
       multiply_panel<parts>(to.to, to.stride, add, 1, height, width, coefficients, columns, tiles, work.prefetches, packer);
       packer.finish();
@@ -541,7 +541,7 @@ void dot_products_in_parts(
     int64_t size,
     float factor,
     Workspace<element>& work) {
-  using Panel = TilePanel<element, parts>;
+  using Panel = AmxPanel<element, parts>;
   constexpr int64_t kStep = kIsPaired<element> ? Panel::kDepth / 2 : Panel::kDepth;  // elements
   LeftPacker<element, parts> rows(work, a, a_count, factor);
   ColumnsPacker<element, parts> columns;
@@ -572,10 +572,10 @@ void dot_products_in_parts(
           d > 0,
           kIsPaired<element> && d + depth == size ? factor : 1,
           a_count,
-          whole_tiles(std::min(Panel::kWidth, b_count - j)),
+          whole_amx_tiles(std::min(Panel::kWidth, b_count - j)),
           rows.tiles(d),
           Panel(work, which).from(0),
-          ceil_div(depth, kIsPaired<element> ? kTileRows : 2 * kTileRows),
+          ceil_div(depth, kIsPaired<element> ? kAmxRows : 2 * kAmxRows),
           work.prefetches,
           both);
       columns.finish();
@@ -598,7 +598,7 @@ void with_parts(int parts, const F& f) {
 }
 
 template <class element>
-void multiply_by_tiles(
+void multiply_by_amx(
     Result<float> out,
     int64_t height,
     Coefficients<float> c,
@@ -617,7 +617,7 @@ void multiply_by_tiles(
 
 // The same where b comes by columns: find(n, width) has the addresses of those from n on.
 template <class Find>
-void multiply_columns_by_tiles(
+void multiply_columns_by_amx(
     Result<float> out,
     int64_t height,
     Coefficients<float> c,
@@ -637,7 +637,7 @@ void multiply_columns_by_tiles(
 }
 
 template <class element>
-void dot_products_by_tiles(
+void dot_products_by_amx(
     float* out,
     int64_t stride,
     const element* const* a,
