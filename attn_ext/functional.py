@@ -428,7 +428,7 @@ def _keys_fit_float16(memory: Tensor, weight: Tensor) -> bool:
         return False
     if any(type(t) not in _PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (memory, weight)):
         return False
-    smallest, largest = (extreme.item() for extreme in torch.aminmax(memory.detach()))  # NaN where a hidden row is
+    smallest, largest = (extreme.item() for extreme in torch.aminmax(memory.detach()))  # NaN where a masked row is
     factors = weight.detach().abs().sum(0, dtype=torch.float32).max().item()
     # Twice, since the memory's average is taken off first.
     return 2 * max(-smallest, largest) * max(factors, 1.0) < torch.finfo(torch.float16).max

@@ -171,11 +171,11 @@ struct Keys {
       const OptionalTensor& weight,
       const OptionalTensor& v,
       const OptionalTensor& bias,
-      const Hidden& hidden) {
+      const Masking& masking) {
     if (!v) {
       return {};
     }
-    const Tensor keys = project_memory(memory, Parts(*weight, memory, true).of_keys, bias, hidden);
+    const Tensor keys = project_memory(memory, Parts(*weight, memory, true).of_keys, bias, masking);
     return {keys, keys.is_cpu() ? PrepareKeys::call(keys) : Tensor()};  // a GPU's kernels take the exponentials as they read
   }
 };
@@ -243,8 +243,8 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
     if (at::GradMode::is_enabled() && steps.empty()) {
       const variable_list computed = differentiably(saved, wanted, {grad_keys}, [&](const variable_list& inputs) -> variable_list {
         const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
-        const Tensor seen = without_hidden_rows(inputs[kMemory], {lengths, mask});
-        return {project(seen, Parts(inputs[kWeight], seen, true).of_keys, if_defined(inputs[kBias]))};
+        const Tensor attended = without_masked_rows(inputs[kMemory], {lengths, mask});
+        return {project(attended, Parts(inputs[kWeight], attended, true).of_keys, if_defined(inputs[kBias]))};
       });
       std::copy(computed.begin(), computed.end(), grads.begin());
       return grads;
@@ -275,8 +275,8 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
     const BelowAutograd guard;
     const Tensor &memory = saved[kMemory], &weight = saved[kWeight];
     const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
-    const Hidden hidden{lengths, mask};
-    const SomeRows seen = seen_rows(memory, hidden);
+    const Masking masking{lengths, mask};
+    const SomeRows attended = attended_rows(memory, masking);
     const bool is_concat = saved[kV].defined();
     if (is_concat && !steps.empty()) {
       Tensor of_steps;
@@ -285,10 +285,11 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
     }
     if (wanted[kMemory]) {
       Tensor& sum = grads[kMemory];
-      sum = grad_memory(steps, !is_concat, memory, hidden, seen);
+      sum = grad_memory(steps, !is_concat, memory, masking, attended);
       if (is_concat) {
         const Tensor of_keys = Parts(weight, memory, is_concat).of_keys;
-        sum = sum.defined() ? add_grad_of_input(sum, grad_keys, of_keys, seen) : grad_of_input(grad_keys, of_keys, memory, seen);
+        sum = sum.defined() ? add_grad_of_input(sum, grad_keys, of_keys, attended)
+                            : grad_of_input(grad_keys, of_keys, memory, attended);
       }
     }
     if (wanted[kWeight]) {
@@ -300,7 +301,7 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
         write_grad_of_weight(into.of_query, each(steps, &Step::grad_query), each(steps, &Step::features));
       }
       if (is_concat) {
-        write_grad_of_key_weight(into.of_keys, grad_keys, memory, hidden, seen);
+        write_grad_of_key_weight(into.of_keys, grad_keys, memory, masking, attended);
       }
     }
     if (wanted[kBias]) {
@@ -310,7 +311,11 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
 
   // In float64, or in float32, as everything that the steps left; then in the memory's type.
   static Tensor grad_memory(
-      const std::vector<Step>& steps, bool is_its_own_keys, const Tensor& memory, const Hidden& hidden, const SomeRows& seen) {
+      const std::vector<Step>& steps,
+      bool is_its_own_keys,
+      const Tensor& memory,
+      const Masking& masking,
+      const SomeRows& attended) {
     std::vector<Tensor> coefficients, rows;
     for (const Step& step : steps) {
       if (step.grad_context.defined()) {
@@ -325,15 +330,15 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
     if (rows.empty()) {
       return Tensor();
     }
-    Tensor sums = cpu::sums_of_products(coefficients, rows, seen);
+    Tensor sums = cpu::sums_of_products(coefficients, rows, attended);
     if (!sums.defined()) {  // a gradient that is one number everywhere, say, takes no memory till it is joined
       const Tensor of_all = joined(coefficients), all = as(of_all.scalar_type(), joined(rows));
-      sums = cpu::sums_of_products(of_all, all, seen);
+      sums = cpu::sums_of_products(of_all, all, attended);
       if (!sums.defined()) {
         sums = at::bmm(of_all.transpose(1, 2), all);
-        const Tensor unseen = hidden_rows(memory, hidden);
-        if (unseen.defined()) {  // 0 times what is no number is none
-          sums.masked_fill_(unseen.unsqueeze(2), 0);
+        const Tensor masked = masked_rows(memory, masking);
+        if (masked.defined()) {  // 0 times what is no number is none
+          sums.masked_fill_(masked.unsqueeze(2), 0);
         }
       }
     }

@@ -30,14 +30,14 @@ struct Options {
   const OptionalTensor& mask;
   double scale;
 
-  Hidden hidden() const {
+  Masking masking() const {
     return {lengths, mask};
   }
 };
 
 // What is projected to keys.
 Tensor rows_of_keys(const Tensor& memory, const Options& options) {
-  return options.by_keys ? centred(memory, options.hidden()) : memory;
+  return options.by_keys ? centred(memory, options.masking()) : memory;
 }
 
 // A call's tensors as they meet: the query and, if there are any, the keys, projected.
@@ -50,7 +50,7 @@ struct Projected {
     return {
         parts.of_query.defined() ? project(query, parts.of_query) : query,
         parts.of_keys.defined()
-            ? OptionalTensor(project_memory(rows_of_keys(memory, options), parts.of_keys, bias, options.hidden()))
+            ? OptionalTensor(project_memory(rows_of_keys(memory, options), parts.of_keys, bias, options.masking()))
             : std::nullopt};
   }
 
@@ -125,8 +125,8 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
       const Tensor& memory = inputs[kMemory];
       const OptionalTensor v = if_defined(inputs[kV]);
       const Parts parts(inputs[kWeight], memory, v.has_value(), options.by_keys);
-      const Tensor seen = without_hidden_rows(memory, options.hidden());
-      const auto projected = Projected::make(inputs[kQuery], seen, parts, if_defined(inputs[kBias]), options);
+      const Tensor attended = without_masked_rows(memory, options.masking());
+      const auto projected = Projected::make(inputs[kQuery], attended, parts, if_defined(inputs[kBias]), options);
       auto [context, weights, logsumexp, exact] = attend(projected.with(memory, v, options), grads[1].defined(), {});
       return {std::move(context), std::move(weights)};
     });
@@ -154,7 +154,7 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
          parts.of_keys.defined() && (wanted[kWeight] || wanted[kMemory] || wanted[kBias]),
          wanted[kV],
          false});
-    const SomeRows seen = parts.of_keys.defined() ? seen_rows(memory, options.hidden()) : std::nullopt;
+    const SomeRows attended = parts.of_keys.defined() ? attended_rows(memory, options.masking()) : std::nullopt;
     if (wanted[kQuery]) {
       results[kQuery] = parts.of_query.defined() ? grad_of_input(computed.query, parts.of_query, query) : computed.query;
     }
@@ -165,12 +165,12 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
         write_grad_of_weight(into.of_query, computed.query, query);
       }
       if (into.of_keys.defined()) {
-        write_grad_of_key_weight(into.of_keys, computed.keys, rows_of_keys(memory, options), options.hidden(), seen);
+        write_grad_of_key_weight(into.of_keys, computed.keys, rows_of_keys(memory, options), options.masking(), attended);
       }
     }
     if (wanted[kMemory]) {
       results[kMemory] =
-          parts.of_keys.defined() ? add_grad_of_input(computed.memory, computed.keys, parts.of_keys, seen) : computed.memory;
+          parts.of_keys.defined() ? add_grad_of_input(computed.memory, computed.keys, parts.of_keys, attended) : computed.memory;
     }
     if (wanted[kV]) {
       results[kV] = computed.v;

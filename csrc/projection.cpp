@@ -104,16 +104,16 @@ void check_projection(
   }
 }
 
-Tensor centred(const Tensor& memory, const Hidden& hidden) {
-  if (!at::isReducedFloatingType(memory.scalar_type()) || (hidden.anything() && !hidden.fit(memory))) {
+Tensor centred(const Tensor& memory, const Masking& masking) {
+  if (!at::isReducedFloatingType(memory.scalar_type()) || (masking.any() && !masking.fits(memory))) {
     return memory;
   }
-  const Tensor rows = hidden_rows(memory, hidden);
-  const Tensor seen = rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
-  const Tensor wide = seen.to(at::kFloat), sums = wide.sum(1, true), has_much = sums.abs().mul(2).ge(wide.abs().sum(1, true));
+  const Tensor rows = masked_rows(memory, masking);
+  const Tensor attended = rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
+  const Tensor wide = attended.to(at::kFloat), sums = wide.sum(1, true), has_much = sums.abs().mul(2).ge(wide.abs().sum(1, true));
   const Tensor average = rows.defined() ? sums.div(rows.logical_not().sum(1, true).unsqueeze(2).clamp_min(1))
                                         : sums.div(at::Scalar(memory.sym_size(1)));
-  return at::sub(seen, as(memory.scalar_type(), average.mul(has_much)));  // halves: nearly the average will do
+  return at::sub(attended, as(memory.scalar_type(), average.mul(has_much)));  // halves: nearly the average will do
 }
 
 Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const SomeRows& some) {
@@ -133,11 +133,11 @@ Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   return input.dim() == 2 ? projected : projected.view_symint({input.sym_size(0), input.sym_size(1), weight.sym_size(0)});
 }
 
-Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Hidden& hidden) {
-  if (reads_behind_rows(memory, weight) && hidden.anything() && hidden.fit(memory)) {
-    return project(without_hidden_rows(memory, hidden), weight, bias);
+Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Masking& masking) {
+  if (reads_behind_rows(memory, weight) && masking.any() && masking.fits(memory)) {
+    return project(without_masked_rows(memory, masking), weight, bias);
   }
-  return project(memory, weight, bias, seen_rows(memory, hidden, is_time_major(memory)));
+  return project(memory, weight, bias, attended_rows(memory, masking, is_time_major(memory)));
 }
 
 void refuse_batches(at::TensorList grads) {
@@ -184,17 +184,17 @@ bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::Tensor
 }
 
 void write_grad_of_key_weight(
-    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Hidden& hidden, const SomeRows& seen) {
+    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Masking& masking, const SomeRows& attended) {
   // A look at the result costs less than a copy of the memory, but elsewhere it would wait for a device, or there is nothing to
   // see.
   const bool can_look = cpu::is_plain(memory);
-  if (hidden.anything() && !can_look) {
-    write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, hidden));
+  if (masking.any() && !can_look) {
+    write_grad_of_weight(result, grad_keys, without_masked_rows(memory, masking));
     return;
   }
-  const bool left_out = write_grad_of_weight(result, grad_keys, memory, seen);
-  if (hidden.anything() && !left_out && !std::isfinite(result.sum().item<double>())) {
-    write_grad_of_weight(result, grad_keys, without_hidden_rows(memory, hidden));
+  const bool left_out = write_grad_of_weight(result, grad_keys, memory, attended);
+  if (masking.any() && !left_out && !std::isfinite(result.sum().item<double>())) {
+    write_grad_of_weight(result, grad_keys, without_masked_rows(memory, masking));
   }
 }
 

@@ -2,7 +2,7 @@
 // its own for what they are part of (projected.cpp, memory.cpp).
 #pragma once
 
-#include "hidden.h"
+#include "masking.h"
 
 #include <torch/csrc/autograd/variable.h>
 
@@ -39,19 +39,19 @@ void check_projection(
 // A memory of halves less the average of what can be attended of it, which adds the same to all scores of a query, and so nothing
 // to its weights: keys of halves would be rounded as what they have in common is. Features that have little in common stay as they
 // are, which no rounding of a difference is.
-Tensor centred(const Tensor& memory, const Hidden& hidden);
+Tensor centred(const Tensor& memory, const Masking& masking);
 
 // weight x + bias for each x of the input, [..., in] and [out, in]; 0 for those of other rows, where there is something to gain.
 // Halves are multiplied in float32 where their weight comes in it, as functional.py has it where PyTorch has nothing better.
 Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}, const SomeRows& some = {});
 
-// Keys, of which those that are hidden may be anything.
-Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Hidden& hidden);
+// Keys, of which those that are masked may be anything.
+Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Masking& masking);
 
 // Where PyTorch maps over gradients (is_grads_batched, vectorize): a weight's is written in place, which that cannot follow.
 void refuse_batches(at::TensorList grads);
 
-// What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`; of rows that are hidden, 0.
+// What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`; of rows that are masked, 0.
 Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const SomeRows& some = {});
 
 // As grad_of_input, but added to what the input has already, contiguous; returns the sum.
@@ -64,7 +64,7 @@ bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::Tensor
 // write_grad_of_weight of keys that the memory was projected to. A row that no query may attend has a gradient of 0 and may hold
 // anything; NaN and infinity survive the product with it.
 void write_grad_of_key_weight(
-    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Hidden& hidden, const SomeRows& seen);
+    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Masking& masking, const SomeRows& attended);
 
 // A node's backward under create_graph=True: the gradients of what `make` makes of the node's inputs, which stand first in `saved`,
 // where they are wanted; by derivatives that have derivatives.

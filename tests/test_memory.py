@@ -513,7 +513,7 @@ def test_large_scores(name: str) -> None:
 @pytest.mark.parametrize("masking", ["lengths", "rows", "step"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MODULES)
-def test_junk_in_hidden_rows(name: str, dtype: torch.dtype, masking: str) -> None:
+def test_junk_in_masked_rows(name: str, dtype: torch.dtype, masking: str) -> None:
     """Rows that nobody attends may hold anything, in both directions."""
     expected = one_loss(Loop(name, masking, dtype))
     junk = Loop(name, masking, dtype)
@@ -528,7 +528,7 @@ def test_junk_in_hidden_rows(name: str, dtype: torch.dtype, masking: str) -> Non
 @pytest.mark.parametrize("masking", ["lengths", "rows", "step"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MODULES)
-def test_hidden_rows_get_nothing_of_what_is_no_number(
+def test_masked_rows_get_nothing_of_what_is_no_number(
     name: str, dtype: torch.dtype, masking: str, each_backend: str
 ) -> None:
     """Neither of a query nor of a gradient: their weights are 0, and 0 times NaN would be NaN."""

@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4) additive_backward_tile(
       tile.sum_parts(x, s, a);
 #pragma unroll
       for (int n = 0; n < kLanes<acc>; ++n) {
-        x[n] = x[n] != 0 ? x[n] * factor[n] : acc(0);  // of a hidden row, whatever v is
+        x[n] = x[n] != 0 ? x[n] * factor[n] : acc(0);  // of a masked row, whatever v is
       }
     });
   };

@@ -118,9 +118,9 @@ class Call {
   }
 
   // Gradients of such rows, as products with weights of 0 left them: 0 where no query attends, whatever came in.
-  void clear_hidden(const Tensor& gradient) const {
+  void clear_masked(const Tensor& gradient) const {
     if (hides_rows() && gradient.numel() > 0) {
-      clear_hidden_rows({of_all_queries(gradient.size(2)), gradient.mutable_data_ptr()}, stream_);
+      clear_masked_rows({of_all_queries(gradient.size(2)), gradient.mutable_data_ptr()}, stream_);
     }
   }
 
@@ -372,7 +372,7 @@ void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& s
       multiply(grad_memory, of.grad_scores.mT(), inputs.query);
     }
   }
-  call.clear_hidden(grad_memory);
+  call.clear_masked(grad_memory);
 }
 
 void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, Gradients& gradients) {
@@ -384,7 +384,7 @@ void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, G
     }
     if (gradients.keys.defined()) {
       multiply(gradients.keys, grad_scores.mT(), inputs.query);
-      call.clear_hidden(gradients.keys);
+      call.clear_masked(gradients.keys);
     }
   } else {
     differentiate_scores(call, of.grad_scores, gradients);

@@ -42,7 +42,7 @@ struct SoftmaxBackward {
 };
 void softmax_backward(const SoftmaxBackward& call, Stream stream);
 
-// hidden_rows.cu: of lengths and a [B, S] mask
+// masked_rows.cu: of lengths and a [B, S] mask
 
 struct MemoryRows {
   Problem problem;
@@ -51,7 +51,7 @@ struct MemoryRows {
 // The memory's, with zeros for those that no query may attend, so that a product with weights of 0 is 0.
 void copy_attended_rows(const MemoryRows& call, Stream stream);
 // Zeros into those: a product with weights of 0 left them there only if all else was finite.
-void clear_hidden_rows(const MemoryRows& call, Stream stream);
+void clear_masked_rows(const MemoryRows& call, Stream stream);
 
 // One query a batch element. A block takes `steps` source steps. What the blocks of a batch element leave is merged in their order,
 // by a launch behind.

@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
           const acc y = grad[r] != 0 ? grad[r] * (acc(0.25) - h * h) : acc(0);
           to_query[i] += y;
           to_v[i] += grad[r] != 0 ? grad[r] * h : acc(0);
-          row[i] = y != 0 ? 4 * v[i] * y : acc(0);  // of a hidden row, whatever v is
+          row[i] = y != 0 ? 4 * v[i] * y : acc(0);  // of a masked row, whatever v is
         }
         if (grad_keys != nullptr && step < count) {
           store_piece(grad_keys + step * size, at, size, row);

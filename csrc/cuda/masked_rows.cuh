@@ -25,7 +25,7 @@ class MemoryRow {
     return row_ < problem_.batch * problem_.steps;
   }
 
-  __device__ __forceinline__ bool is_hidden() const {
+  __device__ __forceinline__ bool is_masked() const {
     return !Attendable::by_any(problem_, row_ / problem_.steps)(row_ % problem_.steps);
   }
 
@@ -65,14 +65,14 @@ template <class scalar>
 __global__ void __launch_bounds__(kRowsBlock, 1) copy_rows(const MemoryRows call, bool by_vectors) {
   const MemoryRow<scalar> row(call);
   if (row.is_there()) {
-    row.is_hidden() ? row.clear(by_vectors) : row.copy(by_vectors);
+    row.is_masked() ? row.clear(by_vectors) : row.copy(by_vectors);
   }
 }
 
 template <class scalar>
 __global__ void __launch_bounds__(kRowsBlock, 1) clear_rows(const MemoryRows call, bool by_vectors) {
   const MemoryRow<scalar> row(call);
-  if (row.is_there() && row.is_hidden()) {
+  if (row.is_there() && row.is_masked()) {
     row.clear(by_vectors);
   }
 }

@@ -1,4 +1,4 @@
-#include "hidden.h"
+#include "masking.h"
 
 #include <ATen/Functions.h>
 
@@ -6,7 +6,7 @@
 
 namespace attn_ext {
 
-bool Hidden::fit(const Tensor& memory) const {
+bool Masking::fits(const Tensor& memory) const {
   const auto batch = memory.sym_size(0), steps = memory.sym_size(1);
   return (!lengths || (lengths->scalar_type() == at::kLong && lengths->dim() == 1 && lengths->sym_size(0) == batch)) &&
          (!mask || (mask->scalar_type() == at::kBool && (mask->dim() == 2 || mask->dim() == 3) && mask->sym_size(0) == batch &&
@@ -17,8 +17,8 @@ Tensor by_row(const Tensor& mask) {
   return mask.dim() == 3 ? mask.any(1) : mask;
 }
 
-Tensor hidden_rows(const Tensor& memory, const Hidden& hidden) {
-  const auto& [lengths, mask] = hidden;
+Tensor masked_rows(const Tensor& memory, const Masking& masking) {
+  const auto& [lengths, mask] = masking;
   Tensor rows;
   if (mask) {
     rows = by_row(*mask).logical_not();
@@ -31,23 +31,23 @@ Tensor hidden_rows(const Tensor& memory, const Hidden& hidden) {
   return rows;
 }
 
-Tensor without_hidden_rows(const Tensor& memory, const Hidden& hidden) {
-  const Tensor rows = hidden_rows(memory, hidden);
+Tensor without_masked_rows(const Tensor& memory, const Masking& masking) {
+  const Tensor rows = masked_rows(memory, masking);
   return rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
 }
 
-SomeRows seen_rows(const Tensor& memory, const Hidden& hidden, bool by_time) {
-  const auto& [lengths, mask] = hidden;
+SomeRows attended_rows(const Tensor& memory, const Masking& masking, bool by_time) {
+  const auto& [lengths, mask] = masking;
   const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
-  if (!cpu::has_own_matmul() || !hidden.anything() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
-      !hidden.fit(memory)) {
+  if (!cpu::has_own_matmul() || !masking.any() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
+      !masking.fits(memory)) {
     return std::nullopt;
   }
   const int64_t batch = memory.size(0), steps = memory.size(1);
   const Tensor ends = lengths ? lengths->contiguous() : Tensor();
-  const Tensor seen = mask ? by_row(*mask).contiguous() : Tensor();
+  const Tensor attended = mask ? by_row(*mask).contiguous() : Tensor();
   const int64_t* end = lengths ? ends.const_data_ptr<int64_t>() : nullptr;
-  const bool* may_attend = mask ? seen.const_data_ptr<bool>() : nullptr;
+  const bool* may_attend = mask ? attended.const_data_ptr<bool>() : nullptr;
   std::vector<cpu::Run> runs;
   const int64_t outer = by_time ? steps : batch, inner = by_time ? batch : steps;
   for (int64_t i = 0, row = 0; i < outer; ++i) {

@@ -1,5 +1,5 @@
-// Launches of the kernels of hidden rows.
-#include "hidden_rows.cuh"
+// Launches of the kernels of masked rows.
+#include "masked_rows.cuh"
 
 #include "dtypes.h"
 #include "launch.h"
@@ -21,7 +21,7 @@ void copy_attended_rows(const MemoryRows& call, Stream stream) {
   });
 }
 
-void clear_hidden_rows(const MemoryRows& call, Stream stream) {
+void clear_masked_rows(const MemoryRows& call, Stream stream) {
   for_dtype(call.problem.dtype, [&]<class scalar>(scalar) {
     const auto address = reinterpret_cast<uintptr_t>(call.rows);
     const bool by_vectors = address % 16 == 0 && call.problem.memory_size % kLanes<scalar> == 0;
