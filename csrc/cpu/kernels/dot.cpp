@@ -164,12 +164,12 @@ class OneQueryDot {
   void begin_gradients(const Item&) {}
 
   static bool prefetches_beside_gradients(const RowGroup<acc>& memory, const GradientRows<acc>& grad_memory, const acc*) {
-    return memory.overlaps() && grad_memory.streams() && !memory.leaves_gradients();
+    return memory.overlaps() && grad_memory.streams() && !memory.defers_gradients();
   }
 
   void add_gradients(const GroupGradients<acc>& group) const {
     if (group.memory.overlaps()) {
-      return group.add_later(query_);
+      return group.defer_sum(query_);
     }
     group.combine_memory(query_);
     if (wants_query_) {

@@ -91,14 +91,14 @@ struct GroupGradients {
   }
 
   // The same, and grad_query += sum_s de_s m_s, as far as that gains beside the next group's products.
-  void add_later(const acc* q) const {
-    const bool streams = grad_memory.streams(), all = streams && memory.leaves_gradients() && grad_context != nullptr;
+  void defer_sum(const acc* q) const {
+    const bool streams = grad_memory.streams(), all = streams && memory.defers_gradients() && grad_context != nullptr;
     if (!streams) {
       combine_memory(q);
     } else if (!all) {
       grad_memory.combine_and_prefetch(tile, coefficients, grad_context, q, memory);
     }
-    Rest<acc>& rest = memory.add_later(grad_query, grad_scores());
+    DeferredRows<acc>& rest = memory.defer_sum(grad_query, grad_scores());
     if (all) {
       rest.add_gradients(coefficients, grad_context, q, [&](int64_t r) { return grad_memory.place(tile.steps[r]); });
     }
@@ -163,7 +163,7 @@ struct OneQueryForward {
       if (row_max != before && row_sum != 0) {
         const acc correction = std::exp(before - row_max);
         row_sum *= correction;
-        slot.memory.finish();
+        slot.memory.finish_deferred();
         scale_row(slot.context, slot.context, problem.memory_size, correction);
         if (f.weights != nullptr) {
           scale_row(slot.weights, slot.weights, tile.steps[0] - item.first_step, correction);
@@ -175,12 +175,12 @@ struct OneQueryForward {
         scatter(slot.weights - item.first_step, row, tile);
       }
       if (adds_later) {
-        slot.memory.add_later(slot.context, row);
+        slot.memory.defer_sum(slot.context, row);
       } else {
         slot.memory.sum_to(slot.context, row, is_whole ? 1 / row_sum : acc(1), adds);
       }
     });
-    slot.memory.finish();
+    slot.memory.finish_deferred();
     if (row_sum == 0) {
       std::fill_n(slot.context, problem.memory_size, acc(0));
     }
@@ -301,7 +301,7 @@ struct OneQueryBackward {
       }
       slot.score.add_gradients(group);
     });
-    slot.memory.finish();
+    slot.memory.finish_deferred();
     slot.grad_memory.end(item);
     slot.score.end_gradients(item, index, slot.grad_query);
     if (problem.method == Method::Dot && f.grad_query != nullptr && incoming.context != nullptr) {

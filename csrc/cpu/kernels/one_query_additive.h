@@ -160,7 +160,7 @@ class OneQueryAdditive {
           if (prefetches) {
             memory.prefetch_rest_of_next(first + r, end);
           }
-          memory.go_on();
+          memory.run_deferred_row();
         }
         store_sums<1, rows.value>(out + first, 0, totals, static_cast<acc>(-2 * problem_.scale));
       });

@@ -21,10 +21,10 @@ struct Upcoming {
   Tile tile;
 };
 
-// What is left to do with a row, two vectors of features at a time: it is added to a sum and, where it `streams`, its gradient is
-// written past the caches.
+// Work put off on one row, two vectors of features at a time: it is added to a sum and, where it `streams`, its gradient is written
+// past the caches.
 template <class acc, class scalar, bool streams>
-struct RestOfRow {
+struct DeferredRow {
   const scalar* row;
   acc* sum;
   Vec<acc> factor;
@@ -51,12 +51,13 @@ struct RestOfRow {
   }
 };
 
-// What is left to do with a group's rows: sum += sum_r factors[r] row_r and, where there is a place for them, gradients
-// weights[r] g + factors[r] q. The sum is kept in scratch for a few groups, there in the order of load_two_apart().
+// Work put off on a group's rows, to be done beside the next group's dot products: sum += sum_r factors[r] row_r and, where there
+// is a place for them, gradients weights[r] g + factors[r] q. The sum is kept in scratch for a few groups, there in the order of
+// load_two_apart().
 template <class acc>
-class Rest {
+class DeferredRows {
  public:
-  Rest(Arena& arena, Dtype dtype, int64_t size, bool is_used)
+  DeferredRows(Arena& arena, Dtype dtype, int64_t size, bool is_used)
       : dtype_(dtype), size_(size), part_(is_used ? arena.take<acc>(padded<acc>(size)) : nullptr) {}
 
   void begin(acc* sum, const void* const* rows, const acc* factors, int64_t count) {
@@ -88,16 +89,15 @@ class Rest {
     return streams_;
   }
 
-  // Rows.
-  int64_t left() const {
+  int64_t pending() const {
     return count_ - done_;
   }
 
-  // The next row, which whoever asks for it takes.
+  // The next row's, for whoever asks to do.
   template <class scalar, bool streams>
-  RestOfRow<acc, scalar, streams> take() {
+  DeferredRow<acc, scalar, streams> take() {
     const int64_t r = done_++;
-    RestOfRow<acc, scalar, streams> taken{static_cast<const scalar*>(rows_[r]), part_, Vec<acc>(factors_[r])};
+    DeferredRow<acc, scalar, streams> taken{static_cast<const scalar*>(rows_[r]), part_, Vec<acc>(factors_[r])};
     if constexpr (streams) {
       taken.gradient = static_cast<scalar*>(gradients_[r]);
       taken.g = g_;
@@ -107,8 +107,8 @@ class Rest {
     return taken;
   }
 
-  // Once there is none.
-  void add_part(int64_t least = 1) {
+  // Into the sum, once no row is pending.
+  void flush_partial_sum(int64_t least = 1) {
     if (in_part_ < least) {
       return;
     }
@@ -159,15 +159,15 @@ class RowGroup {
         in_place_(view.element == 1 || size <= 1),
         is_long_(size * width_of(dtype) >= kLongRow),
         overlaps_(plan.overlaps && prefetches_ && in_place_ && 2 * size * width_of(dtype) >= kLongRow),
-        leaves_gradients_(overlaps_ && is_long_ && source_ == kAccumulated<acc>),
+        defers_gradients_(overlaps_ && is_long_ && source_ == kAccumulated<acc>),
         prefetch_rows_(
-            plan.streams && !leaves_gradients_
+            plan.streams && !defers_gradients_
                 ? plan.group
                 : std::clamp<int64_t>(kPrefetchBytes / std::max<int64_t>(size * width_of(dtype), 1), 1, plan.group)),
         dtype_(in_place_ ? source_ : kAccumulated<acc>),
         stride_(padded<acc>(size)),
         copies_(in_place_ ? nullptr : arena.take<acc>(plan.group * stride_)),
-        rest_(arena, dtype_, size, overlaps_),
+        deferred_(arena, dtype_, size, overlaps_),
         pairs_(in_place_ && source_ == Dtype::BFloat16 ? arena.take<c10::BFloat16>(whole_vectors<c10::BFloat16>(size)) : nullptr) {}
 
   // Those of a tile; `next` follows.
@@ -240,45 +240,46 @@ class RowGroup {
     return static_cast<const char*>(next_[r]);
   }
 
-  // Whether what is left to do with a group's rows, of a large memory, is done beside the next ones' products; and with what is
-  // left their gradients, where those are streamed: of halves and of short rows they are sooner taken at once, four of them.
+  // Whether work on a group's rows, of a large memory, is put off until the next ones' dot products; and with it their gradients,
+  // where those are streamed: of halves and of short rows they are sooner taken at once, four of them.
   bool overlaps() const {
     return overlaps_;
   }
 
-  bool leaves_gradients() const {
-    return leaves_gradients_;
+  bool defers_gradients() const {
+    return defers_gradients_;
   }
 
-  // sum += sum_r factors[r] row_r, complete after finish().
-  Rest<acc>& add_later(acc* sum, const acc* factors) {
-    finish_rows();
-    rest_.begin(sum, rows_, factors, count_);
-    return rest_;
+  // sum += sum_r factors[r] row_r, complete after finish_deferred().
+  DeferredRows<acc>& defer_sum(acc* sum, const acc* factors) {
+    run_deferred_rows();
+    deferred_.begin(sum, rows_, factors, count_);
+    return deferred_;
   }
 
-  // For whoever reads other rows meanwhile: one of those that are left, if there is one.
-  void go_on() {
-    if (rest_.left() > 0) {
-      take_one_left();
+  // For whoever reads other rows meanwhile: one of those that are pending, if there is one.
+  void run_deferred_row() {
+    if (deferred_.pending() > 0) {
+      run_one_deferred();
     }
   }
 
-  // What was left for later.
-  void finish() {
-    finish_rows();
-    rest_.add_part();
+  // All that was put off.
+  void finish_deferred() {
+    run_deferred_rows();
+    deferred_.flush_partial_sum();
   }
 
   // out[r] = factor x . row_r, of an x that is of the rows' dtype. `prefetches`: here, where the rows are read first.
   void dot_products(acc* out, const acc* x, acc factor, bool prefetches = true) {
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
-      const auto* const left = left_of<scalar>(x);
-      if (rest_.left() > 0) {
-        rest_.streams() ? multiply_beside<scalar, true>(out, left, factor) : multiply_beside<scalar, false>(out, left, factor);
-        finish_rows();
-        rest_.add_part(kGroupRows);
+      const auto* const left = as_operand<scalar>(x);
+      if (deferred_.pending() > 0) {
+        deferred_.streams() ? dot_products_beside<scalar, true>(out, left, factor)
+                            : dot_products_beside<scalar, false>(out, left, factor);
+        run_deferred_rows();
+        deferred_.flush_partial_sum(kGroupRows);
         return;
       }
       with_bool(prefetches && prefetches_, [&](auto prefetching) {
@@ -287,10 +288,10 @@ class RowGroup {
           Vec<acc> totals[1][rows.value];
           if (one_by_one) {
             for (int r = 0; r < rows.value; ++r) {
-              multiply<1, prefetching.value, scalar>(totals[0] + r, left, first + r);
+              accumulate_dot_products<1, prefetching.value, scalar>(totals[0] + r, left, first + r);
             }
           } else {
-            multiply<rows.value, prefetching.value, scalar>(totals[0], left, first);
+            accumulate_dot_products<rows.value, prefetching.value, scalar>(totals[0], left, first);
           }
           store_sums<1, rows.value>(out + first, 0, totals, factor);
         });
@@ -347,16 +348,16 @@ class RowGroup {
 
  private:
   // Not inlined: the loops of whoever calls have no registers to spare.
-  [[gnu::noinline]] void take_one_left() {
-    with_type<acc>(dtype_, [&](auto example) { for_twos<acc>(size_, rest_.template take<decltype(example), false>()); });
-    if (rest_.left() == 0) {
-      rest_.add_part(kGroupRows);
+  [[gnu::noinline]] void run_one_deferred() {
+    with_type<acc>(dtype_, [&](auto example) { for_twos<acc>(size_, deferred_.template take<decltype(example), false>()); });
+    if (deferred_.pending() == 0) {
+      deferred_.flush_partial_sum(kGroupRows);
     }
   }
 
   // x as it meets the rows.
   template <class scalar>
-  auto left_of(const acc* x) const {
+  auto as_operand(const acc* x) const {
     if constexpr (kMultipliesPairs<scalar>) {
       store_row(Dtype::BFloat16, pairs_, 0, x, size_);
       return static_cast<const scalar*>(pairs_);
@@ -365,27 +366,27 @@ class RowGroup {
     }
   }
 
-  // out[r] = factor x . row_r, each beside one of the rows that are left, as far as there are some.
-  template <class scalar, bool streams, class Left>
-  void multiply_beside(acc* out, const Left* x, acc factor) {
+  // out[r] = factor x . row_r, each beside one of the rows that are pending, as far as there are some.
+  template <class scalar, bool streams, class Operand>
+  void dot_products_beside(acc* out, const Operand* x, acc factor) {
     for_blocks<4>(count_, [&](auto rows, int64_t first) {
       Vec<acc> totals[1][rows.value];
       for (int r = 0; r < rows.value; ++r) {
-        if (rest_.left() > 0) {
-          multiply<1, true, scalar>(totals[0] + r, x, first + r, rest_.template take<scalar, streams>());
+        if (deferred_.pending() > 0) {
+          accumulate_dot_products<1, true, scalar>(totals[0] + r, x, first + r, deferred_.template take<scalar, streams>());
         } else {
-          multiply<1, true, scalar>(totals[0] + r, x, first + r);
+          accumulate_dot_products<1, true, scalar>(totals[0] + r, x, first + r);
         }
       }
       store_sums<1, rows.value>(out + first, 0, totals, factor);
     });
   }
 
-  void finish_rows() {
+  void run_deferred_rows() {
     with_type<acc>(dtype_, [&](auto example) {
-      with_bool(rest_.streams(), [&](auto streams) {
-        while (rest_.left() > 0) {
-          for_twos<acc>(size_, rest_.template take<decltype(example), streams.value>());
+      with_bool(deferred_.streams(), [&](auto streams) {
+        while (deferred_.pending() > 0) {
+          for_twos<acc>(size_, deferred_.template take<decltype(example), streams.value>());
         }
       });
     });
@@ -397,8 +398,9 @@ class RowGroup {
   };
 
   // Vectors that add up to x . row_r each, of `rows` rows from `first` on, with what is done beside them.
-  template <int rows, bool prefetches, class scalar, class Left, class Beside = Nothing>
-  [[gnu::always_inline]] void multiply(Vec<acc>* totals, const Left* x, int64_t first, const Beside& beside = {}) const {
+  template <int rows, bool prefetches, class scalar, class Operand, class Beside = Nothing>
+  [[gnu::always_inline]] void accumulate_dot_products(
+      Vec<acc>* totals, const Operand* x, int64_t first, const Beside& beside = {}) const {
     const scalar* row[rows];
     const char* later[rows];
     Vec<acc> sums[rows][2];
@@ -449,12 +451,12 @@ class RowGroup {
   bool in_place_;
   bool is_long_;
   bool overlaps_;
-  bool leaves_gradients_;
+  bool defers_gradients_;
   int64_t prefetch_rows_;  // rows
   Dtype dtype_;            // of the rows as they are read
   int64_t stride_;
   acc* copies_;
-  Rest<acc> rest_;
+  DeferredRows<acc> deferred_;
   int64_t count_ = 0;
   const void* rows_[kGroupRows];
   const void* next_[kGroupRows];
