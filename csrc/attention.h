@@ -40,7 +40,7 @@ struct Outputs {
 };
 
 // The gradients that came in, in query's type, and what the forward left for the backward, in the accumulation type.
-struct Saved {
+struct BackwardInputs {
   const OptionalTensor& grad_context;
   const OptionalTensor& grad_weights;
   const OptionalTensor& context;  // where the device needs_context()
@@ -62,7 +62,7 @@ struct EntryPoints {
   // Whether a backward of a problem of these sizes, of which nothing else is there yet, reads the context.
   bool (*needs_context)(const Problem& sizes);
   void (*forward)(const Inputs& inputs, Outputs& outputs);
-  void (*backward)(const Inputs& inputs, const Saved& saved, Gradients& gradients);
+  void (*backward)(const Inputs& inputs, const BackwardInputs& saved, Gradients& gradients);
   // What is left of a backward once the gradients of the scores are known: those of query, keys and v.
   void (*backward_of_scores)(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients);
   void (*prepare_keys)(const Tensor& keys, Tensor& prepared);

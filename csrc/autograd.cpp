@@ -37,7 +37,7 @@ struct AttentionNode : torch::autograd::Function<AttentionNode> {
       const OptionalTensor& v,
       const Inputs* inputs,
       bool need_weights,
-      Forwards* outputs) {
+      OpResults* outputs) {
     const AutoDispatchBelowADInplaceOrView guard;
     const bool with_context = needs_context(*inputs);
     *outputs = attend(*inputs, need_weights, {with_context, true});
@@ -99,7 +99,7 @@ struct AttentionNode : torch::autograd::Function<AttentionNode> {
   }
 };
 
-Forwards attention(
+OpResults attention(
     const Tensor& query,
     const Tensor& memory,
     const OptionalTensor& keys,
@@ -115,7 +115,7 @@ Forwards attention(
     const AutoDispatchBelowADInplaceOrView guard;
     return attend(inputs, need_weights, need_exact);
   }
-  Forwards outputs;
+  OpResults outputs;
   // Where there are tangents, apply() says that there is no forward mode.
   const variable_list differentiable = AttentionNode::apply(query, memory, keys, v, &inputs, need_weights, &outputs);
   std::get<0>(outputs) = differentiable[0];

@@ -16,7 +16,7 @@
 namespace attn_ext {
 
 // What the op returns: context, weights, log-sum-exp, and the first two as they were accumulated.
-using Forwards = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+using OpResults = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 using NeedExact = std::array<bool, 2>;  // which of context and weights are wanted as they were accumulated
 using Wanted = std::array<bool, 5>;     // which gradients, in their order
 
@@ -33,7 +33,7 @@ bool needs_context(const Inputs& inputs);
 
 // What a backward is given of a forward's results: as they were accumulated, and undefined where it has no use for them.
 struct Kept {
-  Kept(const Forwards& outputs, bool needs_context, bool takes_weights) : logsumexp(std::get<2>(outputs)) {
+  Kept(const OpResults& outputs, bool needs_context, bool takes_weights) : logsumexp(std::get<2>(outputs)) {
     const auto& [given_context, given_weights, _, exact] = outputs;
     const bool rounded = !exact.empty();
     if (needs_context) {
@@ -73,10 +73,10 @@ auto find(const char* op) {
 
 // The op `name` as a function; `Signature` tells what its arguments are.
 template <const char* name, class Signature>
-struct Function;
+struct Op;
 
 template <const char* name, class Result, class... Arguments>
-struct Function<name, Result(Arguments...)> {
+struct Op<name, Result(Arguments...)> {
   static Result call(Arguments... arguments) {
     static const auto op = find<Result(Arguments...)>(name);
     return op.call(arguments...);
@@ -84,46 +84,46 @@ struct Function<name, Result(Arguments...)> {
 };
 
 inline constexpr char kAttention[] = "attn_ext::attention";
-using Attention = Function<
-    kAttention,
-    Forwards(
-        const Tensor& query,
-        const Tensor& memory,
-        const OptionalTensor& keys,
-        const OptionalTensor& v,
-        const OptionalTensor& prepared_keys,
-        const OptionalTensor& lengths,
-        const OptionalTensor& mask,
-        double scale,
-        bool need_weights,
-        NeedExact need_exact)>;
+using Attention =
+    Op<kAttention,
+       OpResults(
+           const Tensor& query,
+           const Tensor& memory,
+           const OptionalTensor& keys,
+           const OptionalTensor& v,
+           const OptionalTensor& prepared_keys,
+           const OptionalTensor& lengths,
+           const OptionalTensor& mask,
+           double scale,
+           bool need_weights,
+           NeedExact need_exact)>;
 
-inline Forwards attend(const Inputs& inputs, bool need_weights, NeedExact need_exact) {
+inline OpResults attend(const Inputs& inputs, bool need_weights, NeedExact need_exact) {
   const auto& [query, memory, keys, v, prepared_keys, lengths, mask, scale] = inputs;
   return Attention::call(query, memory, keys, v, prepared_keys, lengths, mask, scale, need_weights, need_exact);
 }
 
 inline constexpr char kAttentionBackward[] = "attn_ext::attention_backward";
-using AttentionBackward = Function<
-    kAttentionBackward,
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-        const OptionalTensor& grad_context,
-        const OptionalTensor& grad_weights,
-        const Tensor& query,
-        const Tensor& memory,
-        const OptionalTensor& keys,
-        const OptionalTensor& v,
-        const OptionalTensor& prepared_keys,
-        const OptionalTensor& lengths,
-        const OptionalTensor& mask,
-        double scale,
-        const OptionalTensor& context,
-        const OptionalTensor& weights,
-        const Tensor& logsumexp,
-        Wanted wanted)>;
+using AttentionBackward =
+    Op<kAttentionBackward,
+       std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+           const OptionalTensor& grad_context,
+           const OptionalTensor& grad_weights,
+           const Tensor& query,
+           const Tensor& memory,
+           const OptionalTensor& keys,
+           const OptionalTensor& v,
+           const OptionalTensor& prepared_keys,
+           const OptionalTensor& lengths,
+           const OptionalTensor& mask,
+           double scale,
+           const OptionalTensor& context,
+           const OptionalTensor& weights,
+           const Tensor& logsumexp,
+           Wanted wanted)>;
 
 // Of what is not wanted there is a tensor without elements.
-inline Gradients differentiate(const Inputs& inputs, const Saved& saved, const Wanted& wanted) {
+inline Gradients differentiate(const Inputs& inputs, const BackwardInputs& saved, const Wanted& wanted) {
   const auto& [query, memory, keys, v, prepared_keys, lengths, mask, scale] = inputs;
   const auto& [grad_context, grad_weights, context, weights, logsumexp] = saved;
   auto [of_query, of_memory, of_keys, of_v, of_scores] = AttentionBackward::call(
@@ -132,50 +132,50 @@ inline Gradients differentiate(const Inputs& inputs, const Saved& saved, const W
 }
 
 inline constexpr char kProjectedAttention[] = "attn_ext::projected_attention";
-using ProjectedAttention = Function<
-    kProjectedAttention,
-    std::tuple<Tensor, Tensor>(
-        const Tensor& query,
-        const Tensor& weight,
-        const Tensor& memory,
-        const OptionalTensor& v,
-        const OptionalTensor& bias,
-        const OptionalTensor& lengths,
-        const OptionalTensor& mask,
-        double scale,
-        bool need_weights,
-        bool by_keys)>;
+using ProjectedAttention =
+    Op<kProjectedAttention,
+       std::tuple<Tensor, Tensor>(
+           const Tensor& query,
+           const Tensor& weight,
+           const Tensor& memory,
+           const OptionalTensor& v,
+           const OptionalTensor& bias,
+           const OptionalTensor& lengths,
+           const OptionalTensor& mask,
+           double scale,
+           bool need_weights,
+           bool by_keys)>;
 
 inline constexpr char kMemoryAttention[] = "attn_ext::memory_attention";
-using MemoryAttention = Function<
-    kMemoryAttention,
-    std::tuple<Tensor, Tensor>(
-        const Tensor& query,
-        const OptionalTensor& query_weight,
-        const Tensor& memory,
-        const OptionalTensor& keys,
-        const OptionalTensor& v,
-        const OptionalTensor& prepared_keys,
-        const OptionalTensor& lengths,
-        const OptionalTensor& mask,
-        double scale,
-        bool need_weights,
-        const OptionalTensor& node)>;
+using MemoryAttention =
+    Op<kMemoryAttention,
+       std::tuple<Tensor, Tensor>(
+           const Tensor& query,
+           const OptionalTensor& query_weight,
+           const Tensor& memory,
+           const OptionalTensor& keys,
+           const OptionalTensor& v,
+           const OptionalTensor& prepared_keys,
+           const OptionalTensor& lengths,
+           const OptionalTensor& mask,
+           double scale,
+           bool need_weights,
+           const OptionalTensor& node)>;
 
 inline constexpr char kPrepareKeys[] = "attn_ext::prepare_keys";
-using PrepareKeys = Function<kPrepareKeys, Tensor(const Tensor& keys)>;
+using PrepareKeys = Op<kPrepareKeys, Tensor(const Tensor& keys)>;
 
 inline constexpr char kAdditiveScoresBackward[] = "attn_ext::additive_scores_backward";
-using AdditiveScoresBackward = Function<
-    kAdditiveScoresBackward,
-    std::tuple<Tensor, Tensor>(
-        const Tensor& grad_scores,
-        const Tensor& query,
-        const Tensor& keys,
-        const Tensor& v,
-        const OptionalTensor& prepared_keys,
-        const OptionalTensor& lengths,
-        const OptionalTensor& mask,
-        std::array<bool, 2> wanted)>;
+using AdditiveScoresBackward =
+    Op<kAdditiveScoresBackward,
+       std::tuple<Tensor, Tensor>(
+           const Tensor& grad_scores,
+           const Tensor& query,
+           const Tensor& keys,
+           const Tensor& v,
+           const OptionalTensor& prepared_keys,
+           const OptionalTensor& lengths,
+           const OptionalTensor& mask,
+           std::array<bool, 2> wanted)>;
 
 }  // namespace attn_ext

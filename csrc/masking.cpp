@@ -36,7 +36,7 @@ Tensor without_masked_rows(const Tensor& memory, const Masking& masking) {
   return rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
 }
 
-SomeRows attended_rows(const Tensor& memory, const Masking& masking, bool by_time) {
+RowSubset attended_rows(const Tensor& memory, const Masking& masking, bool by_time) {
   const auto& [lengths, mask] = masking;
   const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
   if (!cpu::has_own_matmul() || !masking.any() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
@@ -48,7 +48,7 @@ SomeRows attended_rows(const Tensor& memory, const Masking& masking, bool by_tim
   const Tensor attended = mask ? by_row(*mask).contiguous() : Tensor();
   const int64_t* end = lengths ? ends.const_data_ptr<int64_t>() : nullptr;
   const bool* may_attend = mask ? attended.const_data_ptr<bool>() : nullptr;
-  std::vector<cpu::Run> runs;
+  std::vector<cpu::RowRange> ranges;
   const int64_t outer = by_time ? steps : batch, inner = by_time ? batch : steps;
   for (int64_t i = 0, row = 0; i < outer; ++i) {
     for (int64_t j = 0; j < inner; ++j, ++row) {
@@ -56,13 +56,13 @@ SomeRows attended_rows(const Tensor& memory, const Masking& masking, bool by_tim
       if ((end != nullptr && s >= end[b]) || (may_attend != nullptr && !may_attend[b * steps + s])) {
         continue;
       }
-      if (runs.empty() || runs.back().end != row) {
-        runs.push_back({row, row});
+      if (ranges.empty() || ranges.back().end != row) {
+        ranges.push_back({row, row});
       }
-      runs.back().end = row + 1;
+      ranges.back().end = row + 1;
     }
   }
-  return runs;
+  return ranges;
 }
 
 }  // namespace attn_ext

@@ -6,7 +6,7 @@
 
 namespace attn_ext {
 
-using cpu::SomeRows;
+using cpu::RowSubset;
 
 struct Masking {
   const OptionalTensor& lengths;
@@ -31,6 +31,6 @@ Tensor without_masked_rows(const Tensor& memory, const Masking& masking);
 
 // The rows of a memory, one batch element behind the other or, `by_time`, one step behind the other, that some query may attend,
 // where one can look and somebody leaves the others out.
-SomeRows attended_rows(const Tensor& memory, const Masking& masking, bool by_time = false);
+RowSubset attended_rows(const Tensor& memory, const Masking& masking, bool by_time = false);
 
 }  // namespace attn_ext

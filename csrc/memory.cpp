@@ -276,7 +276,7 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
     const Tensor &memory = saved[kMemory], &weight = saved[kWeight];
     const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
     const Masking masking{lengths, mask};
-    const SomeRows attended = attended_rows(memory, masking);
+    const RowSubset attended = attended_rows(memory, masking);
     const bool is_concat = saved[kV].defined();
     if (is_concat && !steps.empty()) {
       Tensor of_steps;
@@ -315,7 +315,7 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
       bool is_its_own_keys,
       const Tensor& memory,
       const Masking& masking,
-      const SomeRows& attended) {
+      const RowSubset& attended) {
     std::vector<Tensor> coefficients, rows;
     for (const Step& step : steps) {
       if (step.grad_context.defined()) {
@@ -429,7 +429,7 @@ struct MemoryStep : torch::autograd::Function<MemoryStep> {
     const Tensor projected = of.project(query);
     const Inputs inputs = of.with(projected);
     const bool with_context = needs_context(inputs);
-    const Forwards outputs = attend(inputs, true, {with_context, true});
+    const OpResults outputs = attend(inputs, true, {with_context, true});
     const Kept kept(outputs, with_context, true);
     ctx->set_materialize_grads(false);
     ctx->saved_data[kLedger] = ledger;

@@ -155,7 +155,7 @@ Sizes<Size> check(const Inputs& inputs) {
 }
 
 template <class Size>
-Sizes<Size> check(const Inputs& inputs, const Saved& saved) {
+Sizes<Size> check(const Inputs& inputs, const BackwardInputs& saved) {
   const auto sizes = check<Size>(inputs);
   const Tensor& query = inputs.query;
   const auto type = accumulation_type(query);
@@ -177,7 +177,7 @@ Sizes<Size> check(const Inputs& inputs, const Saved& saved) {
 }
 
 template <class Size>
-Forwards attention(
+OpResults attention(
     const Tensor& query,
     const Tensor& memory,
     const OptionalTensor& keys,
@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& logsumexp,
     Wanted wanted) {
   const Inputs inputs{query, memory, keys, v, prepared_keys, lengths, mask, scale};
-  const Saved saved{grad_context, grad_weights, context, weights, logsumexp};
+  const BackwardInputs saved{grad_context, grad_weights, context, weights, logsumexp};
   const auto sizes = check<Size>(inputs, saved);
   const auto [of_query, of_memory, of_keys, of_v, of_scores] = wanted;
   Gradients gradients{

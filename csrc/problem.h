@@ -27,9 +27,9 @@ enum class Method { Dot, KeyedDot, Additive };
 // A tensor as [batch, row, element]: strides in elements, 0 along what it has not or repeats.
 struct View {
   const void* data = nullptr;
-  int64_t batch = 0;
-  int64_t row = 0;
-  int64_t element = 0;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+  int64_t element_stride = 0;
 };
 
 // A prepared key is exp(2k), filled up with ones to whole blocks of features, and a line that begins with the largest |2k|.
@@ -43,7 +43,7 @@ constexpr Size prepared_size(const Size& key_size) {
 
 struct Problem {
   Dtype dtype;
-  Dtype factors;  // what a matrix product's may be rounded to: dtype or, of float32, what PyTorch's settings allow
+  Dtype product_dtype;  // what a matrix product's may be rounded to: dtype or, of float32, what PyTorch's settings allow
   Method method;
   int64_t batch;        // B
   int64_t queries;      // T

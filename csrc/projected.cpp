@@ -81,7 +81,7 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
     const auto projected = Projected::make(query, memory, Parts(weight, memory, v.has_value(), options->by_keys), bias, *options);
     const Inputs inputs = projected.with(memory, v, *options);
     const bool with_context = needs_context(inputs);
-    const Forwards outputs = attend(inputs, need_weights, {with_context, true});
+    const OpResults outputs = attend(inputs, need_weights, {with_context, true});
     const Kept kept(outputs, with_context, need_weights);
     ctx->set_materialize_grads(false);
     ctx->saved_data["scale"] = options->scale;
@@ -154,7 +154,7 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
          parts.of_keys.defined() && (wanted[kWeight] || wanted[kMemory] || wanted[kBias]),
          wanted[kV],
          false});
-    const SomeRows attended = parts.of_keys.defined() ? attended_rows(memory, options.masking()) : std::nullopt;
+    const RowSubset attended = parts.of_keys.defined() ? attended_rows(memory, options.masking()) : std::nullopt;
     if (wanted[kQuery]) {
       results[kQuery] = parts.of_query.defined() ? grad_of_input(computed.query, parts.of_query, query) : computed.query;
     }

@@ -116,7 +116,7 @@ Tensor centred(const Tensor& memory, const Masking& masking) {
   return at::sub(attended, as(memory.scalar_type(), average.mul(has_much)));  // halves: nearly the average will do
 }
 
-Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const SomeRows& some) {
+Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const RowSubset& some) {
   if (is_time_major(input)) {  // so is the result then, and nothing is copied
     return project(input.transpose(0, 1), weight, bias, some).transpose(0, 1);
   }
@@ -150,11 +150,11 @@ void refuse_batches(at::TensorList grads) {
   }
 }
 
-Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const SomeRows& some) {
+Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const RowSubset& some) {
   return as(input.scalar_type(), project(rows_of(grad), weight.t(), {}, some)).view_symint(input.sym_sizes());
 }
 
-Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const SomeRows& some) {
+Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const RowSubset& some) {
   const Tensor to = rows_of(sum), rows = rows_of(grad);
   if (cpu::can_matmul(rows, weight)) {
     cpu::matmul(to, rows, weight, std::nullopt, true, some);
@@ -168,7 +168,7 @@ Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& we
   return sum;
 }
 
-bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::TensorList inputs, const SomeRows& some) {
+bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::TensorList inputs, const RowSubset& some) {
   if (cpu::sum_of_products(result, grads, inputs, some)) {
     return some.has_value();
   }
@@ -184,7 +184,7 @@ bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::Tensor
 }
 
 void write_grad_of_key_weight(
-    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Masking& masking, const SomeRows& attended) {
+    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Masking& masking, const RowSubset& attended) {
   // A look at the result costs less than a copy of the memory, but elsewhere it would wait for a device, or there is nothing to
   // see.
   const bool can_look = cpu::is_plain(memory);

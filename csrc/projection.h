@@ -43,7 +43,7 @@ Tensor centred(const Tensor& memory, const Masking& masking);
 
 // weight x + bias for each x of the input, [..., in] and [out, in]; 0 for those of other rows, where there is something to gain.
 // Halves are multiplied in float32 where their weight comes in it, as functional.py has it where PyTorch has nothing better.
-Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}, const SomeRows& some = {});
+Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}, const RowSubset& some = {});
 
 // Keys, of which those that are masked may be anything.
 Tensor project_memory(const Tensor& memory, const Tensor& weight, const OptionalTensor& bias, const Masking& masking);
@@ -52,19 +52,19 @@ Tensor project_memory(const Tensor& memory, const Tensor& weight, const Optional
 void refuse_batches(at::TensorList grads);
 
 // What a projection's input gets: grad [..., out] times weight [out, in], in the shape of `input`; of rows that are masked, 0.
-Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const SomeRows& some = {});
+Tensor grad_of_input(const Tensor& grad, const Tensor& weight, const Tensor& input, const RowSubset& some = {});
 
 // As grad_of_input, but added to what the input has already, contiguous; returns the sum.
-Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const SomeRows& some);
+Tensor add_grad_of_input(const Tensor& sum, const Tensor& grad, const Tensor& weight, const RowSubset& some);
 
 // What a projection's weight gets of these rows of its inputs, written to `result` [out, in]. Returns whether the others were left
 // out; if not, they are summed over with all.
-bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::TensorList inputs, const SomeRows& some = {});
+bool write_grad_of_weight(const Tensor& result, at::TensorList grads, at::TensorList inputs, const RowSubset& some = {});
 
 // write_grad_of_weight of keys that the memory was projected to. A row that no query may attend has a gradient of 0 and may hold
 // anything; NaN and infinity survive the product with it.
 void write_grad_of_key_weight(
-    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Masking& masking, const SomeRows& attended);
+    const Tensor& result, const Tensor& grad_keys, const Tensor& memory, const Masking& masking, const RowSubset& attended);
 
 // A node's backward under create_graph=True: the gradients of what `make` makes of the node's inputs, which stand first in `saved`,
 // where they are wanted; by derivatives that have derivatives.

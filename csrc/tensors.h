@@ -45,7 +45,7 @@ inline void* data_of(const Tensor& output) {
 // A problem without its tensors.
 inline Problem problem_of_sizes(Method method, const Tensor& query, const Tensor& memory) {
   Problem problem{};
-  problem.dtype = problem.factors = dtype_of(query);
+  problem.dtype = problem.product_dtype = dtype_of(query);
   problem.method = method;
   problem.batch = query.size(0);
   problem.queries = query.dim() == 3 ? query.size(1) : 1;

@@ -17,8 +17,8 @@
 namespace attn_ext::cpu {
 namespace {
 
-// Runs every item. If their results are merged, every item keeps its slot until all have run; each then merges an even share of
-// the rows.
+// RowRanges every item. If their results are merged, every item keeps its slot until all have run; each then merges an even share
+// of the rows.
 template <class Call>
 void run_all(
     const Call& call,
@@ -41,12 +41,12 @@ void run_all(
 
 const Kernels& kernels_for(const Problem& problem, const Plan& plan) {
   const auto kernels = problem.method == Method::Additive ? capability().additive : capability().dot;
-  return kernels(problem.factors, problem.is_one_query(), plan.chunk);
+  return kernels(problem.product_dtype, problem.is_one_query(), plan.chunk);
 }
 
 Problem rounded_as_allowed(Problem problem) {
   if (problem.dtype == Dtype::Float && !problem.is_one_query()) {
-    problem.factors = factors_of_float();
+    problem.product_dtype = product_dtype_of_float32();
   }
   return problem;
 }
@@ -124,10 +124,10 @@ void forward(const Inputs& inputs, Outputs& outputs) {
     use_huge_pages(*output);
   }
   const Kernels& kernels = kernels_for(call.problem, call.plan);
-  run_all(call, kernels.forward_slot(call), kernels.forward, kernels.merge, call.plan.splits > 1);
+  run_all(call, kernels.forward_slot(call), kernels.forward, kernels.merge_forward, call.plan.splits > 1);
 }
 
-void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+void backward(const Inputs& inputs, const BackwardInputs& saved, Gradients& gradients) {
   RECORD_FUNCTION(name_of(inputs, "backward"), c10::ArrayRef<const c10::IValue>{});
   const Tensor logsumexp = saved.logsumexp.contiguous();
   Backward call{};
@@ -151,7 +151,7 @@ void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
 void backward_of_scores(const Inputs& inputs, const Tensor& grad_scores, Gradients& gradients) {
   RECORD_FUNCTION(name_of(inputs, "backward"), c10::ArrayRef<const c10::IValue>{});
   Backward call{};
-  call.score_gradients = view_of(grad_scores);
+  call.given_grad_scores = view_of(grad_scores);
   run_backward(inputs, call, true, gradients);
 }
 

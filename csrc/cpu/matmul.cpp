@@ -30,11 +30,11 @@ constexpr int64_t kFewPairs = int64_t{1} << 22;
 
 // At precision "medium" products are left to PyTorch.
 bool may_multiply() {
-  return has_own_matmul() && factors_of_float() != Dtype::BFloat16;
+  return has_own_matmul() && product_dtype_of_float32() != Dtype::BFloat16;
 }
 
-Dtype factors_of(Dtype a, Dtype b) {
-  return a == Dtype::Float || b == Dtype::Float ? factors_of_float() : Dtype::Half;
+Dtype product_dtype_of(Dtype a, Dtype b) {
+  return a == Dtype::Float || b == Dtype::Float ? product_dtype_of_float32() : Dtype::Half;
 }
 
 bool is_worth_it(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
@@ -76,7 +76,7 @@ Matmul product_of(const Tensor& a, const Tensor& b) {
   Matmul call{};
   call.a_type = dtype_of(a);
   call.b_type = dtype_of(b);
-  call.factors = factors_of(call.a_type, call.b_type);
+  call.product_dtype = product_dtype_of(call.a_type, call.b_type);
   call.batch = 1;
   call.rows = a.size(0);
   call.depth = a.size(1);
@@ -91,7 +91,7 @@ Matmul sum_of(const Addresses& a_rows, const Addresses& b_rows, at::TensorList a
   Matmul call{};
   call.a_type = dtype_of(a.front());
   call.b_type = dtype_of(b.front());
-  call.factors = factors_of(call.a_type, call.b_type);
+  call.product_dtype = product_dtype_of(call.a_type, call.b_type);
   call.batch = batch;
   call.rows = a.front().size(-1);
   call.depth = static_cast<int64_t>(a_rows.size()) / batch;
@@ -102,18 +102,18 @@ Matmul sum_of(const Addresses& a_rows, const Addresses& b_rows, at::TensorList a
 }
 
 // `call` lacks out and the division of the work.
-void run(Matmul& call, const Tensor& out, const SomeRows& rows) {
+void run(Matmul& call, const Tensor& out, const RowSubset& rows) {
   const MatmulKernels& kernels = *capability().matmul();
   RECORD_FUNCTION(c10::str("attn_ext::cpu::matmul[", kernels.name, "]"), c10::ArrayRef<const c10::IValue>{});
   call.out = out.mutable_data_ptr();
   call.out_type = dtype_of(out);
   call.out_batch = out.dim() == 3 ? out.stride(0) : 0;
   call.out_row = out.stride(-2);
-  const Run all{0, call.batch * call.rows};
-  call.row_runs = rows ? Runs{rows->data(), static_cast<int64_t>(rows->size())} : Runs{&all, 1};
-  const auto end = call.row_runs.data + call.row_runs.count;
-  const auto sum = [](int64_t rows, const Run& run) { return rows + run.end - run.first; };
-  call.run_rows = std::accumulate(call.row_runs.data, end, int64_t{0}, sum) / std::max<int64_t>(call.row_runs.count, 1);
+  const RowRange all{0, call.batch * call.rows};
+  call.row_ranges = rows ? RowRanges{rows->data(), static_cast<int64_t>(rows->size())} : RowRanges{&all, 1};
+  const auto end = call.row_ranges.data + call.row_ranges.count;
+  const auto sum = [](int64_t rows, const RowRange& range) { return rows + range.end - range.first; };
+  call.mean_range_rows = std::accumulate(call.row_ranges.data, end, int64_t{0}, sum) / std::max<int64_t>(call.row_ranges.count, 1);
   call.height = part_of(call.rows, 1);
   call.width = part_of(call.columns, kLeastBlock);
   while (call.items() < 2 * at::get_num_threads() && std::max(call.height, call.width) > kLeastBlock) {
@@ -163,7 +163,7 @@ std::optional<Addresses> rows_by_element(at::TensorList tensors, int64_t batch) 
 }
 
 // The same of all elements at once, and only these rows.
-std::optional<Addresses> rows_of_all(at::TensorList tensors, const SomeRows& some) {
+std::optional<Addresses> rows_of_all(at::TensorList tensors, const RowSubset& some) {
   Addresses all;
   for (const Tensor& tensor : tensors) {
     if (!are_alike(tensor, tensors.front())) {
@@ -182,8 +182,8 @@ std::optional<Addresses> rows_of_all(at::TensorList tensors, const SomeRows& som
     return std::nullopt;
   }
   Addresses left;
-  for (const Run& run : *some) {
-    left.insert(left.end(), all.begin() + run.first, all.begin() + run.end);
+  for (const RowRange& range : *some) {
+    left.insert(left.end(), all.begin() + range.first, all.begin() + range.end);
   }
   return left;
 }
@@ -211,7 +211,7 @@ bool can_matmul(const Tensor& a, const Tensor& b) {
 }
 
 void matmul(
-    const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool adds_to_out, const SomeRows& rows) {
+    const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool adds_to_out, const RowSubset& rows) {
   Matmul call = product_of(a, b);
   const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   call.bias = bias ? added.const_data_ptr<float>() : nullptr;
@@ -219,7 +219,7 @@ void matmul(
   run(call, out, rows);
 }
 
-bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, const SomeRows& some) {
+bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, const RowSubset& some) {
   if (!is_summed_in_float(out) || out.scalar_type() == at::kBFloat16 || !may_multiply()) {
     return false;
   }
@@ -243,7 +243,7 @@ bool sum_of_products(const Tensor& out, at::TensorList a, at::TensorList b, cons
   return true;
 }
 
-Tensor sums_of_products(at::TensorList a, at::TensorList b, const SomeRows& rows) {
+Tensor sums_of_products(at::TensorList a, at::TensorList b, const RowSubset& rows) {
   if (!is_summed_in_float(a.front()) || !may_multiply()) {
     return Tensor();
   }

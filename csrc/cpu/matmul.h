@@ -16,7 +16,7 @@ namespace attn_ext::cpu {
 bool is_plain(const at::Tensor& tensor);
 
 // Some of a tensor's rows, those of a batch one behind the other; none named: all.
-using SomeRows = std::optional<std::vector<Run>>;
+using RowSubset = std::optional<std::vector<RowRange>>;
 
 // Whether matmul() takes these, or they are PyTorch's: [rows, depth] and [depth, columns].
 bool can_matmul(const at::Tensor& a, const at::Tensor& b);
@@ -29,13 +29,13 @@ void matmul(
     const at::Tensor& b,
     const std::optional<at::Tensor>& bias,
     bool adds_to_out,
-    const SomeRows& rows);
+    const RowSubset& rows);
 
 // out = the sum of a^T b over these rows of tensors [rows, size] or [batch, rows, size], as if each list of them were one. False,
 // and nothing is written, if it is PyTorch's.
-bool sum_of_products(const at::Tensor& out, at::TensorList a, at::TensorList b, const SomeRows& some = {});
+bool sum_of_products(const at::Tensor& out, at::TensorList a, at::TensorList b, const RowSubset& some = {});
 
 // The same for each element of a batch: [batch, rows, columns], of which other rows become 0. Undefined if it is PyTorch's.
-at::Tensor sums_of_products(at::TensorList a, at::TensorList b, const SomeRows& rows = {});
+at::Tensor sums_of_products(at::TensorList a, at::TensorList b, const RowSubset& rows = {});
 
 }  // namespace attn_ext::cpu

@@ -174,7 +174,7 @@ class GradientBlock {
     queries_ = queries < Tile::kQueries ? static_cast<int>(queries) : Tile::kQueries;
     features_ = features < kFeatures ? static_cast<int>(features) : kFeatures;
     grads_ = static_cast<const acc*>(call.grad_scores) + (b * problem.queries + query_tile * Tile::kQueries) * steps;
-    keys_ = row_of<scalar>(problem.keys, b, 0) + first_feature * problem.keys.element;
+    keys_ = row_of<scalar>(problem.keys, b, 0) + first_feature * problem.keys.element_stride;
     const int64_t out = b * steps * size + first_feature;
     key_slab_ = plan.key_slabs == nullptr ? nullptr : static_cast<acc*>(plan.key_slabs) + tile * problem.batch * steps * size + out;
     grad_keys_ = call.grad_keys == nullptr ? nullptr : static_cast<scalar*>(call.grad_keys) + out;
@@ -209,13 +209,13 @@ class GradientBlock {
       by_threads<Tile::kSteps * kPiecesOfKeys>([&](int i) {
         const int s = i / kPiecesOfKeys, a = i % kPiecesOfKeys * kLanes<scalar>;
         const bool there = a < features_ && takes(step0 + s);
-        copy_async16(tile.keys + s * kFeatures + a, keys_ + (there ? (step0 + s) * problem.keys.row + a : 0), there);
+        copy_async16(tile.keys + s * kFeatures + a, keys_ + (there ? (step0 + s) * problem.keys.row_stride + a : 0), there);
       });
     } else {
       by_threads<Tile::kSteps * kFeatures>([&](int i) {
         const int s = i / kFeatures, a = i % kFeatures;
         const bool there = a < features_ && takes(step0 + s);
-        tile.keys[i] = there ? keys_[(step0 + s) * problem.keys.row + a * problem.keys.element] : scalar{};
+        tile.keys[i] = there ? keys_[(step0 + s) * problem.keys.row_stride + a * problem.keys.element_stride] : scalar{};
       });
     }
     commit_copies();
@@ -229,7 +229,8 @@ class GradientBlock {
     for (int s = first_step + threadIdx.x / kPiecesOfKeys; s < end_step; s += kAdditiveThreads / kPiecesOfKeys) {
       acc key[kLanes<scalar>] = {};
       if (a < features_ && takes(s)) {
-        unpack<scalar>(key, load_piece(keys_ + s * problem.keys.row, problem.keys.element, a, features_, keys_by_vectors_));
+        unpack<scalar>(
+            key, load_piece(keys_ + s * problem.keys.row_stride, problem.keys.element_stride, a, features_, keys_by_vectors_));
       }
 #pragma unroll
       for (int i = 0; i < kLanes<scalar>; ++i) {
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4) additive_backward_tile(
   sync_threads();  // it is there
   if (threadIdx.x < kFeatures) {
     const auto* v = static_cast<const scalar*>(problem.v.data);
-    block.of_v[lane] = block.has(lane) ? 4 * to_acc(v[(block.first_feature + lane) * problem.v.element]) : acc(0);
+    block.of_v[lane] = block.has(lane) ? 4 * to_acc(v[(block.first_feature + lane) * problem.v.element_stride]) : acc(0);
   }
   if (block.first_step < block.attended_end) {
     block.start(problem, Tile(shared_memory(), 0), block.first_step);
@@ -317,13 +318,13 @@ __global__ void __launch_bounds__(kAdditiveThreads, 4) additive_backward_tile(
   {
     const int64_t last = problem.queries - 1, first = block.query_tile * Tile::kQueries + warp * rows;
     const int64_t a = block.first_feature + lane < size ? block.first_feature + lane : size - 1;
-    const scalar* from = row_of<scalar>(problem.query, block.b, first < last ? first : last) + a * problem.query.element;
+    const scalar* from = row_of<scalar>(problem.query, block.b, first < last ? first : last) + a * problem.query.element_stride;
     const int more = last - first < rows ? static_cast<int>(last - first) : rows;
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
       // Beyond the last one it stands in: what it gets there is not stored, and passes on nothing, its de being 0.
       query[i] = to_acc(*from);
-      from += i < more ? problem.query.row : 0;
+      from += i < more ? problem.query.row_stride : 0;
     }
   }
   bool direct = true;

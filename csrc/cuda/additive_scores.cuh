@@ -107,12 +107,12 @@ __global__ void __launch_bounds__(kAdditiveThreads)
 #pragma unroll
   for (int p = 0; p < pieces; ++p) {
     const bool by_vectors = is_query ? query_by_vectors : keys_by_vectors;
-    piece[p] = takes ? load_piece(from, view.element, first_feature + p * each, problem.key_size, by_vectors) : Vector16{};
+    piece[p] = takes ? load_piece(from, view.element_stride, first_feature + p * each, problem.key_size, by_vectors) : Vector16{};
   }
   const int64_t a = first_feature + lane;
   float its_own = lane % 2 == 0 ? kNoFeature : a == problem.key_size ? 0 : -kNoFeature;
   if (a < problem.key_size) {
-    its_own = to_acc(static_cast<const scalar*>(problem.v.data)[a * problem.v.element]);
+    its_own = to_acc(static_cast<const scalar*>(problem.v.data)[a * problem.v.element_stride]);
   }
   const ChunkOfV v(its_own);
 
@@ -342,12 +342,12 @@ __device__ __forceinline__ void load_directly(
     const bool takes = first_feature + a < problem.key_size && (is_query ? at < problem.queries : attended(at));
     const View& view = is_query ? problem.query : problem.keys;
     tile.rows[a * Tile::kStride + row] =
-        takes ? to_acc(row_of<scalar>(view, place.b, at)[(first_feature + a) * view.element]) : typename Tile::acc(0);
+        takes ? to_acc(row_of<scalar>(view, place.b, at)[(first_feature + a) * view.element_stride]) : typename Tile::acc(0);
   }
   if (threadIdx.x < kFeatures) {
     const int64_t a = first_feature + threadIdx.x;
     const auto* v = static_cast<const scalar*>(problem.v.data);
-    tile.v[threadIdx.x] = a < problem.key_size ? to_acc(v[a * problem.v.element]) : typename Tile::acc(0);
+    tile.v[threadIdx.x] = a < problem.key_size ? to_acc(v[a * problem.v.element_stride]) : typename Tile::acc(0);
   }
 }
 

@@ -270,7 +270,7 @@ void differentiate_nothing(Gradients& gradients) {
   }
 }
 
-void differentiate_once(Call& call, const Saved& saved, Gradients& gradients) {
+void differentiate_once(Call& call, const BackwardInputs& saved, Gradients& gradients) {
   const Problem& problem = call.problem();
   TORCH_CHECK_VALUE(saved.context.has_value(), "context is missing: a backward of one query reads it");
   const Tensor context = saved.context->contiguous(), logsumexp = saved.logsumexp.contiguous();
@@ -317,7 +317,7 @@ struct Coefficients {
   Tensor both;  // of halves: [B, 2, T, S]; of additive scores, whose kernel takes de as it is, the weights alone: [B, 1, T, S]
 };
 
-Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved& saved, const Gradients& gradients) {
+Coefficients coefficients_of(const Call& call, const Inputs& inputs, const BackwardInputs& saved, const Gradients& gradients) {
   const Problem& problem = call.problem();
   const Tensor logsumexp = saved.logsumexp.contiguous();
   Coefficients of;
@@ -349,7 +349,8 @@ Coefficients coefficients_of(const Call& call, const Inputs& inputs, const Saved
   return of;
 }
 
-void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& saved, const Coefficients& of, Tensor& grad_memory) {
+void differentiate_memory(
+    const Call& call, const Inputs& inputs, const BackwardInputs& saved, const Coefficients& of, Tensor& grad_memory) {
   const bool has_grad = saved.grad_context.has_value();
   if (!has_grad && !call.is_its_own_keys()) {
     grad_memory.zero_();
@@ -375,7 +376,7 @@ void differentiate_memory(const Call& call, const Inputs& inputs, const Saved& s
   call.clear_masked(grad_memory);
 }
 
-void differentiate(const Call& call, const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+void differentiate(const Call& call, const Inputs& inputs, const BackwardInputs& saved, Gradients& gradients) {
   const Coefficients of = coefficients_of(call, inputs, saved, gradients);
   if (call.is_dot()) {
     const Tensor grad_scores = call.is_of_halves() ? of.both.select(1, 1) : of.grad_scores;
@@ -436,7 +437,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   }
 }
 
-void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+void backward(const Inputs& inputs, const BackwardInputs& saved, Gradients& gradients) {
   if (is_one_of_many(inputs)) {
     const OptionalTensor grad_context = with_queries(saved.grad_context), grad_weights = with_queries(saved.grad_weights);
     const OptionalTensor weights = with_queries(saved.weights);

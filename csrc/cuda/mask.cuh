@@ -9,14 +9,14 @@ namespace attn_ext::cuda {
 class Attendable {
  public:
   __device__ __forceinline__ Attendable(const Problem& problem, int64_t b, int64_t t)
-      : end_(problem.steps), mask_(static_cast<const bool*>(problem.mask.data)), stride_(problem.mask.element) {
+      : end_(problem.steps), mask_(static_cast<const bool*>(problem.mask.data)), stride_(problem.mask.element_stride) {
     if (problem.lengths != nullptr) {
       // Out of range it is wrong, but known to the device alone: nothing beyond S is read.
       const int64_t length = problem.lengths[b];
       end_ = length < 0 ? 0 : length < end_ ? length : end_;
     }
     if (mask_ != nullptr) {
-      mask_ += b * problem.mask.batch + t * problem.mask.row;
+      mask_ += b * problem.mask.batch_stride + t * problem.mask.row_stride;
     }
   }
 

@@ -38,7 +38,7 @@ class MemoryRow {
     each(
         by_vectors,
         [&](int64_t d) { store16(to_ + d, load16_streaming(from + d)); },
-        [&](int64_t d) { to_[d] = from[d * problem_.memory.element]; });
+        [&](int64_t d) { to_[d] = from[d * problem_.memory.element_stride]; });
   }
 
  private:

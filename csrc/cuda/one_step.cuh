@@ -349,7 +349,7 @@ __device__ __forceinline__ accumulated_t<scalar> delta_of_weights(
   acc sum = 0;
 #pragma unroll 4
   for (int64_t s = threadIdx.x; s < problem.steps; s += warps * kWarp) {
-    sum += may_attend(s) ? weights[s] * to_acc(grad[s * call.grad_weights.element]) : acc(0);
+    sum += may_attend(s) ? weights[s] * to_acc(grad[s * call.grad_weights.element_stride]) : acc(0);
   }
   return block_sum(sum, of_warps, warps);
 }

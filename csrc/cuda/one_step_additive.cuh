@@ -52,8 +52,8 @@ struct StepRows {
 
   __device__ __forceinline__ StepRows(const View& view, const Place& place, int64_t size, bool by_vectors)
       : first(row_of<scalar>(view, place.b, place.begin)),
-        row(view.row),
-        element(view.element),
+        row(view.row_stride),
+        element(view.element_stride),
         size(size),
         by_vectors(by_vectors) {}
 
@@ -134,7 +134,7 @@ __device__ __forceinline__ void additive_scores_of(
     shared.scores[s] = may_attend(place.begin + s) ? acc(0) : -kInfinity<acc>;
   }
   const scalar* const rows[2] = {row_of<scalar>(problem.query, place.b, 0), static_cast<const scalar*>(problem.v.data)};
-  const int64_t elements[2] = {problem.query.element, problem.v.element};
+  const int64_t elements[2] = {problem.query.element_stride, problem.v.element_stride};
   for_panels<scalar, 2>(shared.panel, rows, elements, problem.key_size, [&](int64_t first, int size) {
     const auto attends = [&](int s) { return shared.scores[s] != -kInfinity<acc>; };
     for_rows_of_warp(count, attends, [&](int s, const bool (&wanted)[kStepRows]) {
@@ -328,7 +328,7 @@ __device__ __forceinline__ void grad_scores_of(
   const Rows memory(problem.memory, place, size, memory_by_vectors);
   const bool has_grad = call.grad_context.data != nullptr;
   const scalar* const grad_context[1] = {has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr};
-  const int64_t elements[1] = {call.grad_context.element};
+  const int64_t elements[1] = {call.grad_context.element_stride};
   scalar* grad_memory = part_of<scalar>(call.grad_memory, first_step * size);
   const acc* context = static_cast<const acc*>(call.context) + place.b * size;
   acc delta = 0;  // g . c
@@ -386,7 +386,7 @@ __device__ __forceinline__ void grad_scores_of(
     const acc weight = shared.scores[s];
     acc grad = 0;
     if (weight != 0) {
-      grad = grad_weights != nullptr ? to_acc(grad_weights[(place.begin + s) * call.grad_weights.element]) : acc(0);
+      grad = grad_weights != nullptr ? to_acc(grad_weights[(place.begin + s) * call.grad_weights.element_stride]) : acc(0);
       grad = static_cast<acc>(problem.scale) * (weight * ((shared.grads[s] - delta) + (grad - delta_weights)));
     }
     shared.grads[s] = grad;
@@ -420,8 +420,8 @@ __global__ void __launch_bounds__(kStepBlock, kStepBlocks)
   for (int64_t round = 0; round < columns.pieces; round += columns.width) {
     const int64_t at = columns.at(round, each);
     acc query[each], v[each], to_query[each] = {}, to_v[each] = {};
-    unpack<scalar>(query, load_piece(row_of<scalar>(problem.query, place.b, 0), problem.query.element, at, size, false));
-    unpack<scalar>(v, load_piece(static_cast<const scalar*>(problem.v.data), problem.v.element, at, size, false));
+    unpack<scalar>(query, load_piece(row_of<scalar>(problem.query, place.b, 0), problem.query.element_stride, at, size, false));
+    unpack<scalar>(v, load_piece(static_cast<const scalar*>(problem.v.data), problem.v.element_stride, at, size, false));
     for (int s = columns.first(round, count); s < count; s += rows * columns.groups) {
       acc grad[rows];
       Vector16 piece[rows];

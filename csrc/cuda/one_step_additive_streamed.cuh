@@ -128,11 +128,11 @@ struct StepStream {
       const uint32_t bit = 1u << (stage * Teams::kRows + r);
       attended = s < count && may_attend(place.begin + s) ? attended | bit : attended & ~bit;
     }
-    ask_for(0, keys, problem.keys.row, teams.key_size);
+    ask_for(0, keys, problem.keys.row_stride, teams.key_size);
   }
 
   __device__ __forceinline__ void ask_for_memory() {
-    ask_for(1, memories, problem.memory.row, teams.memory_size);
+    ask_for(1, memories, problem.memory.row_stride, teams.memory_size);
     due += teams.stride();
     stage = stage + 1 == Teams::kStages ? 0 : stage + 1;
   }
@@ -205,8 +205,9 @@ __global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kF
   acc* scores = part_of<acc>(call.scores, place.b * problem.steps + place.begin);
   Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes]
   Vector16* v = query + pieces * teams.lanes();                                      // [pieces * lanes]
-  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, teams.key_size, teams.query_by_vectors);
-  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, teams.key_size, teams.v_by_vectors);
+  teams.bring(
+      query, row_of<scalar>(problem.query, place.b, 0), problem.query.element_stride, teams.key_size, teams.query_by_vectors);
+  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element_stride, teams.key_size, teams.v_by_vectors);
   commit_copies();
   Stream stream(teams, problem, may_attend, place, steps);
   wait_copies<Stream::kPending + 1>();
@@ -417,9 +418,9 @@ __global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kB
   Vector16* query = reinterpret_cast<Vector16*>(shared_memory() + Stream::kShared);  // [pieces * lanes] each
   Vector16* v = query + pieces * teams.lanes();
   Vector16* grad = v + pieces * teams.lanes();
-  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element, key_size, teams.query_by_vectors);
-  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element, key_size, teams.v_by_vectors);
-  teams.bring(grad, grad_context, call.grad_context.element, memory_size, teams.grad_by_vectors);
+  teams.bring(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element_stride, key_size, teams.query_by_vectors);
+  teams.bring(v, static_cast<const scalar*>(problem.v.data), problem.v.element_stride, key_size, teams.v_by_vectors);
+  teams.bring(grad, grad_context, call.grad_context.element_stride, memory_size, teams.grad_by_vectors);
   commit_copies();
   Stream stream(teams, problem, may_attend, place, steps);
   acc context[pieces][each] = {};
@@ -469,7 +470,7 @@ __global__ void __launch_bounds__(kStepBlock, (StreamedTeams<scalar, pieces>::kB
       from_weights[r] = 0;
       if (has_grad_weights && attends[r]) {
         from_weights[r] =
-            to_acc(row_of<scalar>(call.grad_weights, place.b, 0)[(place.begin + step[r]) * call.grad_weights.element]) -
+            to_acc(row_of<scalar>(call.grad_weights, place.b, 0)[(place.begin + step[r]) * call.grad_weights.element_stride]) -
             delta_weights;
       }
     }

@@ -131,7 +131,7 @@ class MemoryUnderWay {
         mask_(static_cast<const bool*>(problem.mask.data)),
         next_(row_of<scalar>(problem.memory, place.b, place.begin + step_)) {
     if (mask_ != nullptr) {
-      mask_ += place.b * problem.mask.batch + place.begin * problem.mask.element;
+      mask_ += place.b * problem.mask.batch_stride + place.begin * problem.mask.element_stride;
     }
     if (columns.by_vectors) {
       next_ += columns.lane() * Cols::kEach;
@@ -209,7 +209,7 @@ class MemoryUnderWay {
     attended_ <<= rows;
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      const bool attends = step(r) < end_ && (mask_ == nullptr || mask_[int64_t{step(r)} * problem_.mask.element]);
+      const bool attends = step(r) < end_ && (mask_ == nullptr || mask_[int64_t{step(r)} * problem_.mask.element_stride]);
       attended_ |= static_cast<uint32_t>(attends) << r;
     }
     if (columns_.by_vectors) {
@@ -227,7 +227,7 @@ class MemoryUnderWay {
       for (int n = 0; n < rows * pieces; ++n) {
         const int r = n / pieces;
         const scalar* from = next_ + r * stride();
-        under_way_.store(n, columns_.gather(from, problem_.memory.element, n % pieces, attended_ >> r & 1));
+        under_way_.store(n, columns_.gather(from, problem_.memory.element_stride, n % pieces, attended_ >> r & 1));
       }
     }
     under_way_.next();
@@ -241,7 +241,7 @@ class MemoryUnderWay {
   }
 
   __device__ __forceinline__ int64_t stride() const {
-    return teams() * problem_.memory.row;
+    return teams() * problem_.memory.row_stride;
   }
 
   const Problem& problem_;
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1)
   const int count = steps_to_attend(place, may_attend);
   MemoryUnderWay<scalar, pieces, rows, depth, true> memory(problem, place, columns, count, count, sums);
   Vector16 query[pieces];
-  columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
+  columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element_stride);
   acc* scores = call.scores == nullptr ? nullptr : static_cast<acc*>(call.scores) + place.b * problem.steps + place.begin;
   acc context[pieces][each];
   Columns<scalar, pieces, true>::clear(context);
@@ -361,9 +361,9 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1) dif
   const acc delta_weights = delta_of_weights<scalar>(call, place, may_attend, of_warps, columns.warps());
   // Both are asked for before either is waited for.
   Vector16 query[pieces], grad[pieces];
-  columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element);
+  columns.load(query, row_of<scalar>(problem.query, place.b, 0), problem.query.element_stride);
   const bool has_grad = call.grad_context.data != nullptr;
-  columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element);
+  columns.load(grad, has_grad ? row_of<scalar>(call.grad_context, place.b, 0) : nullptr, call.grad_context.element_stride);
   constexpr bool shares_query = kIsLongRow<scalar, pieces>;
   char* behind = reinterpret_cast<char*>(sums) + columns.warps() * kStepShared<scalar, pieces, rows, depth>;
   Vector16* shared_query = reinterpret_cast<Vector16*>(behind) + threadIdx.x % kWarp;
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1) dif
   };
   const scalar* grad_weights = call.grad_weights.data == nullptr
                                    ? nullptr
-                                   : row_of<scalar>(call.grad_weights, place.b, 0) + place.begin * call.grad_weights.element;
+                                   : row_of<scalar>(call.grad_weights, place.b, 0) + place.begin * call.grad_weights.element_stride;
   acc grad_query[pieces][each], excess = 0;
   Columns<scalar, pieces, any_width>::clear(grad_query);
   for (; memory.has_rows(); memory.advance()) {
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(kStepBlock* kDotBlocks<scalar, pieces>, 1) dif
                                          : exponential(product(scale, sums_of_rows[r]) - of_block[0]);  // the forward's score
         grad_score = sums_of_rows[rows + r] - of_block[2];
         if (grad_weights != nullptr) {
-          grad_score += to_acc(grad_weights[s * call.grad_weights.element]) - of_block[1];
+          grad_score += to_acc(grad_weights[s * call.grad_weights.element_stride]) - of_block[1];
         }
         grad_score = scale * (weight * grad_score);
         excess += grad_score;

@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
       at.load(grad, from_context);
     }
     if (grad_weights != nullptr) {
-      at.add(grad, grad_weights, call.grad_weights.element);
+      at.add(grad, grad_weights, call.grad_weights.element_stride);
     }
     if (recomputes) {
 #pragma unroll
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(RowTeam<held>::kBlock, 1) softmax_backward_row
       acc grad = 0;
       if (may_attend(s)) {
         grad = from_context != nullptr ? from_context[s] : acc(0);
-        grad += grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element]) : acc(0);
+        grad += grad_weights != nullptr ? to_acc(grad_weights[s * call.grad_weights.element_stride]) : acc(0);
       }
       return grad;
     };

@@ -6,10 +6,10 @@
 
 namespace attn_ext::cuda {
 
-// The elements are view.element apart.
+// The elements are view.element_stride apart.
 template <class scalar>
 __device__ __forceinline__ const scalar* row_of(const View& view, int64_t b, int64_t row) {
-  return static_cast<const scalar*>(view.data) + b * view.batch + row * view.row;
+  return static_cast<const scalar*>(view.data) + b * view.batch_stride + row * view.row_stride;
 }
 
 // An output from its element `first` on, null where it is not wanted.
@@ -22,7 +22,7 @@ __device__ __forceinline__ T* part_of(void* output, int64_t first) {
 template <class scalar>
 bool takes_vectors(const View& view, int64_t size) {
   const auto address = reinterpret_cast<uintptr_t>(view.data);
-  return view.element == 1 && address % 16 == 0 && (view.batch | view.row | size) % kLanes<scalar> == 0;
+  return view.element_stride == 1 && address % 16 == 0 && (view.batch_stride | view.row_stride | size) % kLanes<scalar> == 0;
 }
 
 // 16 bytes of a row of `size` elements, from element `at` on, and zeros beyond it.

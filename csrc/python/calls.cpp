@@ -31,13 +31,13 @@ Attended attention(
   return attended(std::move(context), std::move(weights));
 }
 
-template <class Function>
+template <class Op>
 struct Call;
 
 template <const char* name, class... Arguments>
-struct Call<Function<name, std::tuple<Tensor, Tensor>(Arguments...)>> {
+struct Call<Op<name, std::tuple<Tensor, Tensor>(Arguments...)>> {
   static Attended run(Arguments... arguments) {
-    auto [context, weights] = Function<name, std::tuple<Tensor, Tensor>(Arguments...)>::call(arguments...);
+    auto [context, weights] = Op<name, std::tuple<Tensor, Tensor>(Arguments...)>::call(arguments...);
     return attended(std::move(context), std::move(weights));
   }
 };

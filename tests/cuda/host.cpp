@@ -64,7 +64,7 @@ void forward(const Inputs& inputs, Outputs& outputs) {
   cuda::entry_points.forward(inputs, outputs);
 }
 
-void backward(const Inputs& inputs, const Saved& saved, Gradients& gradients) {
+void backward(const Inputs& inputs, const BackwardInputs& saved, Gradients& gradients) {
   const Poisoned poisoned;
   choose_device(inputs);
   poison(gradients);

@@ -26,7 +26,7 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 Op random_op(Random& random) {
   const Method method = random.of({Method::Additive, Method::Additive, Method::Dot, Method::KeyedDot});
   const Dtype dtype = random.of({Dtype::Float, Dtype::Float, Dtype::Double, Dtype::BFloat16, Dtype::Half});
-  const Dtype factors = dtype == Dtype::Float ? random.of({dtype, dtype, Dtype::Half, Dtype::BFloat16}) : dtype;
+  const Dtype product_dtype = dtype == Dtype::Float ? random.of({dtype, dtype, Dtype::Half, Dtype::BFloat16}) : dtype;
   const int64_t B = random.upto(1, 3);
   const int64_t T = random.chance(0.5) ? 1 : random.chance(0.7) ? random.upto(2, 40) : random.upto(41, 300);
   const int64_t S = random.chance(0.2) ? random.upto(0, 3) : random.chance(0.7) ? random.upto(4, 90) : random.upto(91, 600);
@@ -38,7 +38,7 @@ Op random_op(Random& random) {
   Op op{
       .method = method,
       .dtype = dtype,
-      .factors = factors,
+      .product_dtype = product_dtype,
       .exact_type = dtype == Dtype::Double ? Dtype::Double : Dtype::Float,
       .B = B,
       .T = T,
@@ -286,7 +286,8 @@ bool check_products(Random& random) {
       for (int64_t n = 0; n < width; ++n) {
         double sum = adds ? plus[i * stride + n] : 0, magnitude = std::abs(sum);
         for (int64_t k = 0; k < depth; ++k) {
-          const double product = static_cast<double>(c[i * coefficients.row + k * coefficients.column]) * b[k * width + n];
+          const double product =
+              static_cast<double>(c[i * coefficients.row_stride + k * coefficients.column_stride]) * b[k * width + n];
           sum += product;
           magnitude += std::abs(product);
         }
@@ -333,10 +334,10 @@ bool check_prefetches(Random& random) {
     const View view{data.data() + begin, 0, size + random.of({0, 0, 7, 100}), random.of({1, 1, 1, 2})};
     const int64_t width = width_of(dtype);
     prefetches.add(dtype, view, 0, first, rows, size);
-    for (int64_t r = 0; (view.element == 1 || size == 1) && r < rows; ++r) {
-      std::fill_n(wanted.begin() + begin + (first + r) * view.row * width, size * width, 1);
+    for (int64_t r = 0; (view.element_stride == 1 || size == 1) && r < rows; ++r) {
+      std::fill_n(wanted.begin() + begin + (first + r) * view.row_stride * width, size * width, 1);
     }
-    begin += (first + rows) * view.row * width + 64;
+    begin += (first + rows) * view.row_stride * width + 64;
   }
   if (random.upto(0, 1) == 1) {
     prefetches.spread(random.upto(0, 2 * ceil_div(begin, kLine)));
@@ -405,7 +406,7 @@ class Checker {
     }
     double unit = unit_of(dtype);
     if (case_.rounds_inputs()) {
-      unit = std::max(unit, 2 * unit_of(case_.factors == Dtype::BFloat16 ? case_.products_type() : case_.factors));
+      unit = std::max(unit, 2 * unit_of(case_.product_dtype == Dtype::BFloat16 ? case_.products_type() : case_.product_dtype));
     }
     for (size_t i = 0; i < expected.size(); ++i) {
       const bool same = actual[i] == expected[i];  // infinities
@@ -463,7 +464,7 @@ bool check(uint64_t seed) {
   }
   const int64_t merges = f.plan.splits > 1 ? f.plan.items(f.problem) : 0;
   const Kernels& forward = c.kernels(f.plan);
-  run_items(f, random, forward.forward_slot, forward.forward, forward.merge, merges);
+  run_items(f, random, forward.forward_slot, forward.forward, forward.merge_forward, merges);
   const double score_slack = c.is_additive() ? 4 : 1;
   checker.compare("context", context.values(), truth.context, c.dtype, score_slack);
   if (f.weights != nullptr) {
@@ -537,7 +538,7 @@ bool check(uint64_t seed) {
     s.problem.memory_size = 0;
     s.problem.scale = 1;
     s.plan = b.plan;
-    s.score_gradients = grad_scores.view();
+    s.given_grad_scores = grad_scores.view();
     s.grad_keys = keys_again.data();
     s.grad_v = v_again.data();
     const int64_t again = s.plan.splits * s.plan.chunks > 1 ? items : 0;

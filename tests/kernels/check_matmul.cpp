@@ -24,37 +24,37 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 // How a call's factors lie: a by rows and b by rows or by columns, or both as the rows that a sum of products is over.
 enum class Layout { Rows, Columns, Sum };
 
-// Some of `count` rows, in runs.
-std::vector<Run> random_runs(Random& random, int64_t count) {
+// Some of `count` rows, in ranges.
+std::vector<RowRange> random_ranges(Random& random, int64_t count) {
   const double density = random.of({0.0, 0.3, 0.9, 1.0, 1.0, 1.0});
-  std::vector<Run> runs;
+  std::vector<RowRange> ranges;
   for (int64_t row = 0; row < count; ++row) {
     if (random.chance(density)) {
-      if (!runs.empty() && runs.back().end == row) {
-        runs.back().end = row + 1;
+      if (!ranges.empty() && ranges.back().end == row) {
+        ranges.back().end = row + 1;
       } else {
-        runs.push_back({row, row + 1});
+        ranges.push_back({row, row + 1});
       }
     }
   }
-  return runs;
+  return ranges;
 }
 
 std::vector<const void*> addresses(const Array& rows, Dtype dtype, int64_t batches, int64_t count) {
   const View view = rows.view();
   std::vector<const void*> all;
   for (int64_t i = 0; i < batches * count; ++i) {
-    all.push_back(static_cast<const char*>(view.data) + i * view.row * width_of(dtype));
+    all.push_back(static_cast<const char*>(view.data) + i * view.row_stride * width_of(dtype));
   }
   return all;
 }
 
 // As exact as a product of floats is in matrix tiles, or by vectors; an output of halves is rounded besides.
-double unit_of(Dtype factors, Dtype out) {
+double unit_of(Dtype product_dtype, Dtype out) {
 #if defined(__AMX_BF16__)
-  const double unit = factors == Dtype::Float ? 0x1p-20 : 0x1p-14;
+  const double unit = product_dtype == Dtype::Float ? 0x1p-20 : 0x1p-14;
 #else
-  const double unit = (void(factors), 0x1p-20);
+  const double unit = (void(product_dtype), 0x1p-20);
 #endif
   return out == Dtype::BFloat16 ? unit + 0x1p-8 : out == Dtype::Half ? unit + 0x1p-11 : unit;
 }
@@ -73,7 +73,7 @@ bool check(uint64_t seed) {
   call.b_type = type();
   call.out_type = type();
   const bool has_floats = call.a_type == Dtype::Float || call.b_type == Dtype::Float;
-  call.factors = has_floats ? Dtype::Float : Dtype::Half;
+  call.product_dtype = has_floats ? Dtype::Float : Dtype::Half;
   call.batch = batch;
   call.rows = rows;
   call.depth = depth;
@@ -85,9 +85,9 @@ bool check(uint64_t seed) {
   Array out(call.out_type, batch, rows, columns, padding());
   a.fill(random.normals(1));
   b.fill(random.normals(1));
-  const std::vector<Run> runs = random_runs(random, batch * rows);
+  const std::vector<RowRange> ranges = random_ranges(random, batch * rows);
   const auto is_wanted = [&](int64_t row) {
-    return std::any_of(runs.begin(), runs.end(), [&](const Run& run) { return run.first <= row && row < run.end; });
+    return std::any_of(ranges.begin(), ranges.end(), [&](const RowRange& range) { return range.first <= row && row < range.end; });
   };
   std::vector<const void*> a_columns, b_rows;
   if (is_sum) {
@@ -96,7 +96,7 @@ bool check(uint64_t seed) {
   } else {
     const View of_b = b.view();
     call.a = a.view();
-    call.b = layout == Layout::Columns ? View{of_b.data, 0, 1, of_b.row} : of_b;
+    call.b = layout == Layout::Columns ? View{of_b.data, 0, 1, of_b.row_stride} : of_b;
     // What nobody asks for is allowed to be anything.
     a.for_each([&](int64_t, int64_t row, int64_t k) {
       if (!is_wanted(row)) {
@@ -115,11 +115,11 @@ bool check(uint64_t seed) {
   }
   const std::vector<double> before = out.values();
   call.out = out.data();
-  call.out_batch = out.view().batch;
-  call.out_row = out.view().row;
-  call.row_runs = {runs.data(), static_cast<int64_t>(runs.size())};
-  const auto count = [](int64_t sum, const Run& run) { return sum + run.end - run.first; };
-  call.run_rows = std::accumulate(runs.begin(), runs.end(), int64_t{0}, count) / std::max<int64_t>(runs.size(), 1);
+  call.out_batch = out.view().batch_stride;
+  call.out_row = out.view().row_stride;
+  call.row_ranges = {ranges.data(), static_cast<int64_t>(ranges.size())};
+  const auto count = [](int64_t sum, const RowRange& range) { return sum + range.end - range.first; };
+  call.mean_range_rows = std::accumulate(ranges.begin(), ranges.end(), int64_t{0}, count) / std::max<int64_t>(ranges.size(), 1);
   call.height = std::min<int64_t>(random.of({rows, random.upto(1, rows)}), 256);
   call.width = 64 * random.upto(1, 4);
 
@@ -142,7 +142,7 @@ bool check(uint64_t seed) {
         magnitude += std::abs(product);
       }
       const double actual = after[i * columns + n];
-      if (!(std::abs(actual - expected) <= unit_of(call.factors, call.out_type) * magnitude)) {
+      if (!(std::abs(actual - expected) <= unit_of(call.product_dtype, call.out_type) * magnitude)) {
         std::printf(
             "[%lld, %lld, %lld] %s: element (%lld, %lld) is %.9g, not %.9g, of magnitude %.3g\n",
             (long long)rows,

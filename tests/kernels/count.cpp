@@ -68,7 +68,7 @@ struct Calls {
   Calls(Method method, Sizes sizes, Dtype dtype = Dtype::Float)
       : op{.method = method,
            .dtype = dtype,
-           .factors = dtype,
+           .product_dtype = dtype,
            .exact_type = dtype == Dtype::Double ? Dtype::Double : Dtype::Float,
            .B = sizes.B,
            .T = sizes.T,

@@ -138,7 +138,7 @@ struct Scratch {
 // Sizes, masks and inputs of one op. Of dot products the memory is its own keys, or not.
 struct Op {
   Method method;
-  Dtype dtype, factors, exact_type;
+  Dtype dtype, product_dtype, exact_type;
   int64_t B, T, S, D, Dm;
   double scale;
   std::vector<int64_t> lengths{};
@@ -162,7 +162,7 @@ struct Op {
   Problem problem() const {
     Problem p{};
     p.dtype = dtype;
-    p.factors = factors;
+    p.product_dtype = product_dtype;
     p.method = method;
     p.batch = B, p.queries = T, p.steps = S, p.key_size = D, p.memory_size = Dm;
     p.scale = scale;
@@ -184,13 +184,13 @@ struct Op {
 
   const Kernels& kernels(const Plan& plan) const {
     return (is_additive() ? CPU_CAPABILITY::additive_kernels : CPU_CAPABILITY::dot_kernels)(
-        factors, problem().is_one_query(), plan.chunk);
+        product_dtype, problem().is_one_query(), plan.chunk);
   }
 
   // As exact as the products with the weights are: pairs of bfloat16, of 16 queries and more, are multiplied with rounded ones.
   Dtype products_type() const {
 #if defined(__AVX512BF16__)
-    return factors == Dtype::BFloat16 && T >= 16 ? factors : exact_type;
+    return product_dtype == Dtype::BFloat16 && T >= 16 ? product_dtype : exact_type;
 #else
     return exact_type;
 #endif
@@ -198,7 +198,7 @@ struct Op {
 
   // Whether the inputs of products are rounded, too.
   bool rounds_inputs() const {
-    return factors != dtype;
+    return product_dtype != dtype;
   }
 
   std::string text() const {
@@ -218,7 +218,7 @@ struct Op {
         static_cast<int>(Dm),
         names[static_cast<int>(dtype)],
         rounds_inputs() ? ", factors of " : "",
-        rounds_inputs() ? names[static_cast<int>(factors)] : "",
+        rounds_inputs() ? names[static_cast<int>(product_dtype)] : "",
         lengths.empty() ? "" : ", lengths",
         mask.empty()     ? ""
         : mask_per_query ? ", mask by query"

@@ -25,8 +25,8 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-const Kernels& additive_kernels(Dtype factors, bool one_query, int64_t chunk) {
-  return kernels_of<AdditiveScore, AdditiveGradient, OneQueryAdditive>(factors, one_query, chunk);
+const Kernels& additive_kernels(Dtype product_dtype, bool one_query, int64_t chunk) {
+  return kernels_of<AdditiveScore, AdditiveGradient, OneQueryAdditive>(product_dtype, one_query, chunk);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -112,7 +112,7 @@ class AdditiveGradient : public AdditiveScore<element> {
   }
 
   static Needs needs(const Backward& f) {
-    const bool scores = f.weights.data == nullptr && f.score_gradients.data == nullptr;
+    const bool scores = f.weights.data == nullptr && f.given_grad_scores.data == nullptr;
     return {scores, scores || only_queries(f), !only_queries(f)};
   }
 

@@ -53,7 +53,7 @@ class Exponentials {
   void use_prepared(int64_t b, const Tile& tile) {
     range_ = 0;
     for (int64_t i = 0; i < tile.count; ++i) {
-      address_[i] = static_cast<const acc*>(prepared_.data) + b * prepared_.batch + tile.steps[i] * prepared_.row;
+      address_[i] = static_cast<const acc*>(prepared_.data) + b * prepared_.batch_stride + tile.steps[i] * prepared_.row_stride;
       range_ = std::max(range_, address_[i][prepared_size(size_) - kPreparedLine]);
     }
   }
@@ -91,7 +91,7 @@ template <class element_>
 class AdditiveScore {
  public:
   using element = element_;
-  using acc = typename Factors<element>::acc;
+  using acc = typename ElementTraits<element>::acc;
 
   static bool goes_by_amx(const Problem& problem, const Plan& plan) {
     const AmxExcess excess(problem, plan);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cache.h"
-#include "factors.h"
+#include "elements.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
@@ -25,8 +25,8 @@ constexpr bool kHasAmx = false;
 
 // How many bfloat16 a float is the sum of in products of such factors: eight bits each. Three are all that it has, two all of a
 // float16 and more.
-constexpr int parts_of(Dtype factors) {
-  return factors == Dtype::Float ? 3 : 2;
+constexpr int parts_of(Dtype product_dtype) {
+  return product_dtype == Dtype::Float ? 3 : 2;
 }
 
 // Numbers of the index that is summed over whose parts a panel holds: those of 32 columns stay in the first-level cache while rows
@@ -38,7 +38,7 @@ constexpr int64_t kPartsDepth = parts == 2 ? 256 : 128;
 // pairs along the index that is summed over, and a tile its parts; where it is in place it has one part.
 struct AmxOperand {
   const Pair* data;
-  int64_t group;  // apart, in pairs
+  int64_t group;  // stride, in pairs
   int64_t tile;
   int64_t line;  // of a part's 16, the parts are one behind the other
 
@@ -169,7 +169,7 @@ inline void multiply_amx_tiles(
     // Those behind the last one do no harm; if there is none, what is here anyhow.
     const PrefetchQueue::Lines* const lines = prefetches.take(asked);
     const char* next = lines != nullptr ? lines->first : reinterpret_cast<const char*>(left);
-    const int64_t apart = lines != nullptr ? kLine : 0;
+    const int64_t line_step = lines != nullptr ? kLine : 0;
     const auto step = [&]() __attribute__((always_inline)) {
       if (--wait == 0) {
         wait = every;
@@ -180,7 +180,7 @@ inline void multiply_amx_tiles(
     };
     const auto prefetch_one = [&]() __attribute__((always_inline)) {
       prefetch(next);
-      next += apart;
+      next += line_step;
     };
 #pragma GCC unroll 3
     for (int q = 0; q < parts; ++q) {

@@ -44,7 +44,7 @@ struct AmxExcess {
       : problem(problem),
         queries(std::min(plan.chunk, kChunk)),
         steps(std::min({plan.tile, plan.split_size, problem.steps})),
-        parts(parts_of(problem.factors)) {}
+        parts(parts_of(problem.product_dtype)) {}
 
   // Scores, or their gradients: dot products of rows of `size` numbers.
   double of_scores(int64_t size) const {
@@ -301,10 +301,10 @@ void multiply_panel(
     int64_t tiles,
     PrefetchQueue& prefetches,
     Packer& packer) {
-  constexpr int64_t apart = 2 * kAmxRows;
+  constexpr int64_t sums_stride = 2 * kAmxRows;
   const int64_t products = parts * (parts + 1) / 2 * ceil_div(height, kAmxRows) * ceil_div(width, kAmxRows) * tiles;
   const int64_t every = std::max<int64_t>(1, products / std::max<int64_t>(packer.steps_left(), 1));
-  alignas(64) float sums[2 * kAmxRows * apart];
+  alignas(64) float sums[2 * kAmxRows * sums_stride];
   const auto block = [&](auto rows, auto columns, int64_t i) {
     constexpr int64_t tall = rows * kAmxRows, wide = columns * kAmxRows;
     // A last tile of fewer rows takes some of those before it once more, or, in scratch, what there is.
@@ -317,14 +317,14 @@ void multiply_panel(
     const auto for_vectors = [&](const auto& f) {
       for (int64_t t = i; t < end; ++t) {
         for (int64_t j = 0; j < std::min(wide, width); j += kAmxRows) {
-          f(sums + (t - first) * apart + j, out + t * stride + j, std::min(kAmxRows, width - j));
+          f(sums + (t - first) * sums_stride + j, out + t * stride + j, std::min(kAmxRows, width - j));
         }
       }
     };
     if (add) {
       for_vectors([](float* sum, const float* to, int64_t count) { Vec<float>::loadu(to, count).store(sum); });
     }
-    multiply_amx_tiles<parts, rows, columns>(sums, apart, add, left, panel, tiles, prefetches, packer, every);
+    multiply_amx_tiles<parts, rows, columns>(sums, sums_stride, add, left, panel, tiles, prefetches, packer, every);
     for_vectors([&](const float* sum, float* to, int64_t count) {
       (Vec<float>::loadu(sum) * Vec<float>(factor)).store(to, static_cast<int>(count));
     });
@@ -377,9 +377,9 @@ void pack_row(const AmxBuffer<parts>& left, int64_t i, const float* row, int64_t
 template <int parts>
 void pack_coefficients(
     const AmxBuffer<parts>& left, int64_t height, const Coefficients<float>& c, int64_t depth, const Result<float>& out) {
-  if (c.column == 1) {
+  if (c.column_stride == 1) {
     for (int64_t i = 0; i < height; ++i) {
-      pack_row(left, i, c.data + i * c.row, depth, out.factors[i * out.step]);
+      pack_row(left, i, c.data + i * c.row_stride, depth, out.factors[i * out.factor_stride]);
     }
     return;
   }
@@ -387,13 +387,13 @@ void pack_coefficients(
   alignas(64) float rows[kAmxRows * stride];
   const float* columns[kPanelDepth];
   for (int64_t k = 0; k < depth; ++k) {
-    columns[k] = c.data + k * c.column;
+    columns[k] = c.data + k * c.column_stride;
   }
   for (int64_t first = 0; first < height; first += kAmxRows) {
     const int64_t count = std::min(kAmxRows, height - first);
     transpose(rows, stride, columns, depth, first, count);
     for (int64_t i = 0; i < count; ++i) {
-      pack_row(left, first + i, rows + i * stride, depth, out.factors[(first + i) * out.step]);
+      pack_row(left, first + i, rows + i * stride, depth, out.factors[(first + i) * out.factor_stride]);
     }
   }
 }

@@ -29,7 +29,7 @@ struct Tile {
 
 inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) {
   const View& mask = problem.mask;
-  return static_cast<const bool*>(mask.data)[b * mask.batch + t * mask.row + s * mask.element];
+  return static_cast<const bool*>(mask.data)[b * mask.batch_stride + t * mask.row_stride + s * mask.element_stride];
 }
 
 // The same within the source's length, with or without a mask.

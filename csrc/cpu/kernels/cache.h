@@ -58,17 +58,19 @@ class PrefetchQueue {
   // The same from an element of each row on.
   void add(Dtype dtype, const View& view, int64_t b, int64_t first, int64_t rows, int64_t element, int64_t size) {
     const int64_t row = size * width_of(dtype);
-    if (view.data == nullptr || rows <= 0 || row <= 0 || (view.element != 1 && size > 1) || bytes_ + rows * row > kMostBytes) {
+    if (view.data == nullptr || rows <= 0 || row <= 0 || (view.element_stride != 1 && size > 1) ||
+        bytes_ + rows * row > kMostBytes) {
       return;
     }
     bytes_ += rows * row;
-    const bool dense = view.row == size;
+    const bool dense = view.row_stride == size;
     blocks_[count_++] = {
-        static_cast<const char*>(view.data) + (b * view.batch + first * view.row + element * view.element) * width_of(dtype),
+        static_cast<const char*>(view.data) +
+            (b * view.batch_stride + first * view.row_stride + element * view.element_stride) * width_of(dtype),
         ceil_div(dense ? rows * row : row, kLine),
         0,
         dense ? 1 : rows,
-        view.row * width_of(dtype)};
+        view.row_stride * width_of(dtype)};
   }
 
   // The next ones, for at most so many steps, until others are taken; null if there is none.

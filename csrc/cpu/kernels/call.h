@@ -100,13 +100,13 @@ struct Forward {
 struct Backward {
   Problem problem;
   Plan plan;
-  View grad_context;      // [B, T, memory_size]; data may be null
-  View grad_weights;      // [B, T, S]; data may be null
-  View context;           // [B, T, memory_size] acc
-  View weights;           // [B, T, S] acc; data null: recomputed from logsumexp
-  const void* logsumexp;  // [B, T] acc, contiguous
-  View score_gradients;   // [B, T, S] acc, where they are known, and none of the five above; data may be null
-  void* grad_scores;      // [B, T, S] acc; each output may be null: not wanted
+  View grad_context;       // [B, T, memory_size]; data may be null
+  View grad_weights;       // [B, T, S]; data may be null
+  View context;            // [B, T, memory_size] acc
+  View weights;            // [B, T, S] acc; data null: recomputed from logsumexp
+  const void* logsumexp;   // [B, T] acc, contiguous
+  View given_grad_scores;  // [B, T, S] acc, where they are known, and none of the five above; data may be null
+  void* grad_scores;       // [B, T, S] acc; each output may be null: not wanted
   void* grad_query;
   void* grad_keys;
   void* grad_v;  // [items, key_size] acc: one partial sum an item
@@ -114,14 +114,14 @@ struct Backward {
 };
 
 // Rows first .. end - 1.
-struct Run {
+struct RowRange {
   int64_t first;
   int64_t end;
 };
 
 // In ascending order, none next to another.
-struct Runs {
-  const Run* data;
+struct RowRanges {
+  const RowRange* data;
   int64_t count;
 };
 
@@ -136,7 +136,7 @@ inline bool are_few(int64_t rows, int64_t depth) {
 // out = a b + bias, or out + a b, of a batch of matrices of floats or halves, summed in float.
 struct Matmul {
   Dtype a_type, b_type, out_type;
-  Dtype factors;  // what both may be rounded to
+  Dtype product_dtype;  // what both may be rounded to
   int64_t batch;
   int64_t rows;
   int64_t depth;
@@ -148,15 +148,15 @@ struct Matmul {
   void* out;                     // [batch, rows, columns], by rows
   int64_t out_batch;
   int64_t out_row;
-  const float* bias;  // [columns], or null
-  bool adds_to_out;   // without a bias
-  Runs row_runs;      // of the batch's rows: the others of out become 0, or stay as they are where they are added to
-  int64_t run_rows;   // of a run, on average
-  int64_t height;     // of an item's block of out
+  const float* bias;        // [columns], or null
+  bool adds_to_out;         // without a bias
+  RowRanges row_ranges;     // of the batch's rows: the others of out become 0, or stay as they are where they are added to
+  int64_t mean_range_rows;  // of a run, on average
+  int64_t height;           // of an item's block of out
   int64_t width;
 
   bool has_rows_of_b() const {
-    return b_rows != nullptr || b.element == 1;
+    return b_rows != nullptr || b.element_stride == 1;
   }
 
   bool has_few_rows() const {
@@ -178,7 +178,7 @@ struct MatmulKernels {
 struct Kernels {
   size_t (*forward_slot)(const Forward&);
   void (*forward)(const Forward&, int64_t item, char* slot);
-  void (*merge)(const Forward&, int64_t item, char* slots, size_t slot_size);
+  void (*merge_forward)(const Forward&, int64_t item, char* slots, size_t slot_size);
   size_t (*backward_slot)(const Backward&);
   void (*backward)(const Backward&, int64_t item, char* slot);
   void (*merge_backward)(const Backward&, int64_t item, char* slots, size_t slot_size);

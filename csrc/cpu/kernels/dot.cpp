@@ -14,7 +14,7 @@ template <class element_>
 class DotScore {
  public:
   using element = element_;
-  using acc = typename Factors<element>::acc;
+  using acc = typename ElementTraits<element>::acc;
 
   // No step of a loop has keys to prepare, and no score a v.
   static constexpr decltype(Kernels::prepare) prepare = nullptr;
@@ -47,7 +47,7 @@ class DotScore {
 
   // Of `count` loaded queries from `first` on against the loaded tile; out's rows are `stride` apart.
   void scores(acc* out, int64_t stride, int64_t first, int64_t count, int64_t steps, Workspace<element>& work) const {
-    const int64_t size = Factors<element>::elements(size_);
+    const int64_t size = ElementTraits<element>::elements(size_);
     dot_products<element>(out, stride, query_.addresses() + first, count, keys_, steps, size, scale_, work);
   }
 
@@ -188,8 +188,8 @@ class OneQueryDot {
 
 }  // namespace
 
-const Kernels& dot_kernels(Dtype factors, bool one_query, int64_t chunk) {
-  return kernels_of<DotScore, DotGradient, OneQueryDot>(factors, one_query, chunk);
+const Kernels& dot_kernels(Dtype product_dtype, bool one_query, int64_t chunk) {
+  return kernels_of<DotScore, DotGradient, OneQueryDot>(product_dtype, one_query, chunk);
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

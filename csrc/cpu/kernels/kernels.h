@@ -20,11 +20,11 @@ constexpr Kernels kKernels = {
 
 // One query goes its own way. The halves share float's kernels, which convert as they load and store, but for products of pairs.
 template <template <class> class Score, template <class> class Gradient, template <class> class OneQuery>
-const Kernels& kernels_of(Dtype factors, bool one_query, [[maybe_unused]] int64_t chunk) {
+const Kernels& kernels_of(Dtype product_dtype, bool one_query, [[maybe_unused]] int64_t chunk) {
 #if defined(__AVX512BF16__)
   // Fewer are bound by memory.
-  if (factors == Dtype::BFloat16 && chunk >= kPanelRows) {
-    return kKernels<AttentionForward<Score<Pair>>, AttentionBackward<Gradient<Pair>>, Score<Pair>>;
+  if (product_dtype == Dtype::BFloat16 && chunk >= kPanelRows) {
+    return kKernels<ManyQueriesForward<Score<Pair>>, ManyQueriesBackward<Gradient<Pair>>, Score<Pair>>;
   }
 #endif
   const auto of = [&](auto example) -> const Kernels& {
@@ -32,9 +32,9 @@ const Kernels& kernels_of(Dtype factors, bool one_query, [[maybe_unused]] int64_
     if (one_query) {
       return kKernels<OneQueryForward<OneQuery<acc>>, OneQueryBackward<OneQuery<acc>>, Score<acc>>;
     }
-    return kKernels<AttentionForward<Score<acc>>, AttentionBackward<Gradient<acc>>, Score<acc>>;
+    return kKernels<ManyQueriesForward<Score<acc>>, ManyQueriesBackward<Gradient<acc>>, Score<acc>>;
   };
-  return factors == Dtype::Double ? of(double()) : of(float());
+  return product_dtype == Dtype::Double ? of(double()) : of(float());
 }
 
 }  // namespace attn_ext::cpu::CPU_CAPABILITY

@@ -117,7 +117,7 @@ class Next {
 // Few queries' two products with a tile of so many steps are to last as long as what was planned.
 template <class element>
 void spread(Workspace<element>& work, int64_t queries, int64_t steps, int64_t size) {
-  constexpr int64_t abreast = kWidest * Vec<typename Factors<element>::acc>::size();
+  constexpr int64_t abreast = kWidest * Vec<typename ElementTraits<element>::acc>::size();
   if (work.panel == nullptr) {
     work.prefetches.spread(2 * ceil_div(queries, kRows) * steps * ceil_div(size, abreast));
   }

@@ -17,9 +17,9 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // Gradient is DotGradient or AdditiveGradient.
 template <class Gradient>
-struct AttentionBackward {
+struct ManyQueriesBackward {
   using element = typename Gradient::element;
-  using acc = typename Factors<element>::acc;
+  using acc = typename ElementTraits<element>::acc;
 
   struct Slot {
     Slot(const Backward& f, char* base) : f(f), arena(base) {}
@@ -36,7 +36,7 @@ struct AttentionBackward {
     int64_t tile_stride = padded<acc>(f.plan.tile);
     // [count][tile_stride], of the chunk at hand, its weights, and right behind them its scores' gradients.
     acc* coefficients = arena.take<acc>(2 * std::min(kChunk, f.plan.chunk) * tile_stride);
-    Workspace<element> work{arena, f.problem.factors, f.plan.chunk, Gradient::goes_by_amx(f.problem, f.plan)};
+    Workspace<element> work{arena, f.problem.product_dtype, f.plan.chunk, Gradient::goes_by_amx(f.problem, f.plan)};
     bool transposes = kTransposesCoefficients && !work.by_amx && f.plan.chunk >= kMany;
     int64_t columns_stride = padded<acc>(2 * std::min(kChunk, f.plan.chunk));
     // [tile][2 kChunk] the coefficients transposed, if they are.
@@ -167,8 +167,8 @@ struct AttentionBackward {
     const int64_t stride = slot.tile_stride;
     acc* weights = slot.coefficients;
     acc* grad_scores = weights + count * stride;
-    if (f.score_gradients.data != nullptr) {
-      gather(grad_scores, stride, kAccumulated<acc>, f.score_gradients, item.batch, item.first_query + first, count, tile);
+    if (f.given_grad_scores.data != nullptr) {
+      gather(grad_scores, stride, kAccumulated<acc>, f.given_grad_scores, item.batch, item.first_query + first, count, tile);
     } else {
       compute_grad_scores(f, item, first, count, tile, slot, weights, grad_scores);
     }
@@ -246,7 +246,7 @@ struct AttentionBackward {
       recompute_weights(f, item, first, count, tile, slot, weights);
     }
     if (f.grad_context.data != nullptr) {
-      const int64_t size = Factors<element>::elements(problem.memory_size);
+      const int64_t size = ElementTraits<element>::elements(problem.memory_size);
       dot_products<element>(grad_scores, stride, grad_context, count, slot.memory.addresses(), tile.count, size, acc(1), slot.work);
     } else {
       std::fill_n(grad_scores, count * stride, acc(0));
@@ -268,10 +268,10 @@ struct AttentionBackward {
       });
     }
     const acc scale = static_cast<acc>(problem.scale);
-    const bool apart = !has_whole_rows(f) && f.weights.data != nullptr;
+    const bool delta_from_context = !has_whole_rows(f) && f.weights.data != nullptr;
     acc sums[kChunk];
     sum_each(sums, count, [&](int64_t t) __attribute__((always_inline)) {
-      return differentiate_softmax(grad_scores + t * stride, weights + t * stride, tile.count, delta[t], scale, apart);
+      return differentiate_softmax(grad_scores + t * stride, weights + t * stride, tile.count, delta[t], scale, delta_from_context);
     });
     for (int64_t t = 0; t < count; ++t) {
       excess[t] += sums[t];
@@ -327,11 +327,11 @@ struct AttentionBackward {
   static void gather(
       acc* rows, int64_t stride, Dtype dtype, const View& view, int64_t b, int64_t t, int64_t count, const Tile& tile) {
     with_type<acc>(dtype, [&](auto example) {
-      const auto* from = static_cast<const decltype(example)*>(view.data) + b * view.batch + t * view.row;
-      for (int64_t i = 0; i < count; ++i, from += view.row) {
+      const auto* from = static_cast<const decltype(example)*>(view.data) + b * view.batch_stride + t * view.row_stride;
+      for (int64_t i = 0; i < count; ++i, from += view.row_stride) {
         for (int64_t j = 0, end; j < tile.count; j = end) {
           end = tile.run_end(j);
-          load_row(rows + i * stride + j, from + tile.steps[j] * view.element, view.element, end - j);
+          load_row(rows + i * stride + j, from + tile.steps[j] * view.element_stride, view.element_stride, end - j);
         }
       }
     });

@@ -12,9 +12,9 @@ constexpr int64_t kNearBytes = int64_t{1} << 15;
 
 // Score is DotScore or AdditiveScore: what the queries are scored against, tile by tile.
 template <class Score>
-struct AttentionForward {
+struct ManyQueriesForward {
   using element = typename Score::element;  // of the memory's rows in the products
-  using acc = typename Factors<element>::acc;
+  using acc = typename ElementTraits<element>::acc;
 
   // One item's scratch. Until merge() it holds the result of one of several splits.
   struct Slot {
@@ -42,7 +42,7 @@ struct AttentionForward {
     int64_t residuals_stride = padded<acc>(f.plan.tile);
     // [chunk][residuals_stride] what a tile's exponentials lose as they are rounded, or null.
     acc* residuals = counts_gained && f.problem.method != Method::Dot ? arena.take<acc>(f.plan.chunk * residuals_stride) : nullptr;
-    Workspace<element> work{arena, f.problem.factors, f.plan.chunk, Score::goes_by_amx(f.problem, f.plan)};
+    Workspace<element> work{arena, f.problem.product_dtype, f.plan.chunk, Score::goes_by_amx(f.problem, f.plan)};
     Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size};
     Score score{f.problem, f.plan.chunk, f.plan.tile, arena};
   };
@@ -61,7 +61,7 @@ struct AttentionForward {
     std::fill_n(slot.row_sum, item.queries, acc(0));
     slot.score.load_queries(item.batch, item.first_query, item.queries);
     SourceWalk walk(problem, item, f.plan.tile);
-    const Run all{0, item.queries};
+    const RowRange all{0, item.queries};
     int64_t tiles = *slot.used = 0;
     for (bool more = walk.next(slot.tiles[0]); more; ++tiles) {
       const Tile& tile = slot.tiles[tiles % (slot.kept + 1)];
@@ -127,7 +127,7 @@ struct AttentionForward {
     const int64_t split = index % f.plan.splits, first = index - split;
     slots += first * slot_size;
     const Item item = f.plan.item(problem, first);
-    const Run rows{item.queries * split / f.plan.splits, item.queries * (split + 1) / f.plan.splits};
+    const RowRange rows{item.queries * split / f.plan.splits, item.queries * (split + 1) / f.plan.splits};
     Slot slot(f, slots);
     for (int64_t z = 1; z < f.plan.splits; ++z) {
       const Slot other(f, slots + z * slot_size);
@@ -167,7 +167,7 @@ struct AttentionForward {
   }
 
   // What was summed, divided by its weights' sums.
-  static void scale_context(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
+  static void scale_context(const Forward& f, const Item& item, const RowRange& rows, const Slot& slot) {
     const int64_t size = f.problem.memory_size;
     for (int64_t t = rows.first; t < rows.end; ++t) {
       acc* row = slot.context + t * slot.context_stride;
@@ -184,7 +184,8 @@ struct AttentionForward {
     for (int64_t first = 0; first < item.queries; first += few) {
       const int64_t count = std::min(few, item.queries - first);
       const Result<acc> scratch{slot.context, slot.context_stride, nullptr, 0, slot.factors + first, 1};
-      const Coefficients<acc> of_rows{coefficients.data + first * coefficients.row, coefficients.row, coefficients.column};
+      const Coefficients<acc> of_rows{
+          coefficients.data + first * coefficients.row_stride, coefficients.row_stride, coefficients.column_stride};
       multiply(context.streams ? context : scratch, count, of_rows, slot.memory.addresses(), steps, size, &slot.work);
       for (int64_t t = 0; !context.streams && t < count; ++t) {
         stream_row(kAccumulated<acc>, context.to, (first + t) * size, slot.context + t * slot.context_stride, size);
@@ -193,7 +194,7 @@ struct AttentionForward {
     finish_streaming();
   }
 
-  static void finish(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
+  static void finish(const Forward& f, const Item& item, const RowRange& rows, const Slot& slot) {
     const int64_t first_row = item.first_row(f.problem);
     store_logsumexp(static_cast<acc*>(f.logsumexp) + first_row, slot, rows);
     if (slot.rounds) {
@@ -206,7 +207,7 @@ struct AttentionForward {
     return static_cast<acc*>(f.exact_context) + item.first_row(f.problem) * f.problem.memory_size;
   }
 
-  static void round_results(const Forward& f, const Item& item, const Run& rows, const Slot& slot) {
+  static void round_results(const Forward& f, const Item& item, const RowRange& rows, const Slot& slot) {
     const Problem& problem = f.problem;
     const acc* context = f.exact_context == nullptr ? slot.context : context_of(f, item);
     const int64_t stride = f.exact_context == nullptr ? slot.context_stride : problem.memory_size;
@@ -220,7 +221,7 @@ struct AttentionForward {
     }
   }
 
-  static void store_logsumexp(acc* out, const Slot& slot, const Run& rows) {
+  static void store_logsumexp(acc* out, const Slot& slot, const RowRange& rows) {
     constexpr int64_t lanes = Vec<acc>::size();
     for (int64_t t = rows.first; t < rows.end; t += lanes) {
       const int64_t count = std::min(lanes, rows.end - t);
@@ -290,7 +291,7 @@ struct AttentionForward {
 
   // Of an item's steps: what is kept of a tile is relative to the maximum of its time.
   static void store_weights(
-      const Forward& f, const Item& part, const Run& rows, const Slot& slot, const acc* row_max, const acc* row_sum) {
+      const Forward& f, const Item& part, const RowRange& rows, const Slot& slot, const acc* row_max, const acc* row_sum) {
     const int64_t first = (part.first_row(f.problem) + rows.first) * f.problem.steps;
     const StepsRows weights{f.problem.dtype, f.weights, first, rows.end - rows.first, f.problem.steps};
     const StepsRows exact{kAccumulated<acc>, f.exact_weights, first, rows.end - rows.first, f.problem.steps};

@@ -26,8 +26,8 @@ class Block {
         depth_stride_(padded<float>(is_few_ ? call.depth : kPanelDepth)),
         height_stride_(padded<float>(call.height)),
         width_stride_(padded<float>(call.width)),
-        work_(arena, call.factors, kTile, is_worth_amx_of(call)),
-        runs_(arena.take<Run>(call.height / 2 + 1)),
+        work_(arena, call.product_dtype, kTile, is_worth_amx_of(call)),
+        ranges_(arena.take<RowRange>(call.height / 2 + 1)),
         a_(call.a_columns != nullptr ? arena.take<float>(kPanelDepth * height_stride_)
            : is_float(call.a_type)   ? nullptr
                                      : arena.take<float>(call.height * depth_stride_)),
@@ -46,14 +46,14 @@ class Block {
     const AmxScope amx_scope(work_.by_amx);
     out_ = sums_ != nullptr ? sums_ : static_cast<float*>(call_.out) + place(0);
     stride_ = sums_ != nullptr ? width_stride_ : call_.out_row;
-    find_runs();
+    find_ranges();
     if (sums_ != nullptr && call_.adds_to_out) {
       for_rows([&](int64_t i) { load_row(sums_ + i * stride_, call_.out_type, call_.out, place(i), 1, width_); });
     }
     if (is_few_) {
       multiply_few_rows();
     } else {
-      for (int64_t k = 0; runs_ != end_runs_ && k < call_.depth; k += kPanelDepth) {
+      for (int64_t k = 0; ranges_ != end_ranges_ && k < call_.depth; k += kPanelDepth) {
         add(k, std::min(kPanelDepth, call_.depth - k));
       }
     }
@@ -75,36 +75,37 @@ class Block {
     return batch_ * call_.out_batch + (first_row_ + i) * call_.out_row + first_column_;
   }
 
-  // f(run) of the block's own rows.
+  // f(range) of the block's own rows.
   template <class F>
-  void for_runs(const F& f) const {
+  void for_ranges(const F& f) const {
     const int64_t first = batch_ * call_.rows + first_row_, end = first + height_;
-    const Run *const begin = call_.row_runs.data, *const behind = begin + call_.row_runs.count;
-    const auto is_before = [](const Run& run, int64_t row) { return run.end <= row; };
-    for (const Run* run = std::lower_bound(begin, behind, first, is_before); run != behind && run->first < end; ++run) {
-      f(Run{std::max(run->first, first) - first, std::min(run->end, end) - first});
+    const RowRange *const begin = call_.row_ranges.data, *const behind = begin + call_.row_ranges.count;
+    const auto is_before = [](const RowRange& range, int64_t row) { return range.end <= row; };
+    for (const RowRange* range = std::lower_bound(begin, behind, first, is_before); range != behind && range->first < end;
+         ++range) {
+      f(RowRange{std::max(range->first, first) - first, std::min(range->end, end) - first});
     }
   }
 
   // f(i) of each of their rows.
   template <class F>
   void for_rows(const F& f) const {
-    for_runs([&](const Run& run) {
-      for (int64_t i = run.first; i < run.end; ++i) {
+    for_ranges([&](const RowRange& range) {
+      for (int64_t i = range.first; i < range.end; ++i) {
         f(i);
       }
     });
   }
 
   // Those that are multiplied: all between them, too, if they are few, but not where a result is added to, which keeps what it is.
-  void find_runs() {
+  void find_ranges() {
     const int64_t bridged = call_.adds_to_out ? 0 : tallest(kWidest);
-    end_runs_ = runs_;
-    for_runs([&](const Run& run) {
-      if (end_runs_ != runs_ && run.first - end_runs_[-1].end < bridged) {
-        end_runs_[-1].end = run.end;
+    end_ranges_ = ranges_;
+    for_ranges([&](const RowRange& range) {
+      if (end_ranges_ != ranges_ && range.first - end_ranges_[-1].end < bridged) {
+        end_ranges_[-1].end = range.end;
       } else {
-        *end_runs_++ = run;
+        *end_ranges_++ = range;
       }
     });
   }
@@ -112,9 +113,9 @@ class Block {
   // Zeros in all other rows.
   void hide_others() {
     int64_t row = 0;
-    for_runs([&](const Run& run) {
-      hide(row, run.first);
-      row = run.end;
+    for_ranges([&](const RowRange& range) {
+      hide(row, range.first);
+      row = range.end;
     });
     hide(row, height_);
   }
@@ -135,7 +136,7 @@ class Block {
 
   // The block's row i of a, from k on, where a is not given by its columns; converted, it has a place of its own.
   const float* row_of_a(int64_t i, int64_t k, int64_t depth) {
-    const int64_t first = (first_row_ + i) * call_.a.row + k;
+    const int64_t first = (first_row_ + i) * call_.a.row_stride + k;
     if (a_ == nullptr) {
       return static_cast<const float*>(call_.a.data) + first;
     }
@@ -146,7 +147,7 @@ class Block {
   // `count` columns of b, from n on and k down, where it is given by columns.
   void find_columns(const float** columns, int64_t n, int64_t count, int64_t k, int64_t depth) {
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t first = (first_column_ + n + j) * call_.b.element + k;
+      const int64_t first = (first_column_ + n + j) * call_.b.element_stride + k;
       if (b_ == nullptr) {
         columns[j] = static_cast<const float*>(call_.b.data) + first;
       } else {
@@ -181,12 +182,12 @@ class Block {
     const Coefficients<float> c = coefficients(k, depth);
 #if defined(__AMX_BF16__)
     if (work_.by_amx) {
-      std::for_each(runs_, end_runs_, [&](const Run& run) { add_by_amx(k, depth, c, run); });
+      std::for_each(ranges_, end_ranges_, [&](const RowRange& range) { add_by_amx(k, depth, c, range); });
       return;
     }
 #endif
     // Of rows that only one tile takes nothing is kept.
-    const bool packs = end_runs_ - runs_ > 1 || runs_->end - runs_->first > tallest(kWidest);
+    const bool packs = end_ranges_ - ranges_ > 1 || ranges_->end - ranges_->first > tallest(kWidest);
     const PanelRows<float> panel(work_.panel, depth);
     const float* rows_of_b[kPanelDepth];
     for (int64_t i = 0; i < depth && by_rows_; ++i) {
@@ -207,10 +208,10 @@ class Block {
       static constexpr float one = 1;
       const auto [added, stride] = plus(k, n);
       const Result<float> all(out_ + n, stride_, added, stride, &one, 0);
-      for (const Run* run = runs_; run != end_runs_; ++run) {
-        const auto [i, end] = *run;
-        const bool first = by_rows_ && run == runs_;
-        const Coefficients<float> of_rows{c.data + i * c.row, c.row, c.column};
+      for (const RowRange* range = ranges_; range != end_ranges_; ++range) {
+        const auto [i, end] = *range;
+        const bool first = by_rows_ && range == ranges_;
+        const Coefficients<float> of_rows{c.data + i * c.row_stride, c.row_stride, c.column_stride};
         multiply_blocks<float, float>(
             {all.at(i, 0), of_rows, first ? from : panel.address, depth, width, nullptr, first && packs ? &panel : nullptr},
             end - i);
@@ -220,57 +221,57 @@ class Block {
 
   // Whatever the division into blocks, so that the number of threads changes no bit.
   static bool is_worth_amx_of(const Matmul& call) {
-    const int64_t rows = std::min({call.run_rows, call.rows, kTile}), columns = std::min(call.columns, kTile);
+    const int64_t rows = std::min({call.mean_range_rows, call.rows, kTile}), columns = std::min(call.columns, kTile);
     const int64_t depth = std::min(call.depth, kPanelDepth), take_right = call.has_rows_of_b() ? kPackRows : kPackColumns;
-    return is_worth_amx<float>(excess_of_amx(rows, depth, columns, parts_of(call.factors), take_right));
+    return is_worth_amx<float>(excess_of_amx(rows, depth, columns, parts_of(call.product_dtype), take_right));
   }
 
 #if defined(__AMX_BF16__)
   // What the next terms are taken from, where it stands.
-  void queue_prefetches(int64_t k, const Run& run) {
+  void queue_prefetches(int64_t k, const RowRange& range) {
     work_.prefetches.clear();
     const int64_t depth = std::min(kPanelDepth, call_.depth - k);
     if (call_.a_columns == nullptr) {
-      work_.prefetches.add(call_.a_type, call_.a, 0, first_row_ + run.first, run.end - run.first, k, depth);
+      work_.prefetches.add(call_.a_type, call_.a, 0, first_row_ + range.first, range.end - range.first, k, depth);
     }
     if (call_.b_rows == nullptr) {
       const View& b = call_.b;
       if (by_rows_) {
         work_.prefetches.add(call_.b_type, b, 0, k, depth, first_column_, width_);
       } else {
-        work_.prefetches.add(call_.b_type, {b.data, 0, b.element, b.row}, 0, first_column_, width_, k, depth);
+        work_.prefetches.add(call_.b_type, {b.data, 0, b.element_stride, b.row_stride}, 0, first_column_, width_, k, depth);
       }
     }
   }
 
-  void add_by_amx(int64_t k, int64_t depth, const Coefficients<float>& c, const Run& run) {
-    queue_prefetches(k + depth, run);
+  void add_by_amx(int64_t k, int64_t depth, const Coefficients<float>& c, const RowRange& range) {
+    queue_prefetches(k + depth, range);
     static constexpr float one = 1;
     const auto [added, stride] = plus(k, 0);
-    const Result<float> out = Result<float>(out_, stride_, added, stride, &one, 0).at(run.first, 0);
-    const Coefficients<float> rows{c.data + run.first * c.row, c.row, c.column};
+    const Result<float> out = Result<float>(out_, stride_, added, stride, &one, 0).at(range.first, 0);
+    const Coefficients<float> rows{c.data + range.first * c.row_stride, c.row_stride, c.column_stride};
     if (by_rows_) {
       const float* rows_of_b[kPanelDepth];
       for (int64_t i = 0; i < depth; ++i) {
         rows_of_b[i] = row_of_b(i, k);
       }
-      multiply_by_amx(out, run.end - run.first, rows, rows_of_b, depth, width_, work_);
+      multiply_by_amx(out, range.end - range.first, rows, rows_of_b, depth, width_, work_);
     } else {
       const float* columns[kPanelWidth];
       const auto find = [&](int64_t n, int64_t width) {
         find_columns(columns, n, width, k, depth);
         return columns;
       };
-      multiply_columns_by_amx(out, run.end - run.first, rows, find, depth, width_, work_);
+      multiply_columns_by_amx(out, range.end - range.first, rows, find, depth, width_, work_);
     }
   }
 #endif
 
   // The block's part of row k + i of b, where it is or, converted, in scratch.
   const float* row_of_b(int64_t i, int64_t k) {
-    const bool apart = call_.b_rows != nullptr;
-    const void* const data = apart ? call_.b_rows[batch_ * call_.depth + k + i] : call_.b.data;
-    const int64_t first = first_column_ + (apart ? 0 : (k + i) * call_.b.row);
+    const bool by_address = call_.b_rows != nullptr;
+    const void* const data = by_address ? call_.b_rows[batch_ * call_.depth + k + i] : call_.b.data;
+    const int64_t first = first_column_ + (by_address ? 0 : (k + i) * call_.b.row_stride);
     if (b_ == nullptr) {
       return static_cast<const float*>(data) + first;
     }
@@ -287,10 +288,10 @@ class Block {
       return {a_, 1, height_stride_};
     }
     if (a_ == nullptr) {
-      return {row_of_a(0, k, depth), call_.a.row, 1};
+      return {row_of_a(0, k, depth), call_.a.row_stride, 1};
     }
-    for (const Run* run = runs_; run != end_runs_; ++run) {
-      for (int64_t i = run->first; i < run->end; ++i) {
+    for (const RowRange* range = ranges_; range != end_ranges_; ++range) {
+      for (int64_t i = range->first; i < range->end; ++i) {
         row_of_a(i, k, depth);
       }
     }
@@ -302,10 +303,10 @@ class Block {
   bool is_few_;
   int64_t depth_stride_, height_stride_, width_stride_;  // of rows in scratch that are so long
   Workspace<float> work_;
-  Run *runs_, *end_runs_ = nullptr;  // counted from the block's first row
-  float* a_;                         // its columns, or its rows where they are converted, or null
-  float* b_;                         // some of its rows or columns, converted, or null
-  float* sums_;                      // of a block, to be rounded, or null
+  RowRange *ranges_, *end_ranges_ = nullptr;  // counted from the block's first row
+  float* a_;                                  // its columns, or its rows where they are converted, or null
+  float* b_;                                  // some of its rows or columns, converted, or null
+  float* sums_;                               // of a block, to be rounded, or null
   int64_t batch_ = 0, first_row_ = 0, height_ = 0, first_column_ = 0, width_ = 0;
   float* out_ = nullptr;  // the block's sums: in place, or in scratch
   int64_t stride_ = 0;

@@ -265,7 +265,7 @@ struct OneQueryBackward {
     Rows<acc> context{arena, kAccumulated<acc>, f.context, 1, f.problem.memory_size};
     Rows<acc> weights{arena, kAccumulated<acc>, f.weights, 1, f.problem.steps};
     Rows<acc> grad_weights{arena, f.problem.dtype, f.grad_weights, 1, f.problem.steps};
-    Rows<acc> score_gradients{arena, kAccumulated<acc>, f.score_gradients, 1, f.problem.steps};
+    Rows<acc> given_grad_scores{arena, kAccumulated<acc>, f.given_grad_scores, 1, f.problem.steps};
     RowGroup<acc> memory{arena, f.problem.dtype, f.problem.memory, f.plan, f.problem.memory_size};
     GradientRows<acc> grad_memory{arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size, 0};
     Score score{f.problem, f.plan, arena, &f};
@@ -331,7 +331,7 @@ struct OneQueryBackward {
     const acc* grad_context;
     const acc* weights;
     const acc* grad_weights;
-    const acc* score_gradients;
+    const acc* given_grad_scores;
     int64_t batch;
     acc delta = 0;
     const acc* context = nullptr;  // where delta is of it
@@ -340,9 +340,9 @@ struct OneQueryBackward {
         : grad_context(slot.grad_context.load_only(b)),
           weights(slot.weights.load_only(b)),
           grad_weights(slot.grad_weights.load_only(b)),
-          score_gradients(slot.score_gradients.load_only(b)),
+          given_grad_scores(slot.given_grad_scores.load_only(b)),
           batch(b) {
-      if (score_gradients != nullptr || f.plan.has_whole_rows(f.problem)) {
+      if (given_grad_scores != nullptr || f.plan.has_whole_rows(f.problem)) {
         return;
       }
       if (grad_context != nullptr) {
@@ -358,8 +358,8 @@ struct OneQueryBackward {
     acc compute_coefficients(const Backward& f, const Tile& tile, Slot& slot, acc* a, acc* de, bool prefetches) const {
       // Of one group delta is sum_s a_s da_s, of what is there, and the context is not read.
       const bool is_whole = f.plan.has_whole_rows(f.problem);
-      if (score_gradients != nullptr) {
-        gather(de, score_gradients, tile);
+      if (given_grad_scores != nullptr) {
+        gather(de, given_grad_scores, tile);
         return 0;
       }
       if (weights != nullptr) {

@@ -3,20 +3,21 @@
 
 #include "amx.h"
 #include "cache.h"
-#include "factors.h"
+#include "elements.h"
 #include "rows.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Coefficients as they stand, or transposed: c(i, k) = data[i * row + k * column].
+// Coefficients as they stand, or transposed: c(i, k) = data[i * row_stride + k * column_stride].
 template <class element>
 struct Coefficients {
   const element* data;
-  int64_t row;
-  int64_t column;
+  int64_t row_stride;
+  int64_t column_stride;
 };
 
-// Where rows go: to_i = factor_i (plus_i + what is computed), without a plus where it is null, with factor_i = factors[i * step].
+// Where rows go: to_i = factor_i (plus_i + what is computed), without a plus where it is null, with factor_i = factors[i *
+// factor_stride].
 template <class acc>
 struct Result {
   acc* to;
@@ -24,20 +25,20 @@ struct Result {
   const acc* plus;
   int64_t plus_stride;
   const acc* factors;
-  int64_t step;
+  int64_t factor_stride;
   bool streams = false;  // past the caches
 
   static constexpr acc kOne = 1;
 
   Result(acc* out, int64_t stride, bool add = false) : Result(out, stride, add ? out : nullptr, stride, &kOne, 0) {}
 
-  Result(acc* out, int64_t stride, const acc* plus, int64_t plus_stride, const acc* factors, int64_t step)
-      : to(out), stride(stride), plus(plus), plus_stride(plus_stride), factors(factors), step(step) {}
+  Result(acc* out, int64_t stride, const acc* plus, int64_t plus_stride, const acc* factors, int64_t factor_stride)
+      : to(out), stride(stride), plus(plus), plus_stride(plus_stride), factors(factors), factor_stride(factor_stride) {}
 
   // What is to be added to, of `height` rows, in its place, times its factor.
   void begin(int64_t height, int64_t width) const {
     for (int64_t i = 0; plus != nullptr && i < height; ++i) {
-      const acc factor = factors[i * step];
+      const acc factor = factors[i * factor_stride];
       if (plus != to || factor != 1) {
         for_vectors<acc>(width, [&](int64_t j, auto count) {
           const auto row = Vec<acc>::loadu(plus + i * plus_stride + j, count);
@@ -58,7 +59,7 @@ struct Result {
   // From row i and column n on.
   Result at(int64_t i, int64_t n) const {
     const acc* const from = plus == nullptr ? nullptr : plus + i * plus_stride + n;
-    Result part{to + i * stride + n, stride, from, plus_stride, factors + i * step, step};
+    Result part{to + i * stride + n, stride, from, plus_stride, factors + i * factor_stride, factor_stride};
     part.streams = streams;
     return part;
   }
@@ -111,10 +112,10 @@ struct Workspace {
   PrefetchQueue prefetches;  // what the next item or tile begins with
 
   // For products of up to `queries` queries.
-  Workspace(Arena& arena, Dtype factors, int64_t queries, bool worth_amx)
+  Workspace(Arena& arena, Dtype product_dtype, int64_t queries, bool worth_amx)
       : panel(queries >= kPanelRows ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
         left(kIsPaired<element> || worth_amx ? arena.take<Pair>(kLeftSize<element>) : nullptr),
-        parts(parts_of(factors)),
+        parts(parts_of(product_dtype)),
         by_amx(queries >= kPanelRows && worth_amx) {}
 
   // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries have time for it

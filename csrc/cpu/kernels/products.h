@@ -6,7 +6,7 @@
 // multiply broadcasts its coefficients, so that no sum crosses a vector, and nears the multiply-add peak as its products get
 // deeper and find their rows of b next to each other: for many rows of the result, blocks of b are copied so. Dot products of many
 // rows go its way too, over b transposed block by block; those of few rows, whose transposition would not pay, sum along vectors.
-// Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (factors.h): a row of memory is
+// Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (elements.h): a row of memory is
 // pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two. The processor's matrix
 // tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it
 // (amx_products.h). docs/performance.md says what was measured.
@@ -111,7 +111,7 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
     const Product<element, acc>& product, int64_t i0, int64_t n, [[maybe_unused]] const PrefetchQueue::Lines* lines) {
   static_assert(!partial || width == 1);
   constexpr bool tall = 2 * rows > tallest(width);
-  using F = Factors<element>;
+  using F = ElementTraits<element>;
   constexpr int lanes = Vec<acc>::size();
   const int64_t depth = product.depth, count = product.size - n;
   Vec<acc> sums[rows][width];
@@ -136,7 +136,7 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
   const element* const* const b = packs || product.panel == nullptr ? product.b : product.panel->address;
   [[maybe_unused]] element* const panel = packs ? product.panel->data : nullptr;
   const Coefficients<element> c = product.c;
-  const element* const coefficients = c.data + i0 * c.row;
+  const element* const coefficients = c.data + i0 * c.row_stride;
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
     const element* from = b[k] + n;
     if constexpr (tall) {
@@ -154,7 +154,7 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const auto coefficient = F::broadcast(coefficients[i * c.row + k * c.column]);
+      const auto coefficient = F::broadcast(coefficients[i * c.row_stride + k * c.column_stride]);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
         sums[i][w] = F::multiply_add(coefficient, right[w], sums[i][w]);
@@ -176,11 +176,11 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
   ATTN_EXT_RELOAD(again);
   const Result<acc>& out = again->out;
   acc* to = out.to + i0 * out.stride + n;
-  const acc* factors = out.factors + i0 * out.step;
+  const acc* factors = out.factors + i0 * out.factor_stride;
   if constexpr (kStreams && !partial) {
     if (out.streams) {
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i, to += out.stride, factors += out.step) {
+      for (int i = 0; i < rows; ++i, to += out.stride, factors += out.factor_stride) {
         ATTN_EXT_RELOAD(to);
         ATTN_EXT_RELOAD(factors);
         const Vec<acc> factor(*factors);
@@ -194,7 +194,7 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
   }
   if (out.plus == nullptr) {
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i, to += out.stride, factors += out.step) {
+    for (int i = 0; i < rows; ++i, to += out.stride, factors += out.factor_stride) {
       ATTN_EXT_RELOAD(to);
       ATTN_EXT_RELOAD(factors);
       const Vec<acc> factor(*factors);
@@ -207,7 +207,7 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
   }
   const acc* plus = out.plus + i0 * out.plus_stride + n;
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i, to += out.stride, plus += out.plus_stride, factors += out.step) {
+  for (int i = 0; i < rows; ++i, to += out.stride, plus += out.plus_stride, factors += out.factor_stride) {
     ATTN_EXT_RELOAD(to);
     ATTN_EXT_RELOAD(plus);
     ATTN_EXT_RELOAD(factors);
@@ -316,21 +316,21 @@ void multiply(
 #if defined(__AMX_BF16__)
   multiply_by_amx(out, height, c, b, depth, size, *work);
 #else
-  const int64_t pairs = Factors<Pair>::elements(depth);
+  const int64_t pairs = ElementTraits<Pair>::elements(depth);
   Pair* const panel = work->panel;
   Pair* const coefficients = work->left;
-  const int64_t stride = padded<Pair>(c.column == 1 ? pairs : height);
-  if (c.column == 1) {
+  const int64_t stride = padded<Pair>(c.column_stride == 1 ? pairs : height);
+  if (c.column_stride == 1) {
     for (int64_t i = 0; i < height; ++i) {
-      pair_row(coefficients + i * stride, c.data + i * c.row, depth);
+      pair_row(coefficients + i * stride, c.data + i * c.row_stride, depth);
     }
   } else {
     for (int64_t k = 0; k < depth; k += 2) {
-      const acc* column = c.data + k * c.column;
-      pair_rows(coefficients + k / 2 * stride, column, k + 1 < depth ? column + c.column : nullptr, height);
+      const acc* column = c.data + k * c.column_stride;
+      pair_rows(coefficients + k / 2 * stride, column, k + 1 < depth ? column + c.column_stride : nullptr, height);
     }
   }
-  const Coefficients<Pair> paired{coefficients, c.column == 1 ? stride : 1, c.column == 1 ? 1 : stride};
+  const Coefficients<Pair> paired{coefficients, c.column_stride == 1 ? stride : 1, c.column_stride == 1 ? 1 : stride};
   const PanelRows<Pair> rows(panel, pairs);
   for (int64_t n = 0; n < size; n += kPanelWidth) {
     const int64_t width = std::min(kPanelWidth, size - n);
@@ -393,7 +393,7 @@ void sum_products(
     int64_t size,
     acc factor,
     PrefetchQueue* prefetches = nullptr) {
-  using F = Factors<element>;
+  using F = ElementTraits<element>;
   for_even_blocks<kRows>(a_count, [&](auto rows, int64_t i0) {
     for_blocks<kColumns>(b_count, [&](auto columns, int64_t j0) {
       const auto of_a = addresses<rows.value>(a + i0);

@@ -36,7 +36,7 @@ struct DeferredRow {
   [[gnu::always_inline]] void operator()(int64_t d, Count count) const {
     Vec<acc> sums[2], x[2];
     load_two(sums, sum + d, count);
-    load_two_apart(x, row + d, count);
+    load_two_any_order(x, row + d, count);
     sums[0] = at::vec::fmadd(factor, x[0], sums[0]);
     sums[1] = at::vec::fmadd(factor, x[1], sums[1]);
     store_two<false>(sum + d, sums, count);
@@ -53,7 +53,7 @@ struct DeferredRow {
 
 // Work put off on a group's rows, to be done beside the next group's dot products: sum += sum_r factors[r] row_r and, where there
 // is a place for them, gradients weights[r] g + factors[r] q. The sum is kept in scratch for a few groups, there in the order of
-// load_two_apart().
+// load_two_any_order().
 template <class acc>
 class DeferredRows {
  public:
@@ -118,8 +118,8 @@ class DeferredRows {
       for_twos<acc>(size_, [&](int64_t d, auto count) {
         Vec<acc> part[2], sums[2];
         load_two(part, part_ + d, count);
-        if constexpr (kComesApart<scalar> && kAreWhole<decltype(count)>) {
-          join(part);
+        if constexpr (kDeinterleaves<scalar> && kAreWhole<decltype(count)>) {
+          interleave(part);
         }
         load_two(sums, sum_ + d, count);
         sums[0] = sums[0] + part[0];
@@ -156,7 +156,7 @@ class RowGroup {
         view_(view),
         size_(size),
         line_(kLine / width_of(dtype)),
-        in_place_(view.element == 1 || size <= 1),
+        in_place_(view.element_stride == 1 || size <= 1),
         is_long_(size * width_of(dtype) >= kLongRow),
         overlaps_(plan.overlaps && prefetches_ && in_place_ && 2 * size * width_of(dtype) >= kLongRow),
         defers_gradients_(overlaps_ && is_long_ && source_ == kAccumulated<acc>),
@@ -174,7 +174,7 @@ class RowGroup {
   void load(int64_t b, const Tile& tile, const Upcoming& next) {
     count_ = tile.count;
     const auto address = [&](int64_t batch, int64_t step) {
-      return static_cast<const char*>(view_.data) + (batch * view_.batch + step * view_.row) * width_of(source_);
+      return static_cast<const char*>(view_.data) + (batch * view_.batch_stride + step * view_.row_stride) * width_of(source_);
     };
     for (int64_t r = 0; r < count_; ++r) {
       rows_[r] = address(b, tile.steps[r]);
@@ -319,15 +319,15 @@ class RowGroup {
           const Vec<acc> of_row(factors[r]);
 #pragma GCC unroll 4
           for (int w = 0; w < width.value; ++w) {
-            load_two_apart(right, static_cast<const scalar*>(rows_[r]) + d + w * both, count);
+            load_two_any_order(right, static_cast<const scalar*>(rows_[r]) + d + w * both, count);
             sums[w][0] = at::vec::fmadd(of_row, right[0], sums[w][0]);
             sums[w][1] = at::vec::fmadd(of_row, right[1], sums[w][1]);
           }
         }
 #pragma GCC unroll 4
         for (int w = 0; w < width.value; ++w) {
-          if constexpr (kComesApart<scalar> && kAreWhole<decltype(count)>) {
-            join(sums[w]);
+          if constexpr (kDeinterleaves<scalar> && kAreWhole<decltype(count)>) {
+            interleave(sums[w]);
           }
           right[0] = right[1] = Vec<acc>(0);
           if (adds) {
@@ -421,7 +421,7 @@ class RowGroup {
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
           prefetch_one(r);
-          sums[r][0] = Factors<Paired<scalar>>::multiply_add(left, load_pairs(row[r] + d, count), sums[r][0]);
+          sums[r][0] = ElementTraits<Paired<scalar>>::multiply_add(left, load_pairs(row[r] + d, count), sums[r][0]);
           std::swap(sums[r][0], sums[r][1]);  // two chains
         }
       } else {

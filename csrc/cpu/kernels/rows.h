@@ -4,7 +4,7 @@
 #include "arena.h"
 #include "attended_steps.h"
 #include "call.h"
-#include "factors.h"
+#include "elements.h"
 #include "vec.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
@@ -12,28 +12,28 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 // A row of `view`, converted into scratch.
 template <class acc>
 void load_row(acc* to, Dtype dtype, const View& view, int64_t b, int64_t row, int64_t size) {
-  load_row(to, dtype, view.data, b * view.batch + row * view.row, view.element, size);
+  load_row(to, dtype, view.data, b * view.batch_stride + row * view.row_stride, view.element_stride, size);
 }
 
 #if defined(__AVX512BF16__)
 // The same as pairs, rounded and filled up with zeros.
 inline void load_row(Pair* to, Dtype dtype, const View& view, int64_t b, int64_t row, int64_t size) {
   const auto load = [&](const auto* from) {
-    from += b * view.batch + row * view.row;
+    from += b * view.batch_stride + row * view.row_stride;
     if constexpr (std::is_same_v<decltype(from), const float*>) {
-      if (view.element == 1) {
+      if (view.element_stride == 1) {
         return pair_row(to, from, size);
       }
     }
     auto* const numbers = reinterpret_cast<c10::BFloat16*>(to);
-    if (view.element == 1) {
+    if (view.element_stride == 1) {
       std::copy_n(from, size, numbers);
     } else {
       for (int64_t i = 0; i < size; ++i) {
-        numbers[i] = from[i * view.element];
+        numbers[i] = from[i * view.element_stride];
       }
     }
-    std::fill(numbers + size, numbers + 2 * Factors<Pair>::elements(size), c10::BFloat16());
+    std::fill(numbers + size, numbers + 2 * ElementTraits<Pair>::elements(size), c10::BFloat16());
   };
   if (dtype == Dtype::Float) {
     load(static_cast<const float*>(view.data));
@@ -51,7 +51,7 @@ class Rows {
       : dtype_(dtype),
         view_(view),
         size_(size),
-        stride_(padded<element>(Factors<element>::elements(size))),
+        stride_(padded<element>(ElementTraits<element>::elements(size))),
         in_place_(may_be_in_place()),
         address_(arena.take<const element*>(capacity)),
         copies_(in_place_ ? nullptr : arena.take<element>(capacity * stride_)) {}
@@ -85,15 +85,15 @@ class Rows {
   bool may_be_in_place() const {
     if constexpr (std::is_same_v<element, Pair>) {
       // dot_products() counts from row to row in whole pairs.
-      return dtype_ == Dtype::BFloat16 && view_.element == 1 && size_ % (2 * kPairsAtOnce) == 0 && view_.row % 2 == 0;
+      return dtype_ == Dtype::BFloat16 && view_.element_stride == 1 && size_ % (2 * kPairsAtOnce) == 0 && view_.row_stride % 2 == 0;
     }
-    return view_.data == nullptr || (dtype_ == kAccumulated<element> && (view_.element == 1 || size_ <= 1));
+    return view_.data == nullptr || (dtype_ == kAccumulated<element> && (view_.element_stride == 1 || size_ <= 1));
   }
 
   void load_one(int64_t i, int64_t b, int64_t row) {
     if (in_place_) {
-      const auto* data = static_cast<const typename Factors<element>::Number*>(view_.data);
-      address_[i] = reinterpret_cast<const element*>(data + b * view_.batch + row * view_.row);
+      const auto* data = static_cast<const typename ElementTraits<element>::Number*>(view_.data);
+      address_[i] = reinterpret_cast<const element*>(data + b * view_.batch_stride + row * view_.row_stride);
     } else {
       address_[i] = copies_ + i * stride_;
       load_row(copies_ + i * stride_, dtype_, view_, b, row, size_);

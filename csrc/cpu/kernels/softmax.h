@@ -68,15 +68,15 @@ template <class acc, class Gradient>
 }
 
 // The gradients of scores out of those of their weights, de_s = scale a_s (da_s - delta). Returns their partial sums, whose sum
-// over a whole row is 0 but for what rounding left in delta. Summed `apart` from the da_s, out of the context, delta would be
-// rounded otherwise than the one whose weight is 1, and the scale would multiply their difference: such a weight leaves the others
-// nothing, and has no gradient. Of weights that are recomputed that cannot be told, since a log-sum-exp is rounded by as much as it
-// is large.
+// over a whole row is 0 but for what rounding left in delta. `delta_from_context`: out of the context rather than of the da_s,
+// delta would be rounded otherwise than the one whose weight is 1, and the scale would multiply their difference: such a weight
+// leaves the others nothing, and has no gradient. Of weights that are recomputed that cannot be told, since a log-sum-exp is
+// rounded by as much as it is large.
 template <class acc>
 [[gnu::always_inline]] inline Vec<acc> differentiate_softmax(
-    acc* row, const acc* weights, int64_t steps, acc delta, acc scale, bool apart) {
+    acc* row, const acc* weights, int64_t steps, acc delta, acc scale, bool delta_from_context) {
   const auto gradient = [](const auto& a, const auto& da, const auto& delta) { return a * (da - delta); };
-  if (!apart) {
+  if (!delta_from_context) {
     return pass_on(row, weights, steps, scale, delta, gradient);
   }
   return pass_on(row, weights, steps, scale, delta, [&](const auto& a, const auto& da, const auto& delta) {

@@ -1,7 +1,7 @@
 // Rows into columns, in registers: of elements of 32 bits.
 #pragma once
 
-#include "factors.h"
+#include "elements.h"
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 

@@ -1,7 +1,7 @@
 // Rows two vectors of features at a time, which are whole lines of halves.
 #pragma once
 
-#include "factors.h"
+#include "elements.h"
 #include "softmax.h"
 #include "vec.h"
 
@@ -53,16 +53,16 @@ template <class acc, class scalar>
 // Two vectors of bfloat16 in the order that takes the fewest instructions: the numbers at even places, and those at odd ones, which
 // are floats but for their neighbours' bits.
 template <class scalar>
-constexpr bool kComesApart = std::is_same_v<scalar, c10::BFloat16>;
+constexpr bool kDeinterleaves = std::is_same_v<scalar, c10::BFloat16>;
 
-[[gnu::always_inline]] inline void load_apart(Vec<float> (&to)[2], const c10::BFloat16* from) {
+[[gnu::always_inline]] inline void load_deinterleaved(Vec<float> (&to)[2], const c10::BFloat16* from) {
   const __m512i pairs = _mm512_loadu_si512(from);
   to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   to[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
 }
 
 // And back into the order of memory.
-[[gnu::always_inline]] inline void join(Vec<float> (&x)[2]) {
+[[gnu::always_inline]] inline void interleave(Vec<float> (&x)[2]) {
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512 even = x[0], odd = x[1];
   x[0] = _mm512_permutex2var_ps(even, low, odd);
@@ -70,7 +70,7 @@ constexpr bool kComesApart = std::is_same_v<scalar, c10::BFloat16>;
 }
 #else
 template <class scalar>
-constexpr bool kComesApart = false;
+constexpr bool kDeinterleaves = false;
 
 #endif
 
@@ -80,9 +80,9 @@ constexpr bool kAreWhole = !std::is_same_v<Count, int64_t>;
 
 // load_two() in whatever order is the quickest.
 template <class acc, class scalar, class Count>
-[[gnu::always_inline]] inline void load_two_apart(Vec<acc> (&to)[2], const scalar* from, Count count) {
-  if constexpr (kComesApart<scalar> && kAreWhole<Count>) {
-    load_apart(to, from);
+[[gnu::always_inline]] inline void load_two_any_order(Vec<acc> (&to)[2], const scalar* from, Count count) {
+  if constexpr (kDeinterleaves<scalar> && kAreWhole<Count>) {
+    load_deinterleaved(to, from);
   } else {
     load_two(to, from, count);
   }
@@ -136,7 +136,7 @@ inline float dot_product_by_pairs(const float* a, const float* b, int64_t size) 
     load_two(right, b + d, count);
     const Vec<c10::BFloat16> rounded_left = rounded<c10::BFloat16>(left[0], left[1]);
     const auto [low, high] = at::vec::convert_to_float<c10::BFloat16>(rounded_left);
-    sums[0] = Factors<Pair>::multiply_add(rounded<c10::BFloat16>(right[0], right[1]), rounded_left, sums[0]);
+    sums[0] = ElementTraits<Pair>::multiply_add(rounded<c10::BFloat16>(right[0], right[1]), rounded_left, sums[0]);
     std::swap(sums[0], sums[1]);
     rests[0] = at::vec::fmadd(left[0] - low, right[0], rests[0]);
     rests[1] = at::vec::fmadd(left[1] - high, right[1], rests[1]);

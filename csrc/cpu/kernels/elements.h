@@ -7,7 +7,7 @@
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
 template <class element>
-struct Factors {
+struct ElementTraits {
   using acc = element;
   using Number = element;
   using Vector = Vec<element>;
@@ -53,7 +53,7 @@ constexpr int64_t kPairsAtOnce = 1;
 
 #if defined(__AVX512BF16__)
 template <>
-struct Factors<Pair> {
+struct ElementTraits<Pair> {
   using acc = float;
   using Number = c10::BFloat16;
   using Vector = __m512i;
@@ -90,17 +90,17 @@ inline __m512i zip_words(__m512i a, __m512i b, int even, int odd) {
       a, _mm512_add_epi32(_mm512_mullo_epi32(i, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(odd << 16 | even)), b);
 }
 
-// (a_i, b_i) for rows of bfloat16 from number i = `first` on, in whole vectors, each `apart` from the one before; b may be null:
+// (a_i, b_i) for rows of bfloat16 from number i = `first` on, in whole vectors, `stride` from one to the next; b may be null:
 // zeros.
-inline void zip_rows(Pair* to, const Pair* a, const Pair* b, int64_t first, int64_t count, int64_t apart = 16) {
-  for (int64_t i = 0; i < count; i += 32, to += 2 * apart) {
+inline void zip_rows(Pair* to, const Pair* a, const Pair* b, int64_t first, int64_t count, int64_t stride = 16) {
+  for (int64_t i = 0; i < count; i += 32, to += 2 * stride) {
     const __mmask32 mask = count - i >= 32 ? ~__mmask32(0) : (__mmask32(1) << (count - i)) - 1;
     const auto load = [&](const Pair* row) {
       return _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const c10::BFloat16*>(row) + first + i);
     };
     const __m512i x = load(a), y = b == nullptr ? _mm512_setzero_si512() : load(b);
     _mm512_storeu_si512(to, zip_words(x, y, 0, 32));
-    _mm512_storeu_si512(to + apart, zip_words(x, y, 16, 48));
+    _mm512_storeu_si512(to + stride, zip_words(x, y, 16, 48));
   }
 }
 
@@ -170,18 +170,18 @@ inline void keep_sum(float* row, int64_t count) {
 }
 
 #if defined(__AMX_BF16__)
-// (x_i, y_i) as sums of bfloat16, of eight bits each: every part of the 16 pairs `apart` from the one before. What products leave
+// (x_i, y_i) as sums of bfloat16, of eight bits each: every part of the 16 pairs `stride` from the one before. What products leave
 // out is small, and errs to either side where a part is rounded: the first of two, but not to infinity, and the second of three.
 // The others are cut off, the last of three without a loss. One part at least of a NaN stays one.
 template <int parts>
-inline void split_pairs(Pair* to, int64_t apart, const Vec<float>& x, const Vec<float>& y) {
+inline void split_pairs(Pair* to, int64_t stride, const Vec<float>& x, const Vec<float>& y) {
   static_assert(parts == 2 || parts == 3);
   const __m512i upper = _mm512_set1_epi32(0xffff0000);
   const auto cut = [&](__m512i bits) { return _mm512_castsi512_ps(_mm512_and_si512(bits, upper)); };
   // To be cut off.
   const auto rounded = [](__m512 number) { return _mm512_add_epi32(_mm512_castps_si512(number), _mm512_set1_epi32(0x8000)); };
   const auto store = [&](int p, __m512i even, __m512 odd) {
-    _mm512_storeu_si512(to + p * apart, _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_castps_si512(odd)));
+    _mm512_storeu_si512(to + p * stride, _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_castps_si512(odd)));
   };
   const auto first = [&](__m512 number) {
     if constexpr (parts == 3) {
@@ -215,7 +215,7 @@ template <class acc, class element>
   Vec<acc> total(0);
   for_vectors<acc>(size, [&](int64_t i, auto count) {
     const auto x = Vec<acc>::loadu(a + i, count);
-    total = at::vec::fmadd(x, where_weighted(x, Factors<element>::numbers(b, i, count)), total);
+    total = at::vec::fmadd(x, where_weighted(x, ElementTraits<element>::numbers(b, i, count)), total);
   });
   return total;
 }
