@@ -288,6 +288,8 @@ def attend_unchecked(
             op = backend.calls.projected_attention
             return _project_and_attend(op, query, v, memory, lengths, mask, scale, need_weights, weight, bias)
         return backend.calls.attention(query, memory, keys, v, lengths, mask, scale, need_weights)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except REFUSALS:
         return None
 

@@ -327,13 +327,16 @@ bool needs_context(const Inputs& inputs) {
   return entries_of(query).needs_context(problem_of_sizes(inputs.method(), query, memory));
 }
 
-// B batch, T queries, S source steps. The scores are dot products of query [B, T, D] and memory [B, S, D]; with keys [B, S, D]
-// those of query and keys, and memory [B, S, Dm] are the values; with a v [D], too, v . tanh(query + key) (additive). lengths [B]
-// int64, mask [B, S] or [B, T, S] bool. prepared_keys is what prepare_keys made of additive's keys, exp(2 keys) and what goes with
-// it, where they meet more than one call's queries. A query [B, D] is one decoder step: no result has the T then. weights has no
-// elements if need_weights is false, nor has a gradient that is not wanted, of query, memory, keys, v and the scores [B, T, S].
-// need_exact: which of context and weights a backward will take as they were accumulated; of halves, `exact` has them, in float32,
-// and otherwise it is empty. Not every backward reads the context: needs_context().
+// B batch, T queries, S source steps:
+//   query [B, T, D]; or [B, D], one decoder step, of which no result has the T
+//   memory [B, S, D], of which the scores are query . memory; with keys it is the values [B, S, Dm]
+//   keys [B, S, D]: the scores are query . key; with v [D], too, v . tanh(query + key) (additive)
+//   prepared_keys: what prepare_keys made of additive's keys, exp(2 keys) and what goes with it, where several calls share them
+//   lengths [B] int64; mask [B, S] or [B, T, S] bool
+//   need_exact: which of context and weights a backward will read as they were accumulated; of halves, `exact` has them, in
+//   float32, and otherwise it is empty. Not every backward reads the context: needs_context() wanted: the gradients of query,
+//   memory, keys, v and the scores [B, T, S]
+// Results that are not wanted, weights without need_weights among them, have no elements.
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
       "attention(Tensor query, Tensor memory, Tensor? keys, Tensor? v, Tensor? prepared_keys, Tensor? lengths, Tensor? mask,"

@@ -41,6 +41,11 @@ constexpr Size prepared_size(const Size& key_size) {
   return (key_size + (kPreparedBlock - 1)) / kPreparedBlock * kPreparedBlock + kPreparedLine;
 }
 
+// Where in it that largest |2k| stands.
+constexpr int64_t prepared_range_at(int64_t key_size) {
+  return prepared_size(key_size) - kPreparedLine;
+}
+
 struct Problem {
   Dtype dtype;
   Dtype product_dtype;  // what a matrix product's may be rounded to: dtype or, of float32, what PyTorch's settings allow

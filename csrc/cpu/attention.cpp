@@ -63,7 +63,7 @@ Tensor contiguous(const OptionalTensor& tensor) {
 // Whether a backward on so many threads reads the context. With one thread nothing is split: a context that is read even then must
 // be given. Without gradients of rows, one query's groups are the smaller.
 bool needs_context(const Problem& sizes, int64_t threads) {
-  return !backward_plan(sizes, threads, true, false).has_whole_rows(sizes);
+  return !backward_plan(sizes, threads, /*has_context=*/true, /*writes_rows=*/false).has_whole_rows(sizes);
 }
 
 // `call` lacks the problem, the plan and the outputs.

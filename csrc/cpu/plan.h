@@ -21,8 +21,8 @@ constexpr int64_t kQueriesGrain = 8 * kGrain;
 // What a split of the source has at least where the queries are too few to be divided instead, and is a multiple of.
 constexpr int64_t kLeastSteps = 64, kSplitMultiple = 8;
 
-// Once threads that wait would make a call so many times as long, its items are divided further: the first for parts by
-// themselves, the second for parts whose results have to be merged, each of which has a slot of scratch.
+// Items are divided further where idle threads would make a call so many times as long: into independent parts, or into parts whose
+// results have to be merged, each of which needs scratch.
 constexpr double kWait = 1.15;
 constexpr double kWaitForMerges = 1.5;
 
@@ -31,8 +31,8 @@ constexpr double kWaitForMerges = 1.5;
 constexpr int64_t kFarMemory = int64_t{1} << 19;
 constexpr int64_t kLarge = int64_t{1} << 24;
 
-// Bytes of a group of one query's rows, and of one that comes from afar and is only read, twice: the second time it is to be from
-// the first-level cache, where that has the room.
+// Bytes of a group of one query's rows, and of one whose rows come from afar and are only read, twice (for their scores, then for
+// the context): the second read is to hit the first-level cache, where that has the room.
 constexpr int64_t kGroupBytes = 1 << 17;
 constexpr int64_t kTwiceReadBytes = 1 << 15;
 
@@ -94,6 +94,15 @@ inline int64_t divisions_of(int64_t items, int64_t threads, int64_t most, double
   return best;
 }
 
+inline void plan_one_query(Plan& plan, const Problem& problem, int64_t bytes, bool writes_rows) {
+  const bool is_dot = problem.method == Method::Dot, is_half = width_of(problem.dtype) < int64_t{sizeof(float)};
+  const bool is_read_twice = plan.prefetches && !writes_rows && has_room_for(kTwiceReadBytes);
+  // Not of a group that the first-level cache keeps, whose sum leaves the memory idle for less than it takes beside the reading.
+  // Additive scores leave it less idle anyhow: of halves and within a last-level cache, 1.03 to 1.15 times as long.
+  plan.overlaps = bytes >= (is_dot ? 1 : 2) * kLarge && !(is_dot ? is_read_twice : writes_rows || is_half);
+  plan.group = group_of(problem, is_dot && (is_read_twice || plan.overlaps) ? kTwiceReadBytes : kGroupBytes);
+}
+
 // Items of `chunk` queries. Where some threads would wait for others, the source is split, and where that has too few tiles the
 // queries are divided further, as far as a part is worth a thread.
 inline Plan plan_of(
@@ -107,12 +116,7 @@ inline Plan plan_of(
   plan.prefetches = bytes >= kFarMemory;
   plan.streams = writes_rows && problem.queries <= kShallow && bytes >= kLarge;
   if (problem.is_one_query()) {
-    const bool is_dot = problem.method == Method::Dot, is_half = width_of(problem.dtype) < int64_t{sizeof(float)};
-    const bool is_read_twice = plan.prefetches && !writes_rows && has_room_for(kTwiceReadBytes);
-    // Not of a group that the first-level cache keeps, whose sum leaves the memory idle for less than it takes beside the reading.
-    // Additive scores leave it less idle anyhow: of halves and within a last-level cache, 1.03 to 1.15 times as long.
-    plan.overlaps = bytes >= (is_dot ? 1 : 2) * kLarge && !(is_dot ? is_read_twice : writes_rows || is_half);
-    plan.group = group_of(problem, is_dot && (is_read_twice || plan.overlaps) ? kTwiceReadBytes : kGroupBytes);
+    plan_one_query(plan, problem, bytes, writes_rows);
   }
   const int64_t groups = std::max<int64_t>(plan.groups(problem), 1);
   const int64_t work = problem.steps * work_of_step(problem) / plan.chunks;
@@ -152,7 +156,7 @@ inline Plan backward_plan(const Problem& problem, int64_t threads, bool has_cont
 }
 
 inline Plan forward_plan(const Problem& problem, int64_t threads) {
-  Plan plan = plan_of(problem, kChunk, threads, kWait, true, false);
+  Plan plan = plan_of(problem, kChunk, threads, kWait, /*may_split=*/true, /*writes_rows=*/false);
   plan.streams_queries = streams_queries(problem, problem.memory_size, 2);
   return plan;
 }

@@ -474,7 +474,7 @@ void prepare_keys(const Tensor& keys, Tensor& prepared) {
   prepared.fill_(1);
   prepared.narrow(2, 0, keys.size(2)).copy_(doubled.exp());
   if (keys.size(2) > 0) {
-    prepared.select(2, prepared.size(2) - kPreparedLine).copy_(doubled.abs().amax(2));
+    prepared.select(2, prepared_range_at(keys.size(2))).copy_(doubled.abs().amax(2));
   }
 }
 

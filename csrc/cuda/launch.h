@@ -16,9 +16,9 @@ inline void check(cudaError_t error, const void* kernel) {
   if (error == cudaSuccess) {
     return;
   }
-  cudaGetLastError();  // PyTorch's next check is not to find it again
   const char* name = nullptr;
   cudaFuncGetName(&name, kernel);
+  cudaGetLastError();  // PyTorch's next check is to find neither's error
   throw std::runtime_error(std::string("attn_ext: ") + (name ? name : "a kernel") + ": " + cudaGetErrorString(error));
 }
 

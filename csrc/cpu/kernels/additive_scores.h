@@ -54,7 +54,7 @@ class Exponentials {
     range_ = 0;
     for (int64_t i = 0; i < tile.count; ++i) {
       address_[i] = static_cast<const acc*>(prepared_.data) + b * prepared_.batch_stride + tile.steps[i] * prepared_.row_stride;
-      range_ = std::max(range_, address_[i][prepared_size(size_) - kPreparedLine]);
+      range_ = std::max(range_, address_[i][prepared_range_at(size_)]);
     }
   }
 
@@ -147,7 +147,7 @@ class AdditiveScore {
       load_row(row, p.dtype, p.keys, i / p.steps, i % p.steps, p.key_size);
       Vec<acc> magnitudes(0);
       exponentiate_row(row, row, p.key_size, stride, magnitudes, kUnscaled);
-      row[stride - kPreparedLine] = 2 * largest(magnitudes);
+      row[prepared_range_at(p.key_size)] = 2 * largest(magnitudes);
     }
   }
 

@@ -52,6 +52,11 @@ constexpr int64_t kPairsAtOnce = 1;
 #endif
 
 #if defined(__AVX512BF16__)
+// Sixteen bfloat16 as floats.
+inline __m512 widened(__m256i bfloat16s) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16s), 16));
+}
+
 template <>
 struct ElementTraits<Pair> {
   using acc = float;
@@ -78,8 +83,7 @@ struct ElementTraits<Pair> {
 
   static Vec<float> numbers(const Pair* row, int64_t i, int64_t count) {
     const auto mask = static_cast<__mmask16>(count >= 16 ? ~0 : (1 << count) - 1);
-    const __m256i halves = _mm256_maskz_loadu_epi16(mask, reinterpret_cast<const c10::BFloat16*>(row) + i);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    return widened(_mm256_maskz_loadu_epi16(mask, reinterpret_cast<const c10::BFloat16*>(row) + i));
   }
 };
 
@@ -125,8 +129,7 @@ inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
 
 // Numbers as a pair has them.
 inline Vec<float> as_paired(const Vec<float>& x) {
-  const __m256i halves = std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  return widened(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
 // By how much the sum of a row's numbers grows as they are rounded.

@@ -156,8 +156,9 @@ struct ManyQueriesForward {
     spread(slot.work, item.queries, tile.count, f.problem.memory_size);
   }
 
-  // The sum of the weights that the context is of. Pairs' are rounded, and what the memory's rows have in common is in it as often
-  // as the rounded sum up to: of the exact sum it would be wrong by far more than the differences that a backward wants it for.
+  // What the context is divided by. Pairs' exponentials are rounded, so the context is a sum with rounded weights, and is divided
+  // by the sum of those. Divided by the exact sum it would be off by a share of what all rows have in common, which is far more
+  // than the differences that a backward reads from it.
   static acc sum_of_context(const Slot& slot, int64_t t) {
     return slot.counts_gained ? slot.row_sum[t] + gained(slot, t) : slot.row_sum[t];
   }

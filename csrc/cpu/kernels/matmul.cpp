@@ -205,9 +205,8 @@ class Block {
         find_columns(columns, n, width, k, depth);
         transpose(work_.panel, kPanelWidth, columns, width, 0, depth);
       }
-      static constexpr float one = 1;
       const auto [added, stride] = plus(k, n);
-      const Result<float> all(out_ + n, stride_, added, stride, &one, 0);
+      const Result<float> all(out_ + n, stride_, added, stride, &Result<float>::kOne, 0);
       for (const RowRange* range = ranges_; range != end_ranges_; ++range) {
         const auto [i, end] = *range;
         const bool first = by_rows_ && range == ranges_;
@@ -246,9 +245,8 @@ class Block {
 
   void add_by_amx(int64_t k, int64_t depth, const Coefficients<float>& c, const RowRange& range) {
     queue_prefetches(k + depth, range);
-    static constexpr float one = 1;
     const auto [added, stride] = plus(k, 0);
-    const Result<float> out = Result<float>(out_, stride_, added, stride, &one, 0).at(range.first, 0);
+    const Result<float> out = Result<float>(out_, stride_, added, stride, &Result<float>::kOne, 0).at(range.first, 0);
     const Coefficients<float> rows{c.data + range.first * c.row_stride, c.row_stride, c.column_stride};
     if (by_rows_) {
       const float* rows_of_b[kPanelDepth];

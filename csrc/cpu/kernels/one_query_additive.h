@@ -49,7 +49,7 @@ class OneQueryAdditive {
       prepared_keys_.load(b, tile, next);
       range_ = query_range_;
       for (int64_t r = 0; r < tile.count; ++r) {
-        range_ = std::max(range_, query_range_ + prepared_keys_.row(r)[prepared_size(size_) - kPreparedLine]);
+        range_ = std::max(range_, query_range_ + prepared_keys_.row(r)[prepared_range_at(size_)]);
       }
     }
     if (!is_factored()) {
@@ -227,7 +227,8 @@ class OneQueryAdditive {
               grad_k[r].store(grad_keys[r] + a, static_cast<int>(count));
             }
           }
-          // After all reads: rows are often multiples of a page apart, and a read waits for a write that seems to be to its place.
+          // After all loads: rows are often a multiple of a page apart, and a load waits for a store to the same offset within a
+          // page (4K aliasing).
           if constexpr (taken == kAll) {
 #pragma GCC unroll 4
             for (int r = 0; r < rows.value; ++r) {

@@ -32,7 +32,7 @@ constexpr int tallest(int width) {
 constexpr int kColumns = kWidest;
 constexpr int kRows = tallest(kColumns);
 
-// The depth of a transposed block: at most 32 KiB, so that it stays in that cache.
+// The depth of a transposed block: at most 32 KiB, so that it stays in the first-level cache.
 constexpr int64_t kTransposedDepth = std::min<int64_t>(kPanelDepth, (1 << 15) / (kPanelWidth * sizeof(float)));
 
 // How many rows of b ahead of its reading a panel is prefetched.
@@ -104,8 +104,8 @@ struct Product {
 // prefetches it: the others' rows of b are near. Those prefetch what is wanted next.
 //
 // A tile is to begin while the one before it is still being added up. With AVX-512 it is a function of its own, of few arguments,
-// and what the end needs is read again then: the compiler would keep it in vectors, or read as vectors what was just written as
-// numbers, and either waits for the sums.
+// and what the end needs is loaded again there (ATTN_EXT_RELOAD hides an address from the compiler). Otherwise gcc keeps those
+// addresses in vector registers, or loads as a vector what was just stored as scalars, and both wait for the sums.
 template <int rows, int width, bool partial, bool packs, class element, class acc>
 ATTN_EXT_REGISTER_TILE void multiply_tile(
     const Product<element, acc>& product, int64_t i0, int64_t n, [[maybe_unused]] const PrefetchQueue::Lines* lines) {
@@ -477,7 +477,6 @@ void dot_products(
       constexpr int64_t lanes = Vec<acc>::size();
       const int64_t rest = b_count % lanes;
       const int64_t paneled = rest > lanes / 2 ? b_count : b_count - rest;
-      constexpr acc one = 1;
       const PanelRows<element> columns(work.panel, std::min(kTransposedDepth, size));
       for (; j0 < paneled; j0 += kPanelWidth) {
         const int64_t width = std::min(kPanelWidth, paneled - j0);
@@ -485,7 +484,8 @@ void dot_products(
           const int64_t depth = std::min(kTransposedDepth, size - d);
           // a's rows are evenly spaced: they are queries or their gradients.
           const Coefficients<element> rows{a[0] + d, a_count > 1 ? a[1] - a[0] : 0, 1};
-          const Result<acc> block{out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &one, 0};
+          const Result<acc> block{
+              out + j0, stride, d > 0 ? out + j0 : nullptr, stride, d + depth == size ? &factor : &Result<acc>::kOne, 0};
           transpose(work.panel, kPanelWidth, b + j0, width, d, depth);
           multiply_blocks<element, acc>(
               {block, rows, columns.address, depth, whole_vectors<acc>(width), &work.prefetches}, a_count);

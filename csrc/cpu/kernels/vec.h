@@ -50,18 +50,18 @@ template <class acc, class F>
   }
 }
 
-// exp(factor x) where it is a normal number, anything elsewhere; a NaN stays one. Of floats to 1 ulp of what some x within 2e-8 of
-// this one has, as if x had been rounded once more.
+// exp(factor x) where the result is a normal number, anything elsewhere; a NaN stays one. Floats are within 1 ulp of the result of
+// some x (1 +- 2e-8), as if x had been rounded once more.
 template <class acc>
 inline Vec<acc> exponential(const Vec<acc>& x, acc factor = 1) {
   return (x * Vec<acc>(factor)).exp();
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
-// PyTorch's is a call for every vector, which empties all registers around it, or on ARM's processors for every number.
-// exp(factor x) = 2^n 2^-r with n - r = x factor log2(e), |r| <= 1/2. The sum is taken exactly but for the rounding of that factor,
-// in whose stead others take ln(2) apart into two numbers. x becomes 2^-r, a minimax polynomial; `shifted` is kShift + n, whose
-// lowest bits are n's.
+// Inlined: PyTorch's is a call for every vector, which spills all registers, or on ARM's processors for every number.
+// exp(factor x) = 2^n 2^-r with n - r = x factor log2(e), |r| <= 1/2. A fused multiply-add leaves r no other error than the
+// rounding of factor log2(e), where Cody and Waite's reduction subtracts ln(2) in two parts. x becomes 2^-r, a minimax polynomial;
+// `shifted` is kShift + n, whose lowest bits are n's.
 constexpr float kShift = 0x1.8p23f;
 
 template <int count>
@@ -256,8 +256,8 @@ void scale_row(acc* to, const acc* from, int64_t size, acc factor) {
 }
 
 // f of a value of the dtype's, for f to see its type. The kernels are compiled for the accumulation type alone: float serves the
-// halves, and a switch a row costs nothing. Inlined: a function of its own reads the addresses that its lambda refers to several at
-// once, and waits until those, written one by one just before, have arrived: of short rows as long as they take.
+// halves, and a switch a row costs nothing. Inlined: a function of its own loads the addresses that its lambda captured as vectors,
+// right after they were stored one by one. Store forwarding fails, and the wait is as long as a short row.
 template <class acc, class F>
 [[gnu::always_inline]] inline void with_type(Dtype dtype, const F& f) {
   if constexpr (std::is_same_v<acc, float>) {
