@@ -14,6 +14,8 @@ from torch import Tensor
 from attn_ext import autocast
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Tensors that Python makes nothing else of.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Arguments:
@@ -24,8 +26,13 @@ class Arguments:
         self.sizes: dict[str, int] = {}
         self.fixed_by: dict[str, str] = {}
         self.leader: tuple[str, Tensor] | None = None
+        self._cast: list[Tensor] = []
 
-    def floating(self, name: str, value: object, dims: str, of_its_dtype: str = "") -> None:
+    def came_from_autocast(self, given: Sequence[object], cast: Sequence[object]) -> None:
+        """What torch.autocast made of the arguments, whose dtypes are then not those that were given."""
+        self._cast = [new for old, new in zip(given, cast, strict=True) if isinstance(new, Tensor) and new is not old]
+
+    def floating(self, name: str, value: object, dims: str) -> None:
         """`value` is a float tensor of shape `dims` ("B S Dm"), with the dtype and device of the first one checked.
 
         Under autocast it is the dtype that they are going to have which is the same.
@@ -41,11 +48,15 @@ class Arguments:
         leader_name, leader = self.leader
         if autocast.dtype_of(value) != autocast.dtype_of(leader):
             raise TypeError(
-                f"{self.caller}: {name} is {value.dtype}{of_its_dtype}, but {leader_name} is {leader.dtype}; "
+                f"{self.caller}: {name} is {self._dtype(value)}, but {leader_name} is {self._dtype(leader)}; "
                 "they must be the same"
             )
         self.device(name, value)
         self.shape(name, value, dims)
+
+    def _dtype(self, tensor: Tensor) -> str:
+        is_cast = any(tensor is each for each in self._cast)
+        return f"{tensor.dtype}, as torch.autocast made it" if is_cast else str(tensor.dtype)
 
     def tensor(self, name: str, value: object) -> None:
         if not isinstance(value, Tensor):
@@ -86,6 +97,8 @@ class Arguments:
         """[B] integers in [0, S], as int64 on the leader's device; the range is checked where the CPU can see it."""
         if value is None:
             return None
+        if not isinstance(value, Tensor) and torch.compiler.is_compiling() and getattr(value, "ndim", 0) == 1:
+            value = torch.as_tensor(value)  # NumPy's, whose elements torch.compile cannot look at one by one
         lengths = value if isinstance(value, Tensor) else self._row_of_integers(value)
         self.tensor("lengths", lengths)
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -95,8 +108,9 @@ class Arguments:
         # Lengths on the CPU serve tensors on any device: pack_padded_sequence wants them there too.
         if lengths.device.type != "cpu":
             self.device("lengths", lengths)
-        elif type(lengths) is Tensor and not torch.compiler.is_compiling():
-            self._check_range(lengths)
+        elif type(lengths) in PLAIN and not torch.compiler.is_compiling():
+            if lengths.numel():
+                self._check_range(*(int(n) for n in torch.aminmax(lengths)))
             lengths = self._pinned(lengths)
         assert self.leader is not None
         return lengths.to(self.leader[1].device, non_blocking=True)
@@ -108,13 +122,12 @@ class Arguments:
         known = [n for n in numbers if n is not None]
         if len(known) < len(numbers):
             raise TypeError(f"{self.caller}: lengths must be integers, [B], got {type(value).__name__} {value!r}")
+        if torch.compiler.is_compiling() and known and len(known) == self.sizes.get("B"):
+            self._check_range(min(known), max(known))  # those of a tensor are not known until it runs
         longest_possible = torch.iinfo(torch.int64).max
         return torch.tensor([min(max(n, -1), longest_possible) for n in known], dtype=torch.int64, device="cpu")
 
-    def _check_range(self, lengths: Tensor) -> None:
-        if lengths.numel() == 0:
-            return
-        shortest, longest = (int(n) for n in torch.aminmax(lengths))
+    def _check_range(self, shortest: int, longest: int) -> None:
         if shortest < 0 or longest > self.sizes["S"]:
             raise ValueError(
                 f"{self.caller}: lengths go from {shortest} to {longest}, "
@@ -158,6 +171,8 @@ class Arguments:
         if value is None:
             return 1.0
         if not _is_number(value):
+            if torch.compiler.is_compiling() and not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0:
+                return float(value)  # NumPy's number, which torch.compile has as an array
             raise TypeError(f"{self.caller}: scale must be a number or None, got {_kind(value)}")
         scale = _as_float(value)
         if not -math.inf < scale < math.inf:  # which torch.compile can trace
@@ -175,6 +190,15 @@ def flag(caller: str, name: str, value: object) -> None:
     """`value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{caller}: {name} must be True or False, got {_kind(value)}")
+
+
+def device(caller: str, name: str, value: torch.device | str | int | None) -> None:
+    """`value` names a device, or is None."""
+    try:
+        torch.device(value if value is not None else "cpu")
+    except (RuntimeError, TypeError) as error:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{caller}: {name} is {value!r}, needed is a torch.device, its name, or None") from error
 
 
 def integer(caller: str, name: str, value: object) -> int:

@@ -99,6 +99,7 @@ class AttentionDecoder(nn.Module):
         checks.flag(caller, "input_feeding", input_feeding)
         checks.choice(caller, "cell", cell, tuple(_CELLS))
         dropout = checks.fraction(caller, "dropout", dropout)
+        self.cell = cell
         self.input_feeding = input_feeding
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         self.rnn = _CELLS[cell](
@@ -168,7 +169,6 @@ class AttentionDecoder(nn.Module):
             return self._advance(targets, state, encoder_outputs, lengths)
 
         memory = self._memory(encoder_outputs, lengths)
-        arguments.mask(memory.mask)
         outputs = []
         predicted = targets[:, :1]  # so that the first draw is between the start symbol and itself
         for t, tokens in enumerate(targets.split(1, dim=1)):  # [B, 1]
@@ -325,6 +325,7 @@ class AttentionDecoder(nn.Module):
         if isinstance(encoder_outputs, AttentionMemory):
             self.attention._check_memory(arguments.caller, encoder_outputs, lengths=lengths)
             encoder_outputs._check(arguments, "encoder_outputs", "B S Dm")
+            arguments.mask(encoder_outputs.mask)
         else:
             arguments.floating("encoder_outputs", encoder_outputs, "B S Dm")
         return arguments.lengths(lengths)
@@ -332,7 +333,7 @@ class AttentionDecoder(nn.Module):
     def _check_hidden(self, arguments: checks.Arguments, name: str, state: HiddenState | None) -> HiddenState:
         """`state` in the form that a step returns it."""
         weight, batch_size = self.embedding.weight, arguments.sizes["B"]
-        is_lstm = isinstance(self.rnn, nn.LSTM)
+        is_lstm = self.cell == "lstm"  # a quantized one is no nn.LSTM
         hidden, attentional = state if self.input_feeding and isinstance(state, DecoderState) else (state, None)
         if hidden is None:
             zeros = weight.new_zeros(self.rnn.num_layers, batch_size, self.rnn.hidden_size)

@@ -44,7 +44,6 @@ _KEYS = 4
 # rounding is common to all queries: of fewer features than that in halves, it would be most of an error.
 _LONGEST_BY_KEYS, _LEAST_HALF_KEY = 256, 64
 _OPS = torch.ops.attn_ext
-_PLAIN = (Tensor, torch.nn.Parameter)
 # What an op, or a look at what is no tensor, says to wrong arguments.
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 Attended = tuple[Tensor, Tensor | None]
@@ -309,8 +308,10 @@ def attend_checked(
     bias: Tensor | None = None,
 ) -> Attended:
     """`attend` for the same arguments, cast as autocast wants them and checked as `caller`'s."""
-    query, memory, keys, v, weight, bias = autocast.cast(query, memory, keys, v, weight, bias)
+    given = query, memory, keys, v, weight, bias
+    query, memory, keys, v, weight, bias = cast = autocast.cast(*given)
     arguments = checks.Arguments(caller)
+    arguments.came_from_autocast(given, cast)
     if caller == "additive_attention":  # another caller may have been given its method, "additive", and refuses it
         check_query(arguments, query, "A")
         arguments.floating("keys", keys, "B S A")
@@ -428,7 +429,7 @@ def _keys_fit_float16(memory: Tensor, weight: Tensor) -> bool:
     """Whether none overflows, as one can where no score does: known by what they are at most, where one can look."""
     if is_compiling() or is_tracing() or is_in_torch_dispatch_mode() or memory.numel() == 0 or weight.numel() == 0:
         return False
-    if any(type(t) not in _PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (memory, weight)):
+    if any(type(t) not in checks.PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (memory, weight)):
         return False
     smallest, largest = (extreme.item() for extreme in torch.aminmax(memory.detach()))  # NaN where a masked row is
     factors = weight.detach().abs().sum(0, dtype=torch.float32).max().item()
@@ -447,7 +448,7 @@ def of_products(features: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     Raises:
         TypeError: the weight is one that Python makes of others, whose gradient the ops would write as a plain tensor.
     """
-    if type(weight) not in _PLAIN and not is_compiling() and is_traceable_wrapper_subclass(weight):
+    if type(weight) not in checks.PLAIN and not is_compiling() and is_traceable_wrapper_subclass(weight):
         raise TypeError(
             f"attn_ext: weight is a {type(weight).__name__}, of which the compiled ops make no gradient; "
             "within attn_ext.use_backend('reference') it has one"

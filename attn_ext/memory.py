@@ -88,10 +88,11 @@ class AttentionMemory:
         scale: float | None = None,
     ) -> None:
         given = {"the memory": memory, "its weight": weight, "its v": v, "its bias": bias}
-        memory, weight, v, bias = autocast.cast(memory, weight, v, bias)
-        self._of_its_dtype = ", as torch.autocast made it" if memory is not given["the memory"] else ""
+        memory, weight, v, bias = cast = autocast.cast(memory, weight, v, bias)
+        self._is_cast = memory is not given["the memory"]
         self._maker: object = None
         arguments = checks.Arguments("AttentionMemory")
+        arguments.came_from_autocast(tuple(given.values()), cast)
         functional.check_memory(arguments, memory, method, weight, v, bias)
         self.memory = memory
         self.method = method
@@ -191,7 +192,9 @@ class AttentionMemory:
 
     def _check(self, arguments: checks.Arguments, name: str, dims: str) -> None:
         """The memory against a call's other arguments, which name it `name`."""
-        arguments.floating(name, self.memory, dims, self._of_its_dtype)
+        if self._is_cast:
+            arguments.came_from_autocast([None], [self.memory])
+        arguments.floating(name, self.memory, dims)
 
     def _check_gradients(self, arguments: checks.Arguments) -> None:
         """ValueError where one would miss what went into the memory before it was asked for."""

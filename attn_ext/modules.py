@@ -31,8 +31,8 @@ class LuongAttention(nn.Module):
         Va: [A] for concat; None otherwise.
 
     Raises:
-        ValueError: an unknown method; sizes that are not positive; a size or bias that the method does not have.
-        TypeError: a size that is no integer, a bias that is no bool, a dtype that is not of these four.
+        ValueError: an unknown method or device; sizes that are not positive; a size or bias that the method has not.
+        TypeError: a size that is no integer, a bias that is no bool, a dtype that is not of these four, no device.
     """
 
     Wa: nn.Linear | None
@@ -56,6 +56,7 @@ class LuongAttention(nn.Module):
         memory_size = hidden_size if memory_size is None else memory_size
         hidden_size, memory_size = checks.positive(caller, hidden_size=hidden_size, memory_size=memory_size)
         checks.flag(caller, "bias", bias)
+        checks.device(caller, "device", device)
         if dtype is not None and dtype not in checks.DTYPES:
             needed = ", ".join(map(str, checks.DTYPES))
             raise TypeError(f"{caller}: dtype is {dtype}, needed is one of {needed}, or None")
@@ -170,6 +171,8 @@ class LuongAttention(nn.Module):
 
     def _check_sizes(self, encoder_outputs: Tensor, *hidden: Tensor) -> None:
         arguments = checks.Arguments(type(self).__name__)
+        if self.Wa is not None:
+            arguments.leader = ("Wa.weight", self.Wa.weight)
         arguments.bind("Dq", self.hidden_size, "hidden_size")
         arguments.bind("Dm", self.memory_size, "memory_size")
         for each in hidden:

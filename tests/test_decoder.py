@@ -418,6 +418,8 @@ def test_a_mask_for_every_step(method: str, each_backend: str) -> None:
     text = rf"^AttentionDecoder: mask has shape \[3, {T - 1}, 7\], needed is \[B, T, S\]"
     with pytest.raises(ValueError, match=text):
         fed(targets, hidden, short)
+    with pytest.raises(ValueError, match=text):
+        decoder(targets, hidden, decoder.attention.memory(encoder_outputs, mask=mask[:, 1:]))
 
 
 def test_a_memory_of_another_decoder() -> None:
@@ -558,14 +560,15 @@ def test_checks_cast_nothing() -> None:
 
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("method", METHODS)
-def test_linear_layers_quantized(method: str) -> None:
+def test_layers_quantized(method: str, cell: str) -> None:
     """Those that are called become layers of 8-bit products; the attention's matrix, which is read, stays as it is."""
     quantization = pytest.importorskip("torch.ao.quantization")
-    decoder = build(method, input_feeding=True).float().eval()
+    decoder = build(method, input_feeding=True, cell=cell).float().eval()
     targets, _, encoder_outputs = inputs(decoder).values()
     expected, *_ = decoder(targets, None, encoder_outputs.float())
-    quantized = quantization.quantize_dynamic(decoder, {torch.nn.Linear})
+    quantized = quantization.quantize_dynamic(decoder, {torch.nn.Linear, torch.nn.LSTM})
     assert not isinstance(quantized.output, torch.nn.Linear)
     log_probs, *_ = quantized(targets, None, encoder_outputs.float())
     torch.testing.assert_close(log_probs, expected, atol=0.5, rtol=0.1)

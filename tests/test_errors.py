@@ -384,6 +384,21 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         f"LuongAttention: dtype is torch.int64, needed is one of {DTYPES}, or None",
     ),
+    (
+        lambda: LuongAttention("dot", 4, device="nowhere"),
+        ValueError,
+        "LuongAttention: device is 'nowhere', needed is a torch.device, its name, or None",
+    ),
+    (
+        lambda: LuongAttention("concat", 4, device=0.5),
+        TypeError,
+        "LuongAttention: device is 0.5, needed is a torch.device, its name, or None",
+    ),
+    (
+        lambda: LuongAttention("general", DQ, dtype=torch.float16)(zeros(B, DQ), zeros(B, S, DQ)),
+        TypeError,
+        "LuongAttention: hidden is torch.float32, but Wa.weight is torch.float16; they must be the same",
+    ),
     (lambda: LuongAttention("dot", True), TypeError, "LuongAttention: hidden_size must be an integer, got bool"),
     (lambda: LuongAttention("dot", 4, scale="1"), TypeError, "LuongAttention: scale must be a number or None, got str"),
     # Whether or not they fit each other and the parameters.
@@ -427,7 +442,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         (
             lambda method=method: LuongAttention(method, DQ, DM, device="meta")(zeros(B, DQ), zeros(B, S, DM)),
             ValueError,
-            "luong_attention: weight is on meta, but query is on cpu; they must be on the same device",
+            f"LuongAttention: hidden is on {DEVICE}, but Wa.weight is on meta; they must be on the same device",
         )
         for method in ("general", "concat")
     ),
@@ -480,6 +495,18 @@ def test_numbers_as_lengths_are_seen_on_the_cpu(each_backend: str) -> None:
     """Whatever device tensors are made on where none is named."""
     with torch.device("meta"), pytest.raises(ValueError, match="lengths go from 2 to 6, needed is 0 <= length <= S=5"):
         dot(lengths=[6, 2])
+
+
+def test_lengths_as_a_parameter_are_checked(each_backend: str) -> None:
+    lengths = torch.nn.Parameter(torch.tensor([9, -1], device="cpu"), requires_grad=False)
+    with pytest.raises(ValueError, match="lengths go from -1 to 9, needed is 0 <= length <= S=5"):
+        dot(lengths=lengths)
+
+
+def test_what_autocast_made_is_said(each_backend: str) -> None:
+    text = "memory is torch.bfloat16, as torch.autocast made it, but query is torch.float64; they must be the same"
+    with torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(TypeError, match=f"^dot_attention: {text}$"):
+        dot(query=double(B, T, DQ))
 
 
 def test_integers_of_numpy(each_backend: str) -> None:

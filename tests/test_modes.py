@@ -252,6 +252,27 @@ def test_a_memory_made_within_vmap(method: str, name: str, each_backend: str) ->
             torch.testing.assert_close(torch.vmap(context)(several), expected)
 
 
+def test_compiled_with_numbers_of_numpy(each_backend: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    query, memory, lengths = torch.randn(2, 3, 4), torch.randn(2, 5, 4), numpy.array([5, 2])
+
+    def attend(query: Tensor, memory: Tensor, lengths: object) -> tuple[Tensor, Tensor | None]:
+        return attn_ext.luong_attention(query, memory, lengths=lengths, scale=1 / numpy.sqrt(query.shape[-1]))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, memory, lengths), attend(query, memory, lengths))
+
+
+def test_compiled_with_a_list_of_lengths_out_of_range(each_backend: str) -> None:
+    """It is known then what it holds."""
+    query, memory = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: attn_ext.luong_attention(query, memory, lengths=[6, 2]), backend="eager")
+    with pytest.raises(ValueError, match="lengths go from 2 to 6, needed is 0 <= length <= S=5"):
+        compiled()
+
+
 def test_compiled_with_lengths_on_the_cpu(each_backend: str) -> None:
     """Where all else is on another device."""
     query, memory = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 5, 4, device="meta")
