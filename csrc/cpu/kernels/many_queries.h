@@ -19,6 +19,7 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 template <class acc>
 void mask_scores(
     acc* scores, int64_t stride, const Problem& problem, int64_t b, int64_t first_query, int64_t queries, const Tile& tile) {
+  const int rest = static_cast<int>(whole_vectors<acc>(tile.count) - tile.count);
   for (int64_t t = 0; t < queries; ++t) {
     acc* row = scores + t * stride;
     if (problem.mask_per_query) {
@@ -26,7 +27,9 @@ void mask_scores(
         row[j] = may_attend(problem, b, first_query + t, tile.steps[j]) ? row[j] : kNothing<acc>;
       }
     }
-    std::fill(row + tile.count, row + whole_vectors<acc>(tile.count), kNothing<acc>);
+    if (rest > 0) {
+      Vec<acc>(kNothing<acc>).store(row + tile.count, rest);
+    }
   }
 }
 

@@ -220,8 +220,13 @@ inline float sum(const Vec<float>& x) {
   return _mm_cvtss_f32(sum_of_quarters(_mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1))));
 }
 
-// out[i][j] = factor * (the sum of x[i][j]), 16 sums for 30 shuffles; out's rows are `stride` apart.
-inline void store_sixteen_sums(float* out, int64_t stride, const Vec<float> (&x)[4][4], float factor) {
+// out[j] = factor * (the sum of x[j]), four of them.
+inline void store_four_sums(float* out, const Vec<float>* x, float factor) {
+  _mm_storeu_ps(out, _mm_mul_ps(_mm_set1_ps(factor), sum_of_quarters(sums_of_quarters(x))));
+}
+
+// The same of four rows, which are `stride` apart in out: 16 sums for 30 shuffles.
+inline void store_sixteen_sums(float* out, int64_t stride, const Vec<float> (*x)[4], float factor) {
   const __m512 quads[4] = {sums_of_quarters(x[0]), sums_of_quarters(x[1]), sums_of_quarters(x[2]), sums_of_quarters(x[3])};
   const auto fold = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
