@@ -214,7 +214,7 @@ inline void split_pairs(Pair* to, int64_t stride, const Vec<float>& x, const Vec
 
 // a . b of rows of `size` numbers, where a 0 of a passes nothing on, whatever it meets: its partial sums, one a lane.
 template <class acc, class element>
-[[gnu::always_inline]] inline Vec<acc> partial_dot_products(const acc* a, const element* b, int64_t size) {
+ATTN_EXT_INLINE_OF_ROW Vec<acc> partial_dot_products(const acc* a, const element* b, int64_t size) {
   Vec<acc> total(0);
   for_vectors<acc>(size, [&](int64_t i, auto count) {
     const auto x = Vec<acc>::loadu(a + i, count);

@@ -346,9 +346,9 @@ void multiply(
 // out[i][j] = factor * (the sum of sums[i][j]); out's rows are `stride` apart.
 template <int rows, int columns, class acc>
 inline void store_sums(acc* out, int64_t stride, const Vec<acc> (&sums)[rows][columns], acc factor) {
-  int i = 0;
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<acc, float> && columns == 4) {
+    int i = 0;
 #pragma GCC unroll 2
     for (; i + 4 <= rows; i += 4) {
       store_sixteen_sums(out + i * stride, stride, sums + i, factor);
@@ -361,7 +361,7 @@ inline void store_sums(acc* out, int64_t stride, const Vec<acc> (&sums)[rows][co
   }
 #endif
 #pragma GCC unroll 8
-  for (; i < rows; ++i) {
+  for (int i = 0; i < rows; ++i) {
     if constexpr (columns == 4) {
       acc four[4];
       sum_four<acc>(four, sums[i]);

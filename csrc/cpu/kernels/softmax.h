@@ -20,7 +20,7 @@ constexpr acc kSmallestExponent = std::is_same_v<acc, double> ? -708 : -87;
 
 // row[j] = exp(row[j] - subtract), 0 where that is subnormal, for whole vectors; returns their partial sums, one a lane.
 template <class acc>
-[[gnu::always_inline]] inline Vec<acc> exponentials(acc* row, int64_t count, acc subtract) {
+ATTN_EXT_INLINE_OF_ROW Vec<acc> exponentials(acc* row, int64_t count, acc subtract) {
   Vec<acc> total(0);
   const Vec<acc> shift(subtract);
   for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
@@ -54,7 +54,7 @@ struct Part {
 
 // row[j] = gradient(factor a_j, row[j], subtract), but nothing where the weight a_j is 0. Returns the partial sums.
 template <class acc, class Gradient>
-[[gnu::always_inline]] inline Vec<acc> pass_on(
+ATTN_EXT_INLINE_OF_ROW Vec<acc> pass_on(
     acc* row, const acc* weights, int64_t steps, acc factor, acc subtract, const Gradient& gradient) {
   Vec<acc> total(0);
   for_vectors<acc>(steps, [&](int64_t j, auto count) {
@@ -73,7 +73,7 @@ template <class acc, class Gradient>
 // leaves the others nothing, and has no gradient. Of weights that are recomputed that cannot be told, since a log-sum-exp is
 // rounded by as much as it is large.
 template <class acc>
-[[gnu::always_inline]] inline Vec<acc> differentiate_softmax(
+ATTN_EXT_INLINE_OF_ROW Vec<acc> differentiate_softmax(
     acc* row, const acc* weights, int64_t steps, acc delta, acc scale, bool delta_from_context) {
   const auto gradient = [](const auto& a, const auto& da, const auto& delta) { return a * (da - delta); };
   if (!delta_from_context) {
@@ -112,7 +112,7 @@ acc maximum(const acc* row, int64_t count, acc start) {
 // be rounded otherwise than the forward's were, and both grow with the scale: a whole row goes by its own maximum, and of a part no
 // weight is more than 1.
 template <class acc>
-[[gnu::always_inline]] inline Vec<acc> recompute_softmax(acc* row, int64_t steps, acc logsumexp, bool whole) {
+ATTN_EXT_INLINE_OF_ROW Vec<acc> recompute_softmax(acc* row, int64_t steps, acc logsumexp, bool whole) {
   const int64_t count = whole_vectors<acc>(steps);
   const acc shift = whole ? maximum(row, count, kNothing<acc>) : logsumexp;
   if (logsumexp == kNothing<acc> || shift == kNothing<acc>) {
