@@ -17,7 +17,7 @@
 namespace attn_ext::cpu {
 namespace {
 
-// RowRanges every item. If their results are merged, every item keeps its slot until all have run; each then merges an even share
+// Runs every item. If their results are merged, every item keeps its slot until all have run; each then merges an even share
 // of the rows.
 template <class Call>
 void run_all(

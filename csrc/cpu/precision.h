@@ -7,7 +7,7 @@
 
 namespace attn_ext::cpu {
 
-// What their factors may be rounded to. Asked for by backend, since the setting of all at once raises as soon as one of them has
+// What their operands may be rounded to. Asked for by backend, since the setting of all at once raises as soon as one of them has
 // been set by itself.
 inline Dtype product_dtype_of_float32() {
   switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {

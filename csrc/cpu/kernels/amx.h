@@ -23,7 +23,7 @@ constexpr bool kHasAmx = kIsPaired<element> || std::is_same_v<element, float>;
 constexpr bool kHasAmx = false;
 #endif
 
-// How many bfloat16 a float is the sum of in products of such factors: eight bits each. Three are all that it has, two all of a
+// How many bfloat16 a float is the sum of in products of that dtype: eight bits each. Three are all that it has, two all of a
 // float16 and more.
 constexpr int parts_of(Dtype product_dtype) {
   return product_dtype == Dtype::Float ? 3 : 2;
@@ -34,8 +34,8 @@ constexpr int parts_of(Dtype product_dtype) {
 template <int parts>
 constexpr int64_t kPartsDepth = parts == 2 ? 256 : 128;
 
-// Either factor of a product in tiles: groups of 16 rows of the left one, or columns of the right one. A group has its tiles, of 16
-// pairs along the index that is summed over, and a tile its parts; where it is in place it has one part.
+// Either operand of a product in tiles: groups of 16 rows of the left one, or columns of the right one. A group has its tiles, of
+// 16 pairs along the index that is summed over, and a tile its parts; where it is in place it has one part.
 struct AmxOperand {
   const Pair* data;
   int64_t group;  // stride, in pairs
@@ -126,8 +126,8 @@ class AmxScope {
 };
 
 #if defined(__AMX_BF16__)
-// sums (+)= a b for `rows` groups of a and `columns` of b, so many tiles of each. Of factors in parts all products of two whose
-// places add up to less than `parts`: the others are beyond the last bit. Four products share their factors' loads, each of which
+// sums (+)= a b for `rows` groups of a and `columns` of b, so many tiles of each. Of operands in parts all products of two whose
+// places add up to less than `parts`: the others are beyond the last bit. Four products share their operands' loads, each of which
 // takes half as long as a product. What is wanted next is prefetched a line every other product: more would fill the buffers that
 // the loads need. `every` so many products, evenly, a step packs some of what is multiplied next.
 template <int parts, int rows, int columns, class Packer>

@@ -1,5 +1,5 @@
-// The products of products.h by matrix tiles (amx.h). Their left factor has its pairs along a row, their right one, a
-// panel of columns, from row to row, so that a tile's lines lie one behind the other and share no set of the cache. Pairs of
+// The products of products.h by matrix tiles (amx.h). Their left operand has its pairs along a row, their right one, a panel of
+// columns, from row to row, so that a tile's lines lie one behind the other and share no set of the cache. Pairs of
 // bfloat16 stand so in a query or a memory; rows of floats are packed, split into their parts, block by block.
 #pragma once
 
@@ -63,7 +63,7 @@ struct AmxExcess {
 
 #if defined(__AMX_BF16__)
 
-// The right factor: 32 columns of it, so many numbers of each along the index that is summed over. A workspace has two panels: one
+// The right operand: 32 columns of it, so many numbers of each along the index that is summed over. A workspace has two panels: one
 // is multiplied, and the next one packed meanwhile.
 template <class element, int parts>
 struct AmxPanel : AmxBuffer<parts> {
@@ -347,7 +347,7 @@ void multiply_panel(
   }
 }
 
-// The left factor: row i of `depth` numbers, times a factor, filled up with zeros.
+// The left operand: row i of `depth` numbers, times a factor, filled up with zeros.
 template <int parts>
 void pack_row(const AmxBuffer<parts>& left, int64_t i, const float* row, int64_t depth, float factor) {
   const Vec<float> times(factor);
@@ -398,7 +398,7 @@ void pack_coefficients(
   }
 }
 
-// The left factor from rows of a.
+// The left operand from rows of a.
 template <class element, int parts>
 class LeftPacker;
 
@@ -463,9 +463,8 @@ class LeftPacker<float, parts> : public PackSteps<LeftPacker<float, parts>> {
   int64_t first_ = 0, depth_ = 0;
 };
 
-// begin(packer, panel, n, width, k, depth) has `depth` of the right factor's numbers packed, from the k-th on, of the columns n ..
-// n
-// + width.
+// begin(packer, panel, n, width, k, depth) has `depth` of the right operand's numbers packed, from the k-th on, of the columns n ..
+// n + width.
 template <int parts, class element, class Packer, class Begin>
 void multiply_in_parts(
     Result<float> out,
@@ -506,7 +505,7 @@ void multiply_in_parts(
   }
 }
 
-// The steps of both factors, the right one's first, which is needed sooner.
+// The steps of both operands, the right one's first, which is needed sooner.
 template <class Right, class Left>
 struct BothPackers {
   Right& right;

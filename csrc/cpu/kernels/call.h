@@ -151,7 +151,7 @@ struct Matmul {
   const float* bias;        // [columns], or null
   bool adds_to_out;         // without a bias
   RowRanges row_ranges;     // of the batch's rows: the others of out become 0, or stay as they are where they are added to
-  int64_t mean_range_rows;  // of a run, on average
+  int64_t mean_range_rows;  // of a range, on average
   int64_t height;           // of an item's block of out
   int64_t width;
 

@@ -16,8 +16,8 @@ struct Coefficients {
   int64_t column_stride;
 };
 
-// Where rows go: to_i = factor_i (plus_i + what is computed), without a plus where it is null, with factor_i = factors[i *
-// factor_stride].
+// Where rows go: to_i = factor_i (plus_i + what is computed), without a plus where it is null, with
+// factor_i = factors[i * factor_stride].
 template <class acc>
 struct Result {
   acc* to;
@@ -89,7 +89,7 @@ static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products o
 // Rows that are worth transposing a panel for, if they are not few; no shallower product is worth packing one.
 constexpr int64_t kPanelRows = 16;
 
-// Pairs that the left factor of a product takes, of a tile's or a chunk's rows.
+// Pairs that the left operand of a product takes, of a tile's or a chunk's rows.
 template <class element>
 constexpr int64_t kLeftSize = 0;
 

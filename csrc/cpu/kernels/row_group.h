@@ -93,7 +93,7 @@ class DeferredRows {
     return count_ - done_;
   }
 
-  // The next row's, for whoever asks to do.
+  // The next row's, for the caller to do.
   template <class scalar, bool streams>
   DeferredRow<acc, scalar, streams> take() {
     const int64_t r = done_++;

@@ -1,5 +1,5 @@
-// What a softmax takes, over whole vectors of scores. The end of a sum, across a vector, takes as long as the
-// rest of a short row: sums are returned as they are, one a lane, for sum_each() of several rows to share the shuffles.
+// What a softmax takes, over whole vectors of scores. The end of a sum, across a vector, takes as long as the rest of a
+// short row: sums are returned as they are, one a lane, for sum_each() of several rows to share the shuffles.
 #pragma once
 
 #include "products.h"
