@@ -288,7 +288,7 @@ def attend_unchecked(
             return _project_and_attend(op, query, v, memory, lengths, mask, scale, need_weights, weight, bias)
         return backend.calls.attention(query, memory, keys, v, lengths, mask, scale, need_weights)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
+        raise  # nothing that a check would word
     except REFUSALS:
         return None
 

@@ -333,10 +333,10 @@ bool needs_context(const Inputs& inputs) {
 //   keys [B, S, D]: the scores are query . key; with v [D], too, v . tanh(query + key) (additive)
 //   prepared_keys: what prepare_keys made of additive's keys, exp(2 keys) and what goes with it, where several calls share them
 //   lengths [B] int64; mask [B, S] or [B, T, S] bool
-//   need_exact: which of context and weights a backward will read as they were accumulated; of halves, `exact` has them, in
-//   float32, and otherwise it is empty. Not every backward reads the context: needs_context() wanted: the gradients of query,
-//   memory, keys, v and the scores [B, T, S]
-// Results that are not wanted, weights without need_weights among them, have no elements.
+//   wanted: the gradients of query, memory, keys, v and the scores [B, T, S]
+// Results that are not wanted, weights without need_weights among them, have no elements. need_exact: which of context and weights
+// a backward will read as they were accumulated; of halves, `exact` has them, in float32, and otherwise it is empty. Not every
+// backward reads the context: needs_context().
 TORCH_LIBRARY(attn_ext, m) {
   m.def(
       "attention(Tensor query, Tensor memory, Tensor? keys, Tensor? v, Tensor? prepared_keys, Tensor? lengths, Tensor? mask,"

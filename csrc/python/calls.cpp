@@ -31,7 +31,7 @@ Attended attention(
   return attended(std::move(context), std::move(weights));
 }
 
-template <class Op>
+template <class Named>
 struct Call;
 
 template <const char* name, class... Arguments>

@@ -56,7 +56,8 @@ struct StepsRows {
     }
   }
 
-  // A tile's rows, `stride` apart and each times its factor, into their places, and zeros for the steps before and between them.
+  // A tile's rows, `stride` apart and each times its factor, if there are any, into their places, and zeros for the steps before
+  // and between them.
   template <class acc>
   void scatter(const acc* rows, int64_t stride, const acc* factors, const Tile& tile, int64_t written) const {
     with_type<acc>(dtype, [&](auto example) {

@@ -297,7 +297,7 @@ void load_row(acc* to, const scalar* from, int64_t stride, int64_t size) {
   if (stride == 1) {
     if constexpr (std::is_same_v<scalar, acc>) {
 #if defined(CPU_CAPABILITY_AVX512)
-      // Of a short row half of the time that a call of memmove takes.
+      // A short row is a few vectors, not worth a call of memmove.
       return for_vectors<acc>(
           size, [&](int64_t j, auto count) { Vec<acc>::loadu(from + j, count).store(to + j, static_cast<int>(count)); });
 #else
