@@ -110,21 +110,19 @@ inline void zip_rows(Pair* to, const Pair* a, const Pair* b, int64_t first, int6
 
 // A row of floats, rounded, as pairs in whole vectors; the last are filled up with zeros.
 inline void pair_row(Pair* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 32) {
-    const int64_t low = std::min<int64_t>(16, count - i), high = std::min<int64_t>(16, count - i - low);
-    const Vec<float> second = high > 0 ? Vec<float>::loadu(from + i + 16, high) : Vec<float>(0);
-    _mm512_storeu_si512(to + i / 2, rounded<c10::BFloat16>(Vec<float>::loadu(from + i, low), second));
-  }
+  for_two_vectors<float>(count, [&](int64_t i, auto low, auto high) {
+    const Vec<float> first = Vec<float>::loadu(from + i, low), second = Vec<float>::loadu(from + i + low, high);
+    _mm512_storeu_si512(to + i / 2, rounded<c10::BFloat16>(first, second));
+  });
 }
 
 // to[i] = (a_i, b_i), rounded, in whole vectors; b may be null: zeros.
 inline void pair_rows(Pair* to, const float* a, const float* b, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const int64_t some = std::min<int64_t>(16, count - i);
-    const __m512i both =
-        rounded<c10::BFloat16>(Vec<float>::loadu(a + i, some), b == nullptr ? Vec<float>(0) : Vec<float>::loadu(b + i, some));
+  for_vectors<float>(count, [&](int64_t i, auto some) {
+    const Vec<float> second = b == nullptr ? Vec<float>(0) : Vec<float>::loadu(b + i, some);
+    const __m512i both = rounded<c10::BFloat16>(Vec<float>::loadu(a + i, some), second);
     _mm512_storeu_si512(to + i, zip_words(both, both, 0, 16));
-  }
+  });
 }
 
 // Numbers as a pair has them.
@@ -132,14 +130,14 @@ inline Vec<float> as_paired(const Vec<float>& x) {
   return widened(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
-// By how much the sum of a row's numbers grows as they are rounded.
-inline float gained_by_rounding(const float* row, int64_t count) {
+// By how much the sum of a row's numbers grows as they are rounded: its partial sums, one a lane.
+ATTN_EXT_INLINE_OF_ROW Vec<float> gained_by_rounding(const float* row, int64_t count) {
   Vec<float> gained(0);
   for_vectors<float>(count, [&](int64_t i, auto some) {
     const Vec<float> x = Vec<float>::loadu(row + i, some);
     gained = gained + (as_paired(x) - x);
   });
-  return sum(gained);
+  return gained;
 }
 
 // What a row's numbers lose by it.
@@ -153,7 +151,7 @@ inline void lost_by_rounding(float* to, const float* row, int64_t count) {
 // Keeps a row's sum through rounding: what rounding adds is taken off the smallest number that keeps its sign by it, whose own
 // rounding errs least.
 inline void keep_sum(float* row, int64_t count) {
-  const float gained = gained_by_rounding(row, count);
+  const float gained = sum(gained_by_rounding(row, count));
   constexpr float none = std::numeric_limits<float>::infinity();
   Vec<float> least(none);
   for_vectors<float>(count, [&](int64_t i, auto some) {

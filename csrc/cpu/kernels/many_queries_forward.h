@@ -272,15 +272,23 @@ struct ManyQueriesForward {
     });
     for (int64_t t = 0; t < queries; ++t) {
       slot.row_sum[t] += sums[t];
-      if constexpr (kIsPaired<element>) {
-        acc* row = scores + t * stride;
-        if (slot.residuals != nullptr) {
-          acc* residuals = slot.residuals + t * slot.residuals_stride;
-          lost_by_rounding(residuals, row, steps);
-          row = residuals;
+    }
+    if constexpr (kIsPaired<element>) {
+      const acc* rounded = scores;
+      int64_t rounded_stride = stride;
+      if (slot.residuals != nullptr) {
+        rounded = slot.residuals;
+        rounded_stride = slot.residuals_stride;
+        for (int64_t t = 0; t < queries; ++t) {
+          lost_by_rounding(slot.residuals + t * rounded_stride, scores + t * stride, steps);
         }
-        if (slot.counts_gained) {
-          gained(slot, t) = (first ? acc(0) : gained(slot, t)) + gained_by_rounding(row, steps);
+      }
+      if (slot.counts_gained) {
+        sum_each(sums, queries, [&](int64_t t) __attribute__((always_inline)) {
+          return gained_by_rounding(rounded + t * rounded_stride, steps);
+        });
+        for (int64_t t = 0; t < queries; ++t) {
+          gained(slot, t) = (first ? acc(0) : gained(slot, t)) + sums[t];
         }
       }
     }

@@ -50,6 +50,20 @@ template <class acc, class F>
   }
 }
 
+// f(first, low, high) over two vectors at a time, what is rounded to a vector of halves: `low` elements and `high` behind them.
+template <class acc, class F>
+[[gnu::always_inline]] inline void for_two_vectors(int64_t size, const F& f) {
+  constexpr std::integral_constant<int64_t, Vec<acc>::size()> whole;
+  int64_t i = 0;
+  for (; i + 2 * whole <= size; i += 2 * whole) {
+    f(i, whole, whole);
+  }
+  if (i < size) {
+    const int64_t low = std::min<int64_t>(whole, size - i);
+    f(i, low, size - i - low);
+  }
+}
+
 // exp(factor x) where the result is a normal number, anything elsewhere; a NaN stays one. Floats are within 1 ulp of the result of
 // some x (1 +- 2e-8), as if x had been rounded once more.
 template <class acc>
@@ -310,6 +324,11 @@ void load_row(acc* to, const scalar* from, int64_t stride, int64_t size) {
         at::vec::load_to_float<scalar>(from + i, x);
         x.store(to + i);
       }
+      if (i < size) {
+        const auto [rest, none] = at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from + i, size - i));
+        rest.store(to + i, static_cast<int>(size - i));
+      }
+      return;
     }
   }
   for (; i < size; ++i) {
@@ -342,14 +361,11 @@ void store_row(scalar* to, const acc* from, int64_t size, acc factor) {
     scale_row(to, from, size, factor);
   } else {
     const Vec<acc> factors(factor);
-    constexpr int64_t lanes = Vec<acc>::size();
-    for (int64_t i = 0; i < size; i += 2 * lanes) {
-      const int64_t low = std::min(lanes, size - i);
-      const int64_t high = std::min(lanes, size - i - low);
+    for_two_vectors<acc>(size, [&](int64_t i, auto low, auto high) {
       const Vec<acc> a = Vec<acc>::loadu(from + i, low) * factors;
-      const Vec<acc> b = high > 0 ? Vec<acc>::loadu(from + i + low, high) * factors : Vec<acc>(0);
+      const Vec<acc> b = Vec<acc>::loadu(from + i + low, high) * factors;
       rounded<scalar>(a, b).store(to + i, static_cast<int>(low + high));
-    }
+    });
   }
 }
 
