@@ -304,7 +304,7 @@ bool check_products(Random& random) {
 #if defined(__AMX_BF16__)
     dot_products_by_amx(out.data(), kTile, a_rows.data(), a_count, b_rows.data(), b_count, size, factor, work);
 #else
-    dot_products<float>(out.data(), kTile, a_rows.data(), a_count, b_rows.data(), b_count, size, factor, work);
+    dot_products(out.data(), kTile, a_rows.data(), a_count, b_rows.data(), b_count, size, factor, work);
 #endif
     for (int64_t i = 0; i < a_count; ++i) {
       for (int64_t j = 0; j < b_count; ++j) {

@@ -25,12 +25,12 @@ class DotScore {
     return is_worth_amx<element>(excess.of_scores(problem.key_size) + excess.of_rows());
   }
 
-  DotScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena)
+  DotScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, bool may_be_halves)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
         query_(arena, problem.dtype, problem.query, queries, problem.key_size) {
     if (problem.method == Method::KeyedDot) {
-      own_keys_.emplace(arena, problem.dtype, problem.keys, tile, problem.key_size);
+      own_keys_.emplace(arena, problem.dtype, problem.keys, tile, problem.key_size, may_be_halves);
     }
   }
 
@@ -42,13 +42,13 @@ class DotScore {
     if (own_keys_) {
       own_keys_->load(b, tile);
     }
-    keys_ = (own_keys_ ? *own_keys_ : memory).addresses();
+    keys_ = (own_keys_ ? *own_keys_ : memory).right();
   }
 
   // Of `count` loaded queries from `first` on against the loaded tile; out's rows are `stride` apart.
   void scores(acc* out, int64_t stride, int64_t first, int64_t count, int64_t steps, Workspace<element>& work) const {
     const int64_t size = ElementTraits<element>::elements(size_);
-    dot_products<element>(out, stride, query_.addresses() + first, count, keys_, steps, size, scale_, work);
+    dot_products(out, stride, query_.addresses() + first, count, keys_, steps, size, scale_, work);
   }
 
  protected:
@@ -56,7 +56,7 @@ class DotScore {
   acc scale_;
   Rows<element> query_;
   std::optional<Rows<element>> own_keys_;
-  const element* const* keys_ = nullptr;
+  RightRows<element> keys_{};
 };
 
 template <class element>
@@ -65,7 +65,8 @@ class DotGradient : public DotScore<element> {
   using acc = typename DotScore<element>::acc;
   static constexpr bool kMultipliesKeys = true;
 
-  DotGradient(const Backward& f, Arena& arena) : DotScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena), f_(f) {
+  DotGradient(const Backward& f, Arena& arena, bool may_be_halves)
+      : DotScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, may_be_halves), f_(f) {
     if (f.grad_keys != nullptr) {
       grad_keys_.emplace(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size);
     }

@@ -1,5 +1,5 @@
-// What the products multiply, by element of a row: numbers of the accumulation type, or pairs of bfloat16, which one instruction
-// multiplies and adds up in float32, twice the multiply-adds of float32's.
+// What the products multiply, by element of a row: numbers of the accumulation type, halves, which become such numbers as they are
+// loaded, or pairs of bfloat16, which one instruction multiplies and adds up in float32, twice the multiply-adds of float32's.
 #pragma once
 
 #include "vec.h"
@@ -34,6 +34,27 @@ struct ElementTraits {
     return Vec<acc>::loadu(row + i, count);
   }
 };
+
+template <class element>
+constexpr bool kIsHalf = std::is_same_v<element, c10::BFloat16> || std::is_same_v<element, c10::Half>;
+
+template <class half>
+  requires kIsHalf<half>
+struct ElementTraits<half> {
+  using acc = float;
+  using Vector = Vec<float>;
+
+  static Vector load(const half* from, int64_t count = Vector::size()) {
+    return load_one<float>(from, count);
+  }
+};
+
+// Whether products take rows of halves as they stand: where it is an instruction or two to make numbers of a vector of them.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+constexpr bool kConvertsInRegisters = true;
+#else
+constexpr bool kConvertsInRegisters = false;
+#endif
 
 // Neighbours along the index that a product sums over.
 struct Pair {
@@ -110,9 +131,10 @@ inline void zip_rows(Pair* to, const Pair* a, const Pair* b, int64_t first, int6
 
 // A row of floats, rounded, as pairs in whole vectors; the last are filled up with zeros.
 inline void pair_row(Pair* to, const float* from, int64_t count) {
-  for_two_vectors<float>(count, [&](int64_t i, auto low, auto high) {
-    const Vec<float> first = Vec<float>::loadu(from + i, low), second = Vec<float>::loadu(from + i + low, high);
-    _mm512_storeu_si512(to + i / 2, rounded<c10::BFloat16>(first, second));
+  for_twos<float>(count, [&](int64_t i, auto some) {
+    Vec<float> x[2];
+    load_two(x, from + i, some);
+    _mm512_storeu_si512(to + i / 2, rounded<c10::BFloat16>(x[0], x[1]));
   });
 }
 

@@ -45,9 +45,9 @@ struct ManyQueriesBackward {
     acc* grad_weights_row = arena.take<acc>(f.problem.steps);
     Rows<element> grad_context{arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size};
     Rows<acc> context{arena, kAccumulated<acc>, f.context, f.plan.chunk, f.problem.memory_size};
-    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size};
+    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size, !work.by_amx};
     TileGradient<acc> grad_memory{arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size};
-    Gradient gradient{f, arena};
+    Gradient gradient{f, arena, !work.by_amx};
   };
 
   static size_t slot_size(const Backward& f) {
@@ -247,7 +247,7 @@ struct ManyQueriesBackward {
     }
     if (f.grad_context.data != nullptr) {
       const int64_t size = ElementTraits<element>::elements(problem.memory_size);
-      dot_products<element>(grad_scores, stride, grad_context, count, slot.memory.addresses(), tile.count, size, acc(1), slot.work);
+      dot_products(grad_scores, stride, grad_context, count, slot.memory.right(), tile.count, size, acc(1), slot.work);
     } else {
       std::fill_n(grad_scores, count * stride, acc(0));
     }

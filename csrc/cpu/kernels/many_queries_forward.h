@@ -43,8 +43,8 @@ struct ManyQueriesForward {
     // [chunk][residuals_stride] what a tile's exponentials lose as they are rounded, or null.
     acc* residuals = counts_gained && f.problem.method != Method::Dot ? arena.take<acc>(f.plan.chunk * residuals_stride) : nullptr;
     Workspace<element> work{arena, f.problem.product_dtype, f.plan.chunk, Score::goes_by_amx(f.problem, f.plan)};
-    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size};
-    Score score{f.problem, f.plan.chunk, f.plan.tile, arena};
+    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size, !work.by_amx};
+    Score score{f.problem, f.plan.chunk, f.plan.tile, arena, !work.by_amx};
   };
 
   static size_t slot_size(const Forward& f) {
@@ -89,7 +89,7 @@ struct ManyQueriesForward {
       if (slot.residuals != nullptr) {
         const Coefficients<acc> residuals{slot.residuals, slot.residuals_stride, 1};
         const Result<acc> context(slot.context, slot.context_stride, tiles > 0);
-        multiply(context, item.queries, residuals, slot.memory.addresses(), tile.count, problem.memory_size, &slot.work);
+        multiply(context, item.queries, residuals, slot.memory.right(), tile.count, problem.memory_size, &slot.work);
       }
       const Coefficients<acc> coefficients{scores, stride, 1};
       const bool in_place = final && f.exact_context != nullptr;
@@ -104,7 +104,7 @@ struct ManyQueriesForward {
           slot.context_stride,
           slot.factors,
           1};
-      multiply(context, item.queries, coefficients, slot.memory.addresses(), tile.count, problem.memory_size, &slot.work);
+      multiply(context, item.queries, coefficients, slot.memory.right(), tile.count, problem.memory_size, &slot.work);
     }
     for (int64_t t = 0; tiles == 0 && t < item.queries; ++t) {
       std::fill_n(slot.context + t * slot.context_stride, slot.context_size, acc(0));
@@ -187,7 +187,7 @@ struct ManyQueriesForward {
       const Result<acc> scratch{slot.context, slot.context_stride, nullptr, 0, slot.factors + first, 1};
       const Coefficients<acc> of_rows{
           coefficients.data + first * coefficients.row_stride, coefficients.row_stride, coefficients.column_stride};
-      multiply(context.streams ? context : scratch, count, of_rows, slot.memory.addresses(), steps, size, &slot.work);
+      multiply(context.streams ? context : scratch, count, of_rows, slot.memory.right(), steps, size, &slot.work);
       for (int64_t t = 0; !context.streams && t < count; ++t) {
         stream_row(kAccumulated<acc>, context.to, (first + t) * size, slot.context + t * slot.context_stride, size);
       }

@@ -165,7 +165,7 @@ class Block {
       const int64_t width = std::min(kFewColumns, width_ - n);
       const float* columns[kFewColumns];
       find_columns(columns, n, width, 0, call_.depth);
-      sum_products<float>(work_.panel, kFewColumns, rows, count, columns, width, call_.depth, 1.f);
+      sum_products(work_.panel, kFewColumns, rows, count, columns, width, call_.depth, 1.f);
       const float* sums = work_.panel;
       const auto [added, stride] = plus(0, n);
       for_rows([&](int64_t i) {

@@ -89,6 +89,13 @@ static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products o
 // Rows that are worth transposing a panel for, if they are not few; no shallower product is worth packing one.
 constexpr int64_t kPanelRows = 16;
 
+// Queries whose products pairs of bfloat16 are worth making for.
+#if defined(__AMX_BF16__)
+constexpr int64_t kPairedRows = kPanelRows;
+#else
+constexpr int64_t kPairedRows = 8;
+#endif
+
 // Pairs that the left operand of a product takes, of a tile's or a chunk's rows.
 template <class element>
 constexpr int64_t kLeftSize = 0;
@@ -113,7 +120,7 @@ struct Workspace {
 
   // For products of up to `queries` queries.
   Workspace(Arena& arena, Dtype product_dtype, int64_t queries, bool worth_amx)
-      : panel(queries >= kPanelRows ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
+      : panel(kIsPaired<element> || queries >= kPanelRows ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
         left(kIsPaired<element> || worth_amx ? arena.take<Pair>(kLeftSize<element>) : nullptr),
         parts(parts_of(product_dtype)),
         by_amx(queries >= kPanelRows && worth_amx) {}

@@ -74,11 +74,15 @@ void for_even_blocks(int64_t count, const F& f) {
   }
 }
 
+// What the coefficients of rows of b are: pairs' are pairs.
+template <class element>
+using Coefficient = std::conditional_t<kIsHalf<element>, float, element>;
+
 // out_i = sum_k c(i, k) b_k of `size` elements, and what the result makes of it.
 template <class element, class acc>
 struct Product {
   Result<acc> out;
-  Coefficients<element> c;
+  Coefficients<Coefficient<element>> c;
   const element* const* b;
   int64_t depth;
   int64_t size;
@@ -112,6 +116,7 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
   static_assert(!partial || width == 1);
   constexpr bool tall = 2 * rows > tallest(width);
   using F = ElementTraits<element>;
+  using C = ElementTraits<Coefficient<element>>;
   constexpr int lanes = Vec<acc>::size();
   const int64_t depth = product.depth, count = product.size - n;
   Vec<acc> sums[rows][width];
@@ -135,8 +140,8 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
   }
   const element* const* const b = packs || product.panel == nullptr ? product.b : product.panel->address;
   [[maybe_unused]] element* const panel = packs ? product.panel->data : nullptr;
-  const Coefficients<element> c = product.c;
-  const element* const coefficients = c.data + i0 * c.row_stride;
+  const auto c = product.c;
+  const auto* const coefficients = c.data + i0 * c.row_stride;
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
     const element* from = b[k] + n;
     if constexpr (tall) {
@@ -154,10 +159,10 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const auto coefficient = F::broadcast(coefficients[i * c.row_stride + k * c.column_stride]);
+      const auto coefficient = C::broadcast(coefficients[i * c.row_stride + k * c.column_stride]);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
-        sums[i][w] = F::multiply_add(coefficient, right[w], sums[i][w]);
+        sums[i][w] = C::multiply_add(coefficient, right[w], sums[i][w]);
       }
     }
   };
@@ -302,6 +307,36 @@ void multiply(
   }
 }
 
+// The same of halves, which become numbers in registers each time they are read: to leave such a panel of them takes longer.
+template <class half, class acc>
+  requires kIsHalf<half>
+void multiply(
+    Result<acc> out, int64_t height, Coefficients<acc> c, const half* const* b, int64_t depth, int64_t size, Workspace<acc>* work) {
+  multiply_blocks<half, acc>({out, c, b, depth, size, &work->prefetches}, height);
+}
+
+// f of the rows' addresses, of their type.
+template <class F>
+void with_addresses(const StoredRows& rows, const F& f) {
+  const auto of = [&](auto example) { f(reinterpret_cast<const decltype(example)* const*>(rows.addresses)); };
+  if constexpr (kConvertsInRegisters) {
+    with_type<float>(rows.dtype, of);
+  } else {
+    of(float());
+  }
+}
+
+inline void multiply(
+    Result<float> out,
+    int64_t height,
+    Coefficients<float> c,
+    const StoredRows& b,
+    int64_t depth,
+    int64_t size,
+    Workspace<float>* work) {
+  with_addresses(b, [&](auto* const* rows) { multiply(out, height, c, rows, depth, size, work); });
+}
+
 #if defined(__AVX512BF16__)
 // The coefficients, rounded, and the rows of b as pairs along k.
 template <class acc>
@@ -391,18 +426,18 @@ inline auto addresses(const element* const* from) {
 }
 
 // out[i][j] = factor * sum_d a[i][d] b[j][d], summed along vectors: for a few rows.
-template <class element, class acc>
+template <class left_element, class right_element, class acc>
 void sum_products(
     acc* out,
     int64_t stride,
-    const element* const* a,
+    const left_element* const* a,
     int64_t a_count,
-    const element* const* b,
+    const right_element* const* b,
     int64_t b_count,
     int64_t size,
     acc factor,
     PrefetchQueue* prefetches = nullptr) {
-  using F = ElementTraits<element>;
+  using F = ElementTraits<left_element>;
   for_even_blocks<kRows>(a_count, [&](auto rows, int64_t i0) {
     for_blocks<kColumns>(b_count, [&](auto columns, int64_t j0) {
       const auto of_a = addresses<rows.value>(a + i0);
@@ -417,7 +452,7 @@ void sum_products(
         typename F::Vector right[columns.value];
 #pragma GCC unroll 8
         for (int j = 0; j < columns.value; ++j) {
-          right[j] = F::load(of_b[j] + d, count);
+          right[j] = ElementTraits<right_element>::load(of_b[j] + d, count);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < rows.value; ++i) {
@@ -463,18 +498,18 @@ bool are_summed(int64_t a_count, int64_t b_count, int64_t size) {
 }
 
 // out[i][j] = factor a_i . b_j of rows of `size` elements; out's rows are `stride` apart.
-template <class element, class acc>
+template <class element, class right_element, class acc>
 void dot_products(
     acc* out,
     int64_t stride,
     const element* const* a,
     int64_t a_count,
-    const element* const* b,
+    const right_element* const* b,
     int64_t b_count,
     int64_t size,
     acc factor,
     Workspace<element>& work) {
-  if constexpr (kHasAmx<element>) {
+  if constexpr (kHasAmx<element> && !kIsHalf<right_element>) {
     if (work.by_amx && a_count >= kPanelRows && size > 0) {
       return dot_products_by_amx(out, stride, a, a_count, b, b_count, size, factor, work);
     }
@@ -504,8 +539,21 @@ void dot_products(
     }
   }
   if (j0 < b_count) {
-    sum_products<element>(out + j0, stride, a, a_count, b + j0, b_count - j0, size, factor, &work.prefetches);
+    sum_products(out + j0, stride, a, a_count, b + j0, b_count - j0, size, factor, &work.prefetches);
   }
+}
+
+inline void dot_products(
+    float* out,
+    int64_t stride,
+    const float* const* a,
+    int64_t a_count,
+    const StoredRows& b,
+    int64_t b_count,
+    int64_t size,
+    float factor,
+    Workspace<float>& work) {
+  with_addresses(b, [&](auto* const* rows) { dot_products(out, stride, a, a_count, rows, b_count, size, factor, work); });
 }
 
 // row += factor * other

@@ -43,12 +43,23 @@ inline void load_row(Pair* to, Dtype dtype, const View& view, int64_t b, int64_t
 }
 #endif
 
+// Rows by address, of numbers of the accumulation type or of halves as they stand: the right operand of a product.
+struct StoredRows {
+  Dtype dtype;
+  const void* const* addresses;
+};
+
+template <class element>
+using RightRows = std::conditional_t<std::is_same_v<element, float>, StoredRows, const element* const*>;
+
 // Addresses of rows: the tensor's own where they are dense and of the products' elements, of converted copies otherwise.
 template <class element>
 class Rows {
  public:
-  Rows(Arena& arena, Dtype dtype, const View& view, int64_t capacity, int64_t size)
+  // With `may_be_halves` such rows stay as they are: right() has them.
+  Rows(Arena& arena, Dtype dtype, const View& view, int64_t capacity, int64_t size, bool may_be_halves = false)
       : dtype_(dtype),
+        may_be_halves_(kConvertsInRegisters && std::is_same_v<element, float> && may_be_halves),
         view_(view),
         size_(size),
         stride_(padded<element>(ElementTraits<element>::elements(size))),
@@ -81,19 +92,28 @@ class Rows {
     return address_;
   }
 
+  RightRows<element> right() const {
+    if constexpr (std::is_same_v<element, float>) {
+      return {in_place_ ? dtype_ : Dtype::Float, reinterpret_cast<const void* const*>(address_)};
+    } else {
+      return address_;
+    }
+  }
+
  private:
   bool may_be_in_place() const {
     if constexpr (std::is_same_v<element, Pair>) {
       // dot_products() counts from row to row in whole pairs.
       return dtype_ == Dtype::BFloat16 && view_.element_stride == 1 && size_ % (2 * kPairsAtOnce) == 0 && view_.row_stride % 2 == 0;
     }
-    return view_.data == nullptr || (dtype_ == kAccumulated<element> && (view_.element_stride == 1 || size_ <= 1));
+    return view_.data == nullptr ||
+           ((dtype_ == kAccumulated<element> || may_be_halves_) && (view_.element_stride == 1 || size_ <= 1));
   }
 
   void load_one(int64_t i, int64_t b, int64_t row) {
     if (in_place_) {
-      const auto* data = static_cast<const typename ElementTraits<element>::Number*>(view_.data);
-      address_[i] = reinterpret_cast<const element*>(data + b * view_.batch_stride + row * view_.row_stride);
+      const int64_t place = b * view_.batch_stride + row * view_.row_stride;
+      address_[i] = reinterpret_cast<const element*>(static_cast<const char*>(view_.data) + place * width_of(dtype_));
     } else {
       address_[i] = copies_ + i * stride_;
       load_row(copies_ + i * stride_, dtype_, view_, b, row, size_);
@@ -101,6 +121,7 @@ class Rows {
   }
 
   Dtype dtype_;
+  bool may_be_halves_;
   View view_;
   int64_t size_;
   int64_t stride_;

@@ -38,13 +38,17 @@ inline TwoColumns columns_of_fours(const __m512* fours, int64_t c) {
 
 // to[d][j] = from[j][first + d] for 16 rows and 16 features. Each row is loaded once and whole: rows that are a multiple of 1 KiB
 // apart share a few sets of the cache, which would not keep them for a second load.
-template <class element>
-inline void transpose_square(element* to, int64_t stride, const element* const* from, int64_t first) {
-  static_assert(sizeof(element) == 4);
+template <class to_element, class element>
+inline void transpose_square(to_element* to, int64_t stride, const element* const* from, int64_t first) {
+  static_assert(sizeof(to_element) == 4);
   __m512 x[16], fours[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
-    x[i] = _mm512_loadu_ps(from[i] + first);
+    if constexpr (kIsHalf<element>) {
+      x[i] = ElementTraits<element>::load(from[i] + first);
+    } else {
+      x[i] = _mm512_loadu_ps(from[i] + first);
+    }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
@@ -64,16 +68,26 @@ inline void transpose_square(element* to, int64_t stride, const element* const* 
 #else
 // to[d][j] = from[j][first + d] for 8 rows and 8 features. A load brings four features of a row, a second those of the row four
 // below, which leaves two shuffles a vector.
-template <class element>
-inline void transpose_square(element* to, int64_t stride, const element* const* from, int64_t first) {
-  static_assert(sizeof(element) == 4);
+template <class to_element, class element>
+inline void transpose_square(to_element* to, int64_t stride, const element* const* from, int64_t first) {
+  static_assert(sizeof(to_element) == 4);
+  const auto load_four = [](const element* row) {
+    if constexpr (std::is_same_v<element, c10::BFloat16>) {
+      const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
+      return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(four), 16));
+    } else if constexpr (std::is_same_v<element, c10::Half>) {
+      return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
+    } else {
+      return _mm_loadu_ps(row);
+    }
+  };
 #pragma GCC unroll 2
   for (int d = 0; d < 8; d += 4) {
     const int64_t column = first + d;
     __m256 x[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      x[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[i] + column)), _mm_loadu_ps(from[i + 4] + column), 1);
+      x[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load_four(from[i] + column)), load_four(from[i + 4] + column), 1);
     }
     const __m256d low_01 = _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1]));
     const __m256d low_23 = _mm256_castps_pd(_mm256_unpacklo_ps(x[2], x[3]));
@@ -90,8 +104,8 @@ inline void transpose_square(element* to, int64_t stride, const element* const* 
 #endif
 
 // to[d][j] = from[j][first + d] for `size` features of `count` rows. The last vector of columns is filled up with the last row.
-template <class element>
-inline void transpose(element* to, int64_t stride, const element* const* from, int64_t count, int64_t first, int64_t size) {
+template <class to_element, class element>
+inline void transpose(to_element* to, int64_t stride, const element* const* from, int64_t count, int64_t first, int64_t size) {
   constexpr int64_t lanes = Vec<float>::size();
   for (int64_t j = 0; j < count; j += lanes) {
     const element* rows[lanes];
@@ -104,7 +118,7 @@ inline void transpose(element* to, int64_t stride, const element* const* from, i
     }
     for (; d < size; ++d) {
       for (int64_t i = 0; i < lanes; ++i) {
-        to[d * stride + j + i] = rows[i][d];
+        to[d * stride + j + i] = static_cast<to_element>(rows[i][d]);
       }
     }
   }

@@ -7,48 +7,6 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// f(first, count) over two vectors of features after the other. All counts but the last, of what is left, are constants.
-template <class acc, class F>
-[[gnu::always_inline]] inline void for_twos(int64_t size, const F& f) {
-  constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
-  int64_t d = 0;
-  for (; d + both <= size; d += both) {
-    f(d, both);
-  }
-  if (d < size) {
-    f(d, size - d);
-  }
-}
-
-// The first `count` elements, of at most a vector, and zeros.
-template <class acc, class scalar>
-[[gnu::always_inline]] inline Vec<acc> load_one(const scalar* from, int64_t count) {
-  if constexpr (std::is_same_v<scalar, acc>) {
-    return Vec<acc>::loadu(from, count);
-  } else if (count < Vec<acc>::size()) {
-    return std::get<0>(at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count)));
-  } else {
-    Vec<acc> x;
-    at::vec::load_to_float<scalar>(from, x);
-    return x;
-  }
-}
-
-// The same of at most two.
-template <class acc, class scalar>
-[[gnu::always_inline]] inline void load_two(Vec<acc> (&to)[2], const scalar* from, int64_t count) {
-  constexpr int64_t lanes = Vec<acc>::size();
-  if constexpr (std::is_same_v<scalar, acc>) {
-    to[0] = Vec<acc>::loadu(from, std::min(count, lanes));
-    to[1] = count > lanes ? Vec<acc>::loadu(from + lanes, count - lanes) : Vec<acc>(0);
-  } else if (count < 2 * lanes) {
-    std::tie(to[0], to[1]) = at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count));
-  } else {
-    at::vec::load_to_float<scalar>(from, to[0]);
-    at::vec::load_to_float<scalar>(from + lanes, to[1]);
-  }
-}
-
 #if defined(CPU_CAPABILITY_AVX512)
 // Two vectors of bfloat16 in the order that takes the fewest instructions: the numbers at even places, and those at odd ones, which
 // are floats but for their neighbours' bits.

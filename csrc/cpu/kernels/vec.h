@@ -36,6 +36,13 @@ constexpr int64_t whole_vectors(int64_t count) {
   return round_up(count, Vec<acc>::size());
 }
 
+// Whether a load or store of less than a vector is an instruction.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr bool kHasMasks = true;
+#else
+constexpr bool kHasMasks = false;
+#endif
+
 // f(first, count) over vectors of `size` elements. All counts but the last, of what is left, are constants: a load of less than a
 // vector is a call on processors without masks, around which no register keeps anything.
 template <class acc, class F>
@@ -50,17 +57,16 @@ template <class acc, class F>
   }
 }
 
-// f(first, low, high) over two vectors at a time, what is rounded to a vector of halves: `low` elements and `high` behind them.
+// The same over two vectors at a time.
 template <class acc, class F>
-[[gnu::always_inline]] inline void for_two_vectors(int64_t size, const F& f) {
-  constexpr std::integral_constant<int64_t, Vec<acc>::size()> whole;
+[[gnu::always_inline]] inline void for_twos(int64_t size, const F& f) {
+  constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
   int64_t i = 0;
-  for (; i + 2 * whole <= size; i += 2 * whole) {
-    f(i, whole, whole);
+  for (; i + both <= size; i += both) {
+    f(i, both);
   }
   if (i < size) {
-    const int64_t low = std::min<int64_t>(whole, size - i);
-    f(i, low, size - i - low);
+    f(i, size - i);
   }
 }
 
@@ -304,35 +310,47 @@ template <class F>
   condition ? f(std::true_type()) : f(std::false_type());
 }
 
+// The first `count` elements, of at most a vector, and zeros.
+template <class acc, class scalar>
+[[gnu::always_inline]] inline Vec<acc> load_one(const scalar* from, int64_t count) {
+  if constexpr (std::is_same_v<scalar, acc>) {
+    return Vec<acc>::loadu(from, count);
+  } else if (count < Vec<acc>::size()) {
+    return std::get<0>(at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count)));
+  } else {
+    Vec<acc> x;
+    at::vec::load_to_float<scalar>(from, x);
+    return x;
+  }
+}
+
+// The same of at most two.
+template <class acc, class scalar>
+[[gnu::always_inline]] inline void load_two(Vec<acc> (&to)[2], const scalar* from, int64_t count) {
+  constexpr int64_t lanes = Vec<acc>::size();
+  if constexpr (std::is_same_v<scalar, acc>) {
+    to[0] = Vec<acc>::loadu(from, std::min(count, lanes));
+    to[1] = count > lanes ? Vec<acc>::loadu(from + lanes, count - lanes) : Vec<acc>(0);
+  } else if (count < 2 * lanes) {
+    std::tie(to[0], to[1]) = at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count));
+  } else {
+    at::vec::load_to_float<scalar>(from, to[0]);
+    at::vec::load_to_float<scalar>(from + lanes, to[1]);
+  }
+}
+
 // Elements that are `stride` apart, in the accumulation type.
 template <class acc, class scalar>
 void load_row(acc* to, const scalar* from, int64_t stride, int64_t size) {
-  int64_t i = 0;
-  if (stride == 1) {
-    if constexpr (std::is_same_v<scalar, acc>) {
-#if defined(CPU_CAPABILITY_AVX512)
-      // A short row is a few vectors, not worth a call of memmove.
-      return for_vectors<acc>(
-          size, [&](int64_t j, auto count) { Vec<acc>::loadu(from + j, count).store(to + j, static_cast<int>(count)); });
-#else
-      std::copy_n(from, size, to);
-      return;
-#endif
-    } else {
-      for (; i + Vec<float>::size() <= size; i += Vec<float>::size()) {
-        Vec<float> x;
-        at::vec::load_to_float<scalar>(from + i, x);
-        x.store(to + i);
-      }
-      if (i < size) {
-        const auto [rest, none] = at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from + i, size - i));
-        rest.store(to + i, static_cast<int>(size - i));
-      }
-      return;
+  if (stride != 1) {
+    for (int64_t i = 0; i < size; ++i) {
+      to[i] = static_cast<acc>(from[i * stride]);
     }
-  }
-  for (; i < size; ++i) {
-    to[i] = static_cast<acc>(from[i * stride]);
+  } else if constexpr (kHasMasks || !std::is_same_v<scalar, acc>) {
+    // A short row is a few vectors, not worth a call of memmove.
+    for_vectors<acc>(size, [&](int64_t i, auto count) { load_one<acc>(from + i, count).store(to + i, static_cast<int>(count)); });
+  } else {
+    std::copy_n(from, size, to);
   }
 }
 
@@ -361,10 +379,10 @@ void store_row(scalar* to, const acc* from, int64_t size, acc factor) {
     scale_row(to, from, size, factor);
   } else {
     const Vec<acc> factors(factor);
-    for_two_vectors<acc>(size, [&](int64_t i, auto low, auto high) {
-      const Vec<acc> a = Vec<acc>::loadu(from + i, low) * factors;
-      const Vec<acc> b = Vec<acc>::loadu(from + i + low, high) * factors;
-      rounded<scalar>(a, b).store(to + i, static_cast<int>(low + high));
+    for_twos<acc>(size, [&](int64_t i, auto count) {
+      Vec<acc> x[2];
+      load_two(x, from + i, count);
+      rounded<scalar>(x[0] * factors, x[1] * factors).store(to + i, static_cast<int>(count));
     });
   }
 }
