@@ -187,21 +187,43 @@ Vec<acc> raised(const Vec<acc>& a, const Vec<acc>& b) {
   return at::vec::clamp_min(a, b);
 }
 
+// All lanes of a vector by an operation on two.
+template <class acc, class Op>
+acc fold(const Vec<acc>& x, const Op& op) {
+  return at::vec::vec_reduce_all<acc>(op, x);
+}
+
+// PyTorch's goes lane by lane, through memory.
+#if defined(CPU_CAPABILITY_AVX512)
+template <class Op>
+inline double fold(const Vec<double>& x, const Op& op) {
+  const Vec<double> pairs = op(x, _mm512_permute_pd(x, 0x55));
+  const Vec<double> fours = op(pairs, _mm512_shuffle_f64x2(pairs, pairs, 0xb1));
+  return _mm512_cvtsd_f64(op(fours, _mm512_shuffle_f64x2(fours, fours, 0x4e)));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <class Op>
+inline double fold(const Vec<double>& x, const Op& op) {
+  const Vec<double> pairs = op(x, _mm256_permute_pd(x, 0x5));
+  return _mm256_cvtsd_f64(op(pairs, _mm256_permute2f128_pd(pairs, pairs, 1)));
+}
+#endif
+
 template <class acc>
 acc largest(const Vec<acc>& x) {
-  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); }, x);
+  return fold(x, [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); });
 }
 
 template <class acc>
 acc smallest(const Vec<acc>& x) {
-  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::minimum(a, b); }, x);
+  return fold(x, [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::minimum(a, b); });
 }
 
 // All sums of a vector, of one and of several together, add its lanes in the same order: a row's sum does not depend on its
 // neighbours.
 template <class acc>
 acc sum(const Vec<acc>& x) {
-  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, x);
+  return fold(x, [](const Vec<acc>& a, const Vec<acc>& b) { return a + b; });
 }
 
 // The sums of four vectors at once, which share the shuffles.
@@ -211,6 +233,24 @@ inline void sum_four(acc* out, const Vec<acc>* x) {
     out[i] = sum(x[i]);
   }
 }
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+inline void sum_four(double* out, const Vec<double>* x) {
+  const __m512d a = _mm512_add_pd(_mm512_unpacklo_pd(x[0], x[1]), _mm512_unpackhi_pd(x[0], x[1]));
+  const __m512d b = _mm512_add_pd(_mm512_unpacklo_pd(x[2], x[3]), _mm512_unpackhi_pd(x[2], x[3]));
+  const __m512d fours = _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+  const __m256d even = _mm512_castpd512_pd256(_mm512_shuffle_f64x2(fours, fours, 0x08));
+  _mm256_storeu_pd(out, _mm256_add_pd(even, _mm512_castpd512_pd256(_mm512_shuffle_f64x2(fours, fours, 0x0d))));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <>
+inline void sum_four(double* out, const Vec<double>* x) {
+  const __m256d a = _mm256_add_pd(_mm256_unpacklo_pd(x[0], x[1]), _mm256_unpackhi_pd(x[0], x[1]));
+  const __m256d b = _mm256_add_pd(_mm256_unpacklo_pd(x[2], x[3]), _mm256_unpackhi_pd(x[2], x[3]));
+  _mm256_storeu_pd(out, _mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31)));
+}
+#endif
 
 #if defined(CPU_CAPABILITY_AVX512)
 // Four vectors' sums of four lanes, in each quarter.
