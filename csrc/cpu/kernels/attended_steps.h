@@ -27,9 +27,14 @@ struct Tile {
   }
 };
 
-inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) {
+// A query's row of the mask.
+inline const bool* mask_row(const Problem& problem, int64_t b, int64_t t) {
   const View& mask = problem.mask;
-  return static_cast<const bool*>(mask.data)[b * mask.batch_stride + t * mask.row_stride + s * mask.element_stride];
+  return static_cast<const bool*>(mask.data) + b * mask.batch_stride + t * mask.row_stride;
+}
+
+inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) {
+  return mask_row(problem, b, t)[s * problem.mask.element_stride];
 }
 
 // The same within the source's length, with or without a mask.
@@ -56,23 +61,39 @@ class SourceWalk {
       next_ += tile.count;
       return tile.count > 0;
     }
-    for (; next_ < end_ && tile.count < tile_; ++next_) {
-      if (attended(next_)) {
-        tile.steps[tile.count++] = next_;
+    while (next_ < end_ && tile.count < tile_) {
+      bool attended[kAbreast];
+      const int64_t count = std::min({kAbreast, end_ - next_, tile_ - tile.count});
+      look_at(attended, count);
+      for (int64_t j = 0; j < count; ++j) {
+        tile.steps[tile.count] = next_ + j;
+        tile.count += attended[j];
       }
+      next_ += count;
     }
     return tile.count > 0;
   }
 
  private:
-  bool attended(int64_t step) const {
-    const int64_t queries = problem_.mask_per_query ? item_.queries : 1;
+  // So many steps are looked at together, in a loop that the compiler makes vectors of.
+  static constexpr int64_t kAbreast = 64;
+
+  // Whether some query may attend each of the next steps.
+  void look_at(bool* attended, int64_t count) const {
+    const int64_t queries = problem_.mask_per_query ? item_.queries : 1, stride = problem_.mask.element_stride;
+    std::fill_n(attended, count, false);
     for (int64_t t = 0; t < queries; ++t) {
-      if (may_attend(problem_, item_.batch, item_.first_query + t, step)) {
-        return true;
+      const bool* const row = mask_row(problem_, item_.batch, item_.first_query + t) + next_ * stride;
+      if (stride == 1) {
+        for (int64_t j = 0; j < count; ++j) {
+          attended[j] |= row[j];
+        }
+      } else {
+        for (int64_t j = 0; j < count; ++j) {
+          attended[j] |= row[j * stride];
+        }
       }
     }
-    return false;
   }
 
   const Problem& problem_;

@@ -23,8 +23,17 @@ void mask_scores(
   for (int64_t t = 0; t < queries; ++t) {
     acc* row = scores + t * stride;
     if (problem.mask_per_query) {
-      for (int64_t j = 0; j < tile.count; ++j) {
-        row[j] = may_attend(problem, b, first_query + t, tile.steps[j]) ? row[j] : kNothing<acc>;
+      const bool* const mask = mask_row(problem, b, first_query + t);
+      if (tile.contiguous() && problem.mask.element_stride == 1) {
+        const bool* const attends = mask + tile.steps[0];
+        for_vectors<acc>(tile.count, [&](int64_t j, auto count) {
+          where(attends + j, count, Vec<acc>::loadu(row + j, count), Vec<acc>(kNothing<acc>))
+              .store(row + j, static_cast<int>(count));
+        });
+      } else {
+        for (int64_t j = 0; j < tile.count; ++j) {
+          row[j] = mask[tile.steps[j] * problem.mask.element_stride] ? row[j] : kNothing<acc>;
+        }
       }
     }
     if (rest > 0) {

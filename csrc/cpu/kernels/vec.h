@@ -181,6 +181,23 @@ inline Vec<float> where_weighted(const Vec<float>& weight, const Vec<float>& x) 
 }
 #endif
 
+// x where its condition holds, of `count` of them, and y elsewhere.
+template <class acc>
+inline Vec<acc> where(const bool* conditions, int64_t count, const Vec<acc>& x, const Vec<acc>& y) {
+  acc numbers[Vec<acc>::size()] = {};
+  std::copy_n(conditions, count, numbers);
+  return Vec<acc>::blendv(x, y, Vec<acc>::loadu(numbers) == Vec<acc>(0));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+inline Vec<float> where(const bool* conditions, int64_t count, const Vec<float>& x, const Vec<float>& y) {
+  const auto wanted = static_cast<__mmask16>(count >= 16 ? ~0 : (1 << count) - 1);
+  const __m128i bytes = _mm_maskz_loadu_epi8(wanted, conditions);
+  return _mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), y, x);
+}
+#endif
+
 // The larger, and a where b is NaN: one instruction, where PyTorch's maximum() is a chain of four.
 template <class acc>
 Vec<acc> raised(const Vec<acc>& a, const Vec<acc>& b) {
