@@ -165,6 +165,19 @@ def test_some_queries_have_nothing_to_attend(method: str, each_backend: str) -> 
     assert all(result.isfinite().all() for result in results.values())
 
 
+@pytest.mark.fused
+@pytest.mark.cpu
+@pytest.mark.parametrize("masking", ["rows", "pairs"])
+@pytest.mark.parametrize("T", [1, 3, 33], ids="T={}".format)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_byte_but_0_is_true(method: str, T: int, masking: str) -> None:
+    """As in a mask of bytes that is viewed as bool."""
+    problem = Case(method, B=3, T=T, S=300, D=20, masking=masking).problem()
+    mask = problem.options["mask"]
+    others = (mask.to(torch.uint8) * torch.arange(1, 256).repeat(2)[:300].to(torch.uint8)).view(torch.bool)
+    assert_same(replace(problem, options=problem.options | {"mask": others}).results(), problem.results())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_masks_agree(method: str, each_backend: str) -> None:
     """One set of allowed steps, said in four ways."""

@@ -158,7 +158,7 @@ def test_derivatives_of_the_op(score: str, masking: str, one_step: bool) -> None
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("masking", ["none", "lengths", "rows", "pairs"])
-@pytest.mark.parametrize(("T", "S"), [(1, 37), (1, 2100), (5, 300), (70, 37), (130, 600)], ids=str)
+@pytest.mark.parametrize(("T", "S"), [(1, 37), (1, 2100), (5, 300), (12, 300), (70, 37), (130, 600)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_halves_are_rounded_where_they_are_written(
     method: str, dtype: torch.dtype, T: int, S: int, masking: str
@@ -182,7 +182,7 @@ def test_halves_are_rounded_where_they_are_written(
     else:
         capability = torch.ops.attn_ext.cpu_capability()
         has_pairs = dtype == torch.bfloat16 and capability in ("avx512_bf16", "avx512_amx")
-        from_rounded = has_pairs and T >= 16
+        from_rounded = has_pairs and T >= (16 if capability == "avx512_amx" else 8)
     tolerance = {"rtol": 1e-5, "atol": 1e-5 if on_gpu else 1e-6}
     # By matrix tiles, sixteen bits of each number.
     if not on_gpu and capability == "avx512_amx" and T >= 16:
@@ -196,7 +196,7 @@ def test_halves_are_rounded_where_they_are_written(
     for need_weights in (True, False):
         for need_exact in itertools.product((True, False), repeat=2):
             context, weights, _, some = op("forward")(*tensors, lengths, mask, scale, need_weights, need_exact)
-            if from_rounded and not on_gpu and S == 600 and not need_exact[0]:
+            if from_rounded and not on_gpu and S > 256 and not need_exact[0]:  # several tiles
                 torch.testing.assert_close(context, rounded[0], rtol=2**-7, atol=2**-8)
             else:
                 assert torch.equal(context, rounded[0])

@@ -176,7 +176,7 @@ def test_dot_rows_with_much_in_common(T: int, S: int, need_weights: bool) -> Non
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("loss", ["context", "no_weights"])
-@pytest.mark.parametrize("T", [1, 16, 130], ids="T={}".format)
+@pytest.mark.parametrize("T", [1, 4, 8, 16, 130], ids="T={}".format)
 @pytest.mark.parametrize(
     ("method", "S"),
     [("dot", 40), ("dot", 300), ("dot", 1100), ("keyed_dot", 40), ("keyed_dot", 300), ("keyed_dot", 1100)],
@@ -230,7 +230,7 @@ def test_a_row_hidden_from_a_query_is_nothing_to_it(dtype: torch.dtype, T: int, 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("masking", ["none", "lengths+pairs"])
-@pytest.mark.parametrize("size", [(5, 33), (40, 64), (130, 250)], ids=str)
+@pytest.mark.parametrize("size", [(5, 33), (12, 40), (40, 64), (130, 250)], ids=str)
 @pytest.mark.parametrize("method", ["dot", "keyed_dot", "general", "additive", "concat"])
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_products_are_as_exact_as_pytorch_asks(

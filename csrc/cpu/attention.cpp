@@ -44,8 +44,11 @@ const Kernels& kernels_for(const Problem& problem, const Plan& plan) {
   return kernels(problem.product_dtype, problem.is_one_query(), plan.chunk);
 }
 
+// Fewer queries' floats are not worth rounding: their products stand in place.
+constexpr int64_t kRoundedQueries = 16;
+
 Problem rounded_as_allowed(Problem problem) {
-  if (problem.dtype == Dtype::Float && !problem.is_one_query()) {
+  if (problem.dtype == Dtype::Float && problem.queries >= kRoundedQueries) {
     problem.product_dtype = product_dtype_of_float32();
   }
   return problem;

@@ -187,15 +187,6 @@ struct Op {
         product_dtype, problem().is_one_query(), plan.chunk);
   }
 
-  // As exact as the products with the weights are: pairs of bfloat16, of 16 queries and more, are multiplied with rounded ones.
-  Dtype products_type() const {
-#if defined(__AVX512BF16__)
-    return product_dtype == Dtype::BFloat16 && T >= 16 ? product_dtype : exact_type;
-#else
-    return exact_type;
-#endif
-  }
-
   // Whether the inputs of products are rounded, too.
   bool rounds_inputs() const {
     return product_dtype != dtype;

@@ -24,8 +24,8 @@ class AdditiveGradient : public AdditiveScore<element> {
     return is_worth_amx<element>(excess.of_scores(problem.memory_size) + excess.of_rows() + excess.of_exponentials());
   }
 
-  AdditiveGradient(const Backward& f, Arena& arena, bool may_be_halves)
-      : AdditiveScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, may_be_halves, needs(f)),
+  AdditiveGradient(const Backward& f, Arena& arena, const Workspace<element>& work)
+      : AdditiveScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, work, needs(f)),
         f_(f),
         half_exponentials_(arena, only_queries(f) ? f.plan.chunk : 0, f.problem.key_size),
         grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, crowds(f.problem)),

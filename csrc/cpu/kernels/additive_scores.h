@@ -98,7 +98,7 @@ class AdditiveScore {
     return is_worth_amx<element>(excess.of_rows() + excess.of_exponentials());
   }
 
-  AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, bool /*may_be_halves*/, Needs needs = {})
+  AdditiveScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, const Workspace<element>&, Needs needs = {})
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
         query_(arena, problem.dtype, problem.query, queries, size_),

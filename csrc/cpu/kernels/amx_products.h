@@ -112,10 +112,6 @@ struct AtOnce {
   void finish() {}
 };
 
-inline __mmask16 lanes_of(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
-}
-
 // Zeros below the last of a panel's pairs, as far as its last tile goes.
 inline void fill_up(const AmxPanel<Pair, 1>& panel, int64_t pairs) {
   for (int64_t k = pairs; k < whole_amx_tiles(pairs); ++k) {
@@ -169,7 +165,7 @@ class RowsPacker<float, parts> : public PackSteps<RowsPacker<float, parts>> {
       split_pairs<parts>(to + panel_.group, panel_.kPart, Vec<float>::loadu(x + kAmxRows), Vec<float>::loadu(y + kAmxRows));
     } else {
       for (int64_t n = 0; n < width_; n += kAmxRows) {
-        const auto some = [&](const float* row) { return Vec<float>(_mm512_maskz_loadu_ps(lanes_of(width_ - n), row + n)); };
+        const auto some = [&](const float* row) { return Vec<float>(_mm512_maskz_loadu_ps(first_lanes(width_ - n), row + n)); };
         split_pairs<parts>(to + n / kAmxRows * panel_.group, panel_.kPart, some(x), some(y));
       }
     }
@@ -266,7 +262,7 @@ class ColumnsPacker<float, parts> : public PackSteps<ColumnsPacker<float, parts>
       const auto load = [&](int j) { return _mm512_loadu_ps(row[j] + d); };
       transpose_fours(fours + i, load(0), load(1), load(2), load(3));
     } else {
-      const auto load = [&](int j) { return _mm512_maskz_loadu_ps(lanes_of(depth_ - d), row[j] + d); };
+      const auto load = [&](int j) { return _mm512_maskz_loadu_ps(first_lanes(depth_ - d), row[j] + d); };
       transpose_fours(fours + i, load(0), load(1), load(2), load(3));
     }
   }
@@ -368,7 +364,7 @@ void pack_row(const AmxBuffer<parts>& left, int64_t i, const float* row, int64_t
     pack(Vec<float>::loadu(row + k), Vec<float>::loadu(row + k + kAmxRows));
   }
   if (k < depth) {
-    const auto some = [&](int64_t i) { return Vec<float>(_mm512_maskz_loadu_ps(lanes_of(depth - i), row + i)); };
+    const auto some = [&](int64_t i) { return Vec<float>(_mm512_maskz_loadu_ps(first_lanes(depth - i), row + i)); };
     pack(some(k), some(k + kAmxRows));
   }
 }

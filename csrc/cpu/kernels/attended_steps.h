@@ -3,6 +3,8 @@
 
 #include "call.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <numeric>
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
@@ -27,14 +29,14 @@ struct Tile {
   }
 };
 
-// A query's row of the mask.
-inline const bool* mask_row(const Problem& problem, int64_t b, int64_t t) {
+// A query's row of the mask, by bytes: one that is true may be another number than 1.
+inline const uint8_t* mask_row(const Problem& problem, int64_t b, int64_t t) {
   const View& mask = problem.mask;
-  return static_cast<const bool*>(mask.data) + b * mask.batch_stride + t * mask.row_stride;
+  return static_cast<const uint8_t*>(mask.data) + b * mask.batch_stride + t * mask.row_stride;
 }
 
 inline bool may_attend(const Problem& problem, int64_t b, int64_t t, int64_t s) {
-  return mask_row(problem, b, t)[s * problem.mask.element_stride];
+  return mask_row(problem, b, t)[s * problem.mask.element_stride] != 0;
 }
 
 // The same within the source's length, with or without a mask.
@@ -62,12 +64,12 @@ class SourceWalk {
       return tile.count > 0;
     }
     while (next_ < end_ && tile.count < tile_) {
-      bool attended[kAbreast];
+      uint8_t attended[kAbreast];
       const int64_t count = std::min({kAbreast, end_ - next_, tile_ - tile.count});
-      look_at(attended, count);
+      find_attended(attended, count);
       for (int64_t j = 0; j < count; ++j) {
         tile.steps[tile.count] = next_ + j;
-        tile.count += attended[j];
+        tile.count += attended[j] != 0;
       }
       next_ += count;
     }
@@ -75,15 +77,15 @@ class SourceWalk {
   }
 
  private:
-  // So many steps are looked at together, in a loop that the compiler makes vectors of.
+  // Steps that are looked at together, by vectors.
   static constexpr int64_t kAbreast = 64;
 
   // Whether some query may attend each of the next steps.
-  void look_at(bool* attended, int64_t count) const {
+  void find_attended(uint8_t* attended, int64_t count) const {
     const int64_t queries = problem_.mask_per_query ? item_.queries : 1, stride = problem_.mask.element_stride;
-    std::fill_n(attended, count, false);
+    std::fill_n(attended, count, 0);
     for (int64_t t = 0; t < queries; ++t) {
-      const bool* const row = mask_row(problem_, item_.batch, item_.first_query + t) + next_ * stride;
+      const uint8_t* const row = mask_row(problem_, item_.batch, item_.first_query + t) + next_ * stride;
       if (stride == 1) {
         for (int64_t j = 0; j < count; ++j) {
           attended[j] |= row[j];

@@ -25,12 +25,12 @@ class DotScore {
     return is_worth_amx<element>(excess.of_scores(problem.key_size) + excess.of_rows());
   }
 
-  DotScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, bool may_be_halves)
+  DotScore(const Problem& problem, int64_t queries, int64_t tile, Arena& arena, const Workspace<element>& work)
       : size_(problem.key_size),
         scale_(static_cast<acc>(problem.scale)),
         query_(arena, problem.dtype, problem.query, queries, problem.key_size) {
     if (problem.method == Method::KeyedDot) {
-      own_keys_.emplace(arena, problem.dtype, problem.keys, tile, problem.key_size, may_be_halves);
+      own_keys_.emplace(arena, problem.dtype, problem.keys, tile, problem.key_size, work.takes_halves());
     }
   }
 
@@ -65,8 +65,8 @@ class DotGradient : public DotScore<element> {
   using acc = typename DotScore<element>::acc;
   static constexpr bool kMultipliesKeys = true;
 
-  DotGradient(const Backward& f, Arena& arena, bool may_be_halves)
-      : DotScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, may_be_halves), f_(f) {
+  DotGradient(const Backward& f, Arena& arena, const Workspace<element>& work)
+      : DotScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, work), f_(f) {
     if (f.grad_keys != nullptr) {
       grad_keys_.emplace(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size);
     }

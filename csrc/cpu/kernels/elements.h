@@ -9,7 +9,6 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 template <class element>
 struct ElementTraits {
   using acc = element;
-  using Number = element;
   using Vector = Vec<element>;
 
   // Elements of a row of `size` numbers.
@@ -41,7 +40,6 @@ constexpr bool kIsHalf = std::is_same_v<element, c10::BFloat16> || std::is_same_
 template <class half>
   requires kIsHalf<half>
 struct ElementTraits<half> {
-  using acc = float;
   using Vector = Vec<float>;
 
   static Vector load(const half* from, int64_t count = Vector::size()) {
@@ -81,7 +79,6 @@ inline __m512 widened(__m256i bfloat16s) {
 template <>
 struct ElementTraits<Pair> {
   using acc = float;
-  using Number = c10::BFloat16;
   using Vector = __m512i;
 
   static int64_t elements(int64_t size) {
@@ -89,7 +86,7 @@ struct ElementTraits<Pair> {
   }
 
   static Vector load(const Pair* from, int64_t count = 16) {
-    return count >= 16 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32((1 << count) - 1, from);
+    return count >= 16 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32(first_lanes(count), from);
   }
 
   static Vector broadcast(Pair x) {
@@ -103,8 +100,7 @@ struct ElementTraits<Pair> {
   }
 
   static Vec<float> numbers(const Pair* row, int64_t i, int64_t count) {
-    const auto mask = static_cast<__mmask16>(count >= 16 ? ~0 : (1 << count) - 1);
-    return widened(_mm256_maskz_loadu_epi16(mask, reinterpret_cast<const c10::BFloat16*>(row) + i));
+    return widened(_mm256_maskz_loadu_epi16(first_lanes(count), reinterpret_cast<const c10::BFloat16*>(row) + i));
   }
 };
 
@@ -180,7 +176,7 @@ inline void keep_sum(float* row, int64_t count) {
     const Vec<float> x = as_paired(Vec<float>::loadu(row + i, some)).abs();
     least = at::vec::minimum(least, Vec<float>::blendv(Vec<float>(none), x, x >= Vec<float>(std::abs(gained)) & x > Vec<float>(0)));
   });
-  const float smallest = at::vec::vec_reduce_all<float>([](const auto& a, const auto& b) { return at::vec::minimum(a, b); }, least);
+  const float smallest = CPU_CAPABILITY::smallest(least);
   for (int64_t i = 0; smallest < none && i < count; i += 16) {
     const Vec<float> x = as_paired(Vec<float>::loadu(row + i, std::min<int64_t>(16, count - i)));
     const __mmask16 found = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(smallest), _CMP_EQ_OQ);

@@ -22,7 +22,6 @@ constexpr Kernels kKernels = {
 template <template <class> class Score, template <class> class Gradient, template <class> class OneQuery>
 const Kernels& kernels_of(Dtype product_dtype, bool one_query, [[maybe_unused]] int64_t chunk) {
 #if defined(__AVX512BF16__)
-  // Fewer are bound by memory.
   if (product_dtype == Dtype::BFloat16 && chunk >= kPairedRows) {
     return kKernels<ManyQueriesForward<Score<Pair>>, ManyQueriesBackward<Gradient<Pair>>, Score<Pair>>;
   }

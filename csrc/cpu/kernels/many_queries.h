@@ -14,6 +14,25 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
+// A query's scores of a tile; those of pairs that its row of the mask leaves out become -inf.
+template <class acc>
+void mask_row_of_scores(acc* row, const uint8_t* mask, int64_t stride, const Tile& tile) {
+  if (stride != 1) {
+    for (int64_t j = 0; j < tile.count; ++j) {
+      row[j] = mask[tile.steps[j] * stride] != 0 ? row[j] : kNothing<acc>;
+    }
+    return;
+  }
+  for (int64_t first = 0, end; first < tile.count; first = end) {
+    end = tile.run_end(first);
+    const uint8_t* const attends = mask + tile.steps[first];
+    for_vectors<acc>(end - first, [&](int64_t j, auto count) {
+      acc* const to = row + first + j;
+      where(attends + j, count, Vec<acc>::loadu(to, count), Vec<acc>(kNothing<acc>)).store(to, static_cast<int>(count));
+    });
+  }
+}
+
 // The scores of a chunk of queries against a tile, rows `stride` apart: masked pairs become -inf, and rows are filled up with it to
 // whole vectors.
 template <class acc>
@@ -23,18 +42,8 @@ void mask_scores(
   for (int64_t t = 0; t < queries; ++t) {
     acc* row = scores + t * stride;
     if (problem.mask_per_query) {
-      const bool* const mask = mask_row(problem, b, first_query + t);
-      if (tile.contiguous() && problem.mask.element_stride == 1) {
-        const bool* const attends = mask + tile.steps[0];
-        for_vectors<acc>(tile.count, [&](int64_t j, auto count) {
-          where(attends + j, count, Vec<acc>::loadu(row + j, count), Vec<acc>(kNothing<acc>))
-              .store(row + j, static_cast<int>(count));
-        });
-      } else {
-        for (int64_t j = 0; j < tile.count; ++j) {
-          row[j] = mask[tile.steps[j] * problem.mask.element_stride] ? row[j] : kNothing<acc>;
-        }
-      }
+      const uint8_t* const mask = mask_row(problem, b, first_query + t);
+      mask_row_of_scores(row, mask, problem.mask.element_stride, tile);
     }
     if (rest > 0) {
       Vec<acc>(kNothing<acc>).store(row + tile.count, rest);
@@ -131,7 +140,7 @@ class Next {
 template <class element>
 void spread(Workspace<element>& work, int64_t queries, int64_t steps, int64_t size) {
   constexpr int64_t abreast = kWidest * Vec<typename ElementTraits<element>::acc>::size();
-  if (work.panel == nullptr) {
+  if (work.few) {
     work.prefetches.spread(2 * ceil_div(queries, kRows) * steps * ceil_div(size, abreast));
   }
 }

@@ -45,9 +45,9 @@ struct ManyQueriesBackward {
     acc* grad_weights_row = arena.take<acc>(f.problem.steps);
     Rows<element> grad_context{arena, f.problem.dtype, f.grad_context, f.plan.chunk, f.problem.memory_size};
     Rows<acc> context{arena, kAccumulated<acc>, f.context, f.plan.chunk, f.problem.memory_size};
-    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size, !work.by_amx};
+    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size, work.takes_halves()};
     TileGradient<acc> grad_memory{arena, f.grad_memory, f.problem, f.plan, f.problem.memory_size};
-    Gradient gradient{f, arena, !work.by_amx};
+    Gradient gradient{f, arena, work};
   };
 
   static size_t slot_size(const Backward& f) {

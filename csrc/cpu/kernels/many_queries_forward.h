@@ -43,8 +43,8 @@ struct ManyQueriesForward {
     // [chunk][residuals_stride] what a tile's exponentials lose as they are rounded, or null.
     acc* residuals = counts_gained && f.problem.method != Method::Dot ? arena.take<acc>(f.plan.chunk * residuals_stride) : nullptr;
     Workspace<element> work{arena, f.problem.product_dtype, f.plan.chunk, Score::goes_by_amx(f.problem, f.plan)};
-    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size, !work.by_amx};
-    Score score{f.problem, f.plan.chunk, f.plan.tile, arena, !work.by_amx};
+    Rows<element> memory{arena, f.problem.dtype, f.problem.memory, f.plan.tile, f.problem.memory_size, work.takes_halves()};
+    Score score{f.problem, f.plan.chunk, f.plan.tile, arena, work};
   };
 
   static size_t slot_size(const Forward& f) {
@@ -274,18 +274,18 @@ struct ManyQueriesForward {
       slot.row_sum[t] += sums[t];
     }
     if constexpr (kIsPaired<element>) {
-      const acc* rounded = scores;
-      int64_t rounded_stride = stride;
+      const acc* to_round = scores;
+      int64_t to_round_stride = stride;
       if (slot.residuals != nullptr) {
-        rounded = slot.residuals;
-        rounded_stride = slot.residuals_stride;
+        to_round = slot.residuals;
+        to_round_stride = slot.residuals_stride;
         for (int64_t t = 0; t < queries; ++t) {
-          lost_by_rounding(slot.residuals + t * rounded_stride, scores + t * stride, steps);
+          lost_by_rounding(slot.residuals + t * to_round_stride, scores + t * stride, steps);
         }
       }
       if (slot.counts_gained) {
         sum_each(sums, queries, [&](int64_t t) __attribute__((always_inline)) {
-          return gained_by_rounding(rounded + t * rounded_stride, steps);
+          return gained_by_rounding(to_round + t * to_round_stride, steps);
         });
         for (int64_t t = 0; t < queries; ++t) {
           gained(slot, t) = (first ? acc(0) : gained(slot, t)) + sums[t];

@@ -89,7 +89,7 @@ static_assert(kTile <= kPanelDepth && 2 * kChunk <= kPanelDepth, "the products o
 // Rows that are worth transposing a panel for, if they are not few; no shallower product is worth packing one.
 constexpr int64_t kPanelRows = 16;
 
-// Queries whose products pairs of bfloat16 are worth making for.
+// As many queries' products in bfloat16 are of pairs.
 #if defined(__AMX_BF16__)
 constexpr int64_t kPairedRows = kPanelRows;
 #else
@@ -109,10 +109,11 @@ template <>
 constexpr int64_t kLeftSize<float> = AmxBuffer<3>::size(kTile / kAmxRows, kPanelDepth);
 #endif
 
-// What an item's products share: scratch, of which those of few queries have none, and what comes next.
+// What an item's products share: scratch, and what comes next.
 template <class element>
 struct Workspace {
-  element* panel;            // kPanelWidth x kPanelDepth
+  bool few;                  // queries, for which nothing is packed or transposed
+  element* panel;            // kPanelWidth x kPanelDepth; of few queries only pairs have one
   Pair* left;                // coefficients as pairs: of tiles, or where they are pairs anyhow
   int parts;                 // bfloat16 that a float is the sum of in matrix tiles
   bool by_amx;               // all of more than a few queries, matrix tiles
@@ -120,16 +121,22 @@ struct Workspace {
 
   // For products of up to `queries` queries.
   Workspace(Arena& arena, Dtype product_dtype, int64_t queries, bool worth_amx)
-      : panel(kIsPaired<element> || queries >= kPanelRows ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
+      : few(queries < kPanelRows),
+        panel(kIsPaired<element> || !few ? arena.take<element>(kPanelWidth * kPanelDepth) : nullptr),
         left(kIsPaired<element> || worth_amx ? arena.take<Pair>(kLeftSize<element>) : nullptr),
         parts(parts_of(product_dtype)),
-        by_amx(queries >= kPanelRows && worth_amx) {}
+        by_amx(!few && worth_amx) {}
+
+  // Whether rows of halves may be right operands as they stand.
+  bool takes_halves() const {
+    return !by_amx;
+  }
 
   // Forgets what was planned; whether anything is to be, for products with a tile of so many steps. Few queries have time for it
   // only where they wait for what they read, and a register tile of few steps has none.
   bool may_prefetch(bool far, int64_t steps) {
     prefetches.clear();
-    return PrefetchQueue::kMostOfStep > 0 && steps >= kPanelRows && (panel != nullptr || far);
+    return PrefetchQueue::kMostOfStep > 0 && steps >= kPanelRows && (!few || far);
   }
 };
 

@@ -4,12 +4,12 @@
 //   multiply       out_i (+)= sum_k c(i, k) b_k           contexts, and the gradients of rows
 //
 // multiply broadcasts its coefficients, so that no sum crosses a vector, and nears the multiply-add peak as its products get
-// deeper and find their rows of b next to each other: for many rows of the result, blocks of b are copied so. Dot products of many
-// rows go its way too, over b transposed block by block; those of few rows, whose transposition would not pay, sum along vectors.
-// Both take numbers or, in half as many elements, pairs of bfloat16 along the index they sum over (elements.h): a row of memory is
-// pairs of features as it stands, which is what dot products want; multiply has its rows zipped two by two. The processor's matrix
-// tiles, where it has them, take the register tile's place for pairs, and for floats where that is worth it
-// (amx_products.h). docs/performance.md says what was measured.
+// deeper and find their rows of b next to each other: for many rows of the result, blocks of floats are copied so. Dot products of
+// many rows go its way too, over b transposed block by block; those of few rows, whose transposition would not pay, sum along
+// vectors. Both take numbers, rows of b in halves, or, in half as many elements, pairs of bfloat16 along the index they sum over
+// (elements.h): a row of memory is pairs of features as it stands, which is what dot products want; multiply has its rows zipped
+// two by two. The processor's matrix tiles, where it has them, take the register tile's place for pairs, and for floats where that
+// is worth it (amx_products.h). docs/performance.md says what was measured.
 #pragma once
 
 #include "amx_products.h"
@@ -74,7 +74,7 @@ void for_even_blocks(int64_t count, const F& f) {
   }
 }
 
-// What the coefficients of rows of b are: pairs' are pairs.
+// What coefficients of rows of b are: floats for halves, else b's own elements.
 template <class element>
 using Coefficient = std::conditional_t<kIsHalf<element>, float, element>;
 
@@ -307,7 +307,7 @@ void multiply(
   }
 }
 
-// The same of halves, which become numbers in registers each time they are read: to leave such a panel of them takes longer.
+// The same of halves, converted each time they are read: a panel of floats took longer.
 template <class half, class acc>
   requires kIsHalf<half>
 void multiply(

@@ -1,4 +1,4 @@
-// Rows of tensors as the products take them: by address, in the accumulation type.
+// Rows of tensors as the products take them, by address.
 #pragma once
 
 #include "arena.h"
@@ -56,15 +56,15 @@ using RightRows = std::conditional_t<std::is_same_v<element, float>, StoredRows,
 template <class element>
 class Rows {
  public:
-  // With `may_be_halves` such rows stay as they are: right() has them.
-  Rows(Arena& arena, Dtype dtype, const View& view, int64_t capacity, int64_t size, bool may_be_halves = false)
+  // With `takes_halves` dense rows of them may stay as they are: right() knows their type.
+  Rows(Arena& arena, Dtype dtype, const View& view, int64_t capacity, int64_t size, bool takes_halves = false)
       : dtype_(dtype),
-        may_be_halves_(kConvertsInRegisters && std::is_same_v<element, float> && may_be_halves),
+        takes_halves_(kConvertsInRegisters && std::is_same_v<element, float> && takes_halves),
         view_(view),
         size_(size),
         stride_(padded<element>(ElementTraits<element>::elements(size))),
         in_place_(may_be_in_place()),
-        address_(arena.take<const element*>(capacity)),
+        address_(arena.take<const void*>(capacity)),
         copies_(in_place_ ? nullptr : arena.take<element>(capacity * stride_)) {}
 
   void load(int64_t b, int64_t first, int64_t count) {
@@ -85,18 +85,18 @@ class Rows {
       return nullptr;
     }
     load_one(0, b, 0);
-    return address_[0];
+    return addresses()[0];
   }
 
   const element* const* addresses() const {
-    return address_;
+    return reinterpret_cast<const element* const*>(address_);
   }
 
   RightRows<element> right() const {
     if constexpr (std::is_same_v<element, float>) {
-      return {in_place_ ? dtype_ : Dtype::Float, reinterpret_cast<const void* const*>(address_)};
+      return {in_place_ ? dtype_ : Dtype::Float, address_};
     } else {
-      return address_;
+      return addresses();
     }
   }
 
@@ -107,26 +107,27 @@ class Rows {
       return dtype_ == Dtype::BFloat16 && view_.element_stride == 1 && size_ % (2 * kPairsAtOnce) == 0 && view_.row_stride % 2 == 0;
     }
     return view_.data == nullptr ||
-           ((dtype_ == kAccumulated<element> || may_be_halves_) && (view_.element_stride == 1 || size_ <= 1));
+           ((dtype_ == kAccumulated<element> || takes_halves_) && (view_.element_stride == 1 || size_ <= 1));
   }
 
   void load_one(int64_t i, int64_t b, int64_t row) {
     if (in_place_) {
       const int64_t place = b * view_.batch_stride + row * view_.row_stride;
-      address_[i] = reinterpret_cast<const element*>(static_cast<const char*>(view_.data) + place * width_of(dtype_));
+      address_[i] = static_cast<const char*>(view_.data) + place * width_of(dtype_);
     } else {
-      address_[i] = copies_ + i * stride_;
-      load_row(copies_ + i * stride_, dtype_, view_, b, row, size_);
+      element* const copy = copies_ + i * stride_;
+      address_[i] = copy;
+      load_row(copy, dtype_, view_, b, row, size_);
     }
   }
 
   Dtype dtype_;
-  bool may_be_halves_;
+  bool takes_halves_;
   View view_;
   int64_t size_;
   int64_t stride_;
   bool in_place_;
-  const element** address_;
+  const void** address_;
   element* copies_;
 };
 

@@ -97,7 +97,7 @@ acc maximum(const acc* row, int64_t count, acc start) {
   for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
     all = raised(all, Vec<acc>::loadu(row + j));
   }
-  const acc found = at::vec::vec_reduce_all<acc>(raised<acc>, all);
+  const acc found = reduce(all, raised<acc>);
   if (found != kNothing<acc>) {
     return found;
   }

@@ -1,4 +1,4 @@
-// Rows into columns, in registers: of elements of 32 bits.
+// Rows into columns, in registers: of elements of 32 bits, and of halves, which become floats.
 #pragma once
 
 #include "elements.h"
@@ -40,7 +40,7 @@ inline TwoColumns columns_of_fours(const __m512* fours, int64_t c) {
 // apart share a few sets of the cache, which would not keep them for a second load.
 template <class to_element, class element>
 inline void transpose_square(to_element* to, int64_t stride, const element* const* from, int64_t first) {
-  static_assert(sizeof(to_element) == 4);
+  static_assert(sizeof(to_element) == 4 && (kIsHalf<element> || sizeof(element) == 4));
   __m512 x[16], fours[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
@@ -70,7 +70,7 @@ inline void transpose_square(to_element* to, int64_t stride, const element* cons
 // below, which leaves two shuffles a vector.
 template <class to_element, class element>
 inline void transpose_square(to_element* to, int64_t stride, const element* const* from, int64_t first) {
-  static_assert(sizeof(to_element) == 4);
+  static_assert(sizeof(to_element) == 4 && (kIsHalf<element> || sizeof(element) == 4));
   const auto load_four = [](const element* row) {
     if constexpr (std::is_same_v<element, c10::BFloat16>) {
       const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));

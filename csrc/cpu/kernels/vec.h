@@ -43,6 +43,13 @@ constexpr bool kHasMasks = true;
 constexpr bool kHasMasks = false;
 #endif
 
+#if defined(CPU_CAPABILITY_AVX512)
+// So many lanes of 16, from the first on.
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+#endif
+
 // f(first, count) over vectors of `size` elements. All counts but the last, of what is left, are constants: a load of less than a
 // vector is a call on processors without masks, around which no register keeps anything.
 template <class acc, class F>
@@ -181,9 +188,9 @@ inline Vec<float> where_weighted(const Vec<float>& weight, const Vec<float>& x) 
 }
 #endif
 
-// x where its condition holds, of `count` of them, and y elsewhere.
+// x where its byte is not 0, of `count` of them, and y elsewhere.
 template <class acc>
-inline Vec<acc> where(const bool* conditions, int64_t count, const Vec<acc>& x, const Vec<acc>& y) {
+inline Vec<acc> where(const uint8_t* conditions, int64_t count, const Vec<acc>& x, const Vec<acc>& y) {
   acc numbers[Vec<acc>::size()] = {};
   std::copy_n(conditions, count, numbers);
   return Vec<acc>::blendv(x, y, Vec<acc>::loadu(numbers) == Vec<acc>(0));
@@ -191,9 +198,8 @@ inline Vec<acc> where(const bool* conditions, int64_t count, const Vec<acc>& x, 
 
 #if defined(CPU_CAPABILITY_AVX512)
 template <>
-inline Vec<float> where(const bool* conditions, int64_t count, const Vec<float>& x, const Vec<float>& y) {
-  const auto wanted = static_cast<__mmask16>(count >= 16 ? ~0 : (1 << count) - 1);
-  const __m128i bytes = _mm_maskz_loadu_epi8(wanted, conditions);
+inline Vec<float> where(const uint8_t* conditions, int64_t count, const Vec<float>& x, const Vec<float>& y) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(count), conditions);
   return _mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), y, x);
 }
 #endif
@@ -204,23 +210,23 @@ Vec<acc> raised(const Vec<acc>& a, const Vec<acc>& b) {
   return at::vec::clamp_min(a, b);
 }
 
-// All lanes of a vector by an operation on two.
+// All lanes of a vector, by an operation on two vectors.
 template <class acc, class Op>
-acc fold(const Vec<acc>& x, const Op& op) {
+acc reduce(const Vec<acc>& x, const Op& op) {
   return at::vec::vec_reduce_all<acc>(op, x);
 }
 
 // PyTorch's goes lane by lane, through memory.
 #if defined(CPU_CAPABILITY_AVX512)
 template <class Op>
-inline double fold(const Vec<double>& x, const Op& op) {
+inline double reduce(const Vec<double>& x, const Op& op) {
   const Vec<double> pairs = op(x, _mm512_permute_pd(x, 0x55));
   const Vec<double> fours = op(pairs, _mm512_shuffle_f64x2(pairs, pairs, 0xb1));
   return _mm512_cvtsd_f64(op(fours, _mm512_shuffle_f64x2(fours, fours, 0x4e)));
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 template <class Op>
-inline double fold(const Vec<double>& x, const Op& op) {
+inline double reduce(const Vec<double>& x, const Op& op) {
   const Vec<double> pairs = op(x, _mm256_permute_pd(x, 0x5));
   return _mm256_cvtsd_f64(op(pairs, _mm256_permute2f128_pd(pairs, pairs, 1)));
 }
@@ -228,19 +234,19 @@ inline double fold(const Vec<double>& x, const Op& op) {
 
 template <class acc>
 acc largest(const Vec<acc>& x) {
-  return fold(x, [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); });
+  return reduce(x, [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); });
 }
 
 template <class acc>
 acc smallest(const Vec<acc>& x) {
-  return fold(x, [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::minimum(a, b); });
+  return reduce(x, [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::minimum(a, b); });
 }
 
 // All sums of a vector, of one and of several together, add its lanes in the same order: a row's sum does not depend on its
 // neighbours.
 template <class acc>
 acc sum(const Vec<acc>& x) {
-  return fold(x, [](const Vec<acc>& a, const Vec<acc>& b) { return a + b; });
+  return reduce(x, [](const Vec<acc>& a, const Vec<acc>& b) { return a + b; });
 }
 
 // The sums of four vectors at once, which share the shuffles.
@@ -404,7 +410,7 @@ void load_row(acc* to, const scalar* from, int64_t stride, int64_t size) {
       to[i] = static_cast<acc>(from[i * stride]);
     }
   } else if constexpr (kHasMasks || !std::is_same_v<scalar, acc>) {
-    // A short row is a few vectors, not worth a call of memmove.
+    // Of one type, too: a short row is a few vectors, not worth a call of memmove.
     for_vectors<acc>(size, [&](int64_t i, auto count) { load_one<acc>(from + i, count).store(to + i, static_cast<int>(count)); });
   } else {
     std::copy_n(from, size, to);
