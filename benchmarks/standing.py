@@ -47,7 +47,7 @@ AVX2 = "epyc-zen4-avx2-torch-2.13.0-bf09372-targets"
 MACHINES = (
     Machine(
         "Zen 5",
-        targets="epyc-zen5-avx512_bf16-torch-2.13.0-862bbf6-targets",
+        targets="epyc-zen5-avx512_bf16-torch-2.13.0-740d33f-targets",
         decoders="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-training-steps",
         grid="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-grid",
         report="epyc-zen5-avx512_bf16-torch-2.13.0-0f675df-report",
