@@ -44,7 +44,7 @@ const Kernels& kernels_for(const Problem& problem, const Plan& plan) {
   return kernels(problem.product_dtype, problem.is_one_query(), plan.chunk);
 }
 
-// Fewer queries' floats are not worth rounding: their products stand in place.
+// Fewer queries' products are not worth rounding floats for, which are operands as they stand.
 constexpr int64_t kRoundedQueries = 16;
 
 Problem rounded_as_allowed(Problem problem) {

@@ -112,7 +112,7 @@ constexpr int64_t kLeftSize<float> = AmxBuffer<3>::size(kTile / kAmxRows, kPanel
 // What an item's products share: scratch, and what comes next.
 template <class element>
 struct Workspace {
-  bool few;                  // queries, for which nothing is packed or transposed
+  bool few;                  // queries: nothing is transposed for them, and nothing but pairs is packed
   element* panel;            // kPanelWidth x kPanelDepth; of few queries only pairs have one
   Pair* left;                // coefficients as pairs: of tiles, or where they are pairs anyhow
   int parts;                 // bfloat16 that a float is the sum of in matrix tiles

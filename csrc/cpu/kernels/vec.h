@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
@@ -39,15 +40,13 @@ constexpr int64_t whole_vectors(int64_t count) {
 // Whether a load or store of less than a vector is an instruction.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr bool kHasMasks = true;
-#else
-constexpr bool kHasMasks = false;
-#endif
 
-#if defined(CPU_CAPABILITY_AVX512)
 // So many lanes of 16, from the first on.
 inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
+#else
+constexpr bool kHasMasks = false;
 #endif
 
 // f(first, count) over vectors of `size` elements. All counts but the last, of what is left, are constants: a load of less than a
