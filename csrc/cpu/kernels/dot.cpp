@@ -111,8 +111,12 @@ class DotGradient : public DotScore<element> {
     }
     if constexpr (kIsPaired<element>) {
       // What rounding adds to the sum of a query's de would multiply what all keys have in common.
+      acc gained[kChunk];
+      sum_each(gained, count, [&](int64_t t) __attribute__((always_inline)) {
+        return gained_by_rounding(grad_scores + t * stride, steps);
+      });
       for (int64_t t = 0; t < count; ++t) {
-        keep_sum(grad_scores + t * stride, steps);
+        keep_sum(grad_scores + t * stride, steps, gained[t]);
       }
     }
     multiply(grad_query, count, Coefficients<acc>{grad_scores, stride, 1}, this->keys_, steps, this->size_, &work);

@@ -166,25 +166,23 @@ inline void lost_by_rounding(float* to, const float* row, int64_t count) {
   });
 }
 
-// Keeps a row's sum through rounding: what rounding adds is taken off the smallest number that keeps its sign by it, whose own
-// rounding errs least.
-inline void keep_sum(float* row, int64_t count) {
-  const float gained = sum(gained_by_rounding(row, count));
-  constexpr float none = std::numeric_limits<float>::infinity();
-  Vec<float> least(none);
+// Keeps a row's sum through rounding: what that adds is taken off the smallest number that keeps its sign by it, whose own rounding
+// errs least. Magnitudes are ordered as their bits are, and those of bfloat16 leave room for a place behind them.
+inline void keep_sum(float* row, int64_t count, float gained) {
+  constexpr uint32_t none = 0x7f800000;  // infinity's
+  const __m512i magnitude = _mm512_set1_epi32(0x7fff0000), enough = _mm512_set1_epi32(std::bit_cast<int>(std::abs(gained)));
+  const __m512i zero = _mm512_setzero_si512();
+  __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), least = _mm512_set1_epi32(none);
   for_vectors<float>(count, [&](int64_t i, auto some) {
-    const Vec<float> x = as_paired(Vec<float>::loadu(row + i, some)).abs();
-    least = at::vec::minimum(least, Vec<float>::blendv(Vec<float>(none), x, x >= Vec<float>(std::abs(gained)) & x > Vec<float>(0)));
+    const __m512i x = _mm512_and_si512(_mm512_castps_si512(as_paired(Vec<float>::loadu(row + i, some))), magnitude);
+    const __mmask16 keeps_sign = _mm512_mask_cmpge_epu32_mask(_mm512_cmpgt_epu32_mask(x, zero), x, enough);
+    least = _mm512_mask_min_epu32(least, keeps_sign, least, _mm512_or_si512(x, place));
+    place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
   });
-  const float smallest = CPU_CAPABILITY::smallest(least);
-  for (int64_t i = 0; smallest < none && i < count; i += 16) {
-    const Vec<float> x = as_paired(Vec<float>::loadu(row + i, std::min<int64_t>(16, count - i)));
-    const __mmask16 found = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(smallest), _CMP_EQ_OQ);
-    if (found != 0) {
-      float& taken = row[i + std::countr_zero(static_cast<uint16_t>(found))];
-      taken = static_cast<float>(c10::BFloat16(taken)) - gained;
-      return;
-    }
+  const uint32_t smallest = _mm512_reduce_min_epu32(least);
+  if (smallest < none) {
+    float& taken = row[smallest & 0xffff];
+    taken = std::copysign(std::bit_cast<float>(smallest & 0xffff0000), taken) - gained;
   }
 }
 
