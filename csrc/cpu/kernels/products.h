@@ -28,6 +28,13 @@ constexpr int tallest(int width) {
   return std::min(kAccumulators / width, 8);
 }
 
+// The widest whose last vector may be partial: without masks that one is alone.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kWidestPartial = kWidest;
+#else
+constexpr int kWidestPartial = 1;
+#endif
+
 // The register tile of sums along vectors: as many accumulators, their vectors of b and one of a.
 constexpr int kColumns = kWidest;
 constexpr int kRows = tallest(kColumns);
@@ -102,7 +109,7 @@ struct Product {
 #define ATTN_EXT_RELOAD(address)
 #endif
 
-// A product's register tile: `rows` from i0 on by `width` vectors from n on, over all k. Of a partial one, a single vector, not all
+// A product's register tile: `rows` from i0 on by `width` vectors from n on, over all k. Of a partial one's last vector not all
 // elements exist. The result's lines, each of another page, come while the sums are taken: what was there is added last. They need
 // not come if they are written past the caches. A tile that `packs` leaves a panel of what it reads of b for those that follow, and
 // prefetches it: the others' rows of b are near. Those prefetch what is wanted next.
@@ -113,12 +120,13 @@ struct Product {
 template <int rows, int width, bool partial, bool packs, class element, class acc>
 ATTN_EXT_REGISTER_TILE void multiply_tile(
     const Product<element, acc>& product, int64_t i0, int64_t n, [[maybe_unused]] const PrefetchQueue::Lines* lines) {
-  static_assert(!partial || width == 1);
+  static_assert(!partial || width <= kWidestPartial);
   constexpr bool tall = 2 * rows > tallest(width);
   using F = ElementTraits<element>;
   using C = ElementTraits<Coefficient<element>>;
   constexpr int lanes = Vec<acc>::size();
-  const int64_t depth = product.depth, count = product.size - n;
+  const auto is_partial = [](int w) { return partial && w == width - 1; };
+  const int64_t depth = product.depth, count = product.size - n - (width - 1) * lanes;  // of the last vector
   Vec<acc> sums[rows][width];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
@@ -151,7 +159,7 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
     typename F::Vector right[width];
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      right[w] = partial ? F::load(from, count) : F::load(from + w * lanes);
+      right[w] = is_partial(w) ? F::load(from + w * lanes, count) : F::load(from + w * lanes);
       if constexpr (packs) {
         __builtin_prefetch(later + w * lanes);
         right[w].store(panel + k * kPanelWidth + n + w * lanes);
@@ -205,7 +213,7 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
       const Vec<acc> factor(*factors);
 #pragma GCC unroll 8
       for (int w = 0; w < width; ++w) {
-        (sums[i][w] * factor).store(to + w * lanes, partial ? static_cast<int>(count) : lanes);
+        (sums[i][w] * factor).store(to + w * lanes, is_partial(w) ? static_cast<int>(count) : lanes);
       }
     }
     return;
@@ -219,8 +227,8 @@ ATTN_EXT_REGISTER_TILE void multiply_tile(
     const Vec<acc> factor(*factors);
 #pragma GCC unroll 8
     for (int w = 0; w < width; ++w) {
-      const auto there = partial ? Vec<acc>::loadu(plus + w * lanes, count) : Vec<acc>::loadu(plus + w * lanes);
-      ((sums[i][w] + there) * factor).store(to + w * lanes, partial ? static_cast<int>(count) : lanes);
+      const auto there = is_partial(w) ? Vec<acc>::loadu(plus + w * lanes, count) : Vec<acc>::loadu(plus + w * lanes);
+      ((sums[i][w] + there) * factor).store(to + w * lanes, is_partial(w) ? static_cast<int>(count) : lanes);
     }
   }
 }
@@ -247,20 +255,26 @@ void multiply_rows(const Product<element, acc>& product, int64_t first, int64_t 
   for (; end - first == 1 && n + 8 * lanes <= size; n += 8 * lanes) {
     multiply_tile<1, 8, false, false>(product, first, n, product.lines());
   }
-  for (int64_t vectors; (vectors = (size - n) / lanes) > 0;) {
-    // The last ones as 3 and 2 rather than 4 and 1.
-    if (kWidest == 4 && vectors >= 4 && vectors != 5) {
-      columns(std::integral_constant<int, kWidest>(), std::false_type());
-    } else if (kWidest == 4 && vectors >= 3) {
-      columns(std::integral_constant<int, kWidest - 1>(), std::false_type());
-    } else if (vectors >= 2) {
-      columns(std::integral_constant<int, 2>(), std::false_type());
-    } else {
-      columns(std::integral_constant<int, 1>(), std::false_type());
+  const auto abreast = [&](auto width) {
+    if constexpr (width.value <= kWidestPartial) {
+      if (n + width.value * lanes > size) {
+        return columns(width, std::true_type());
+      }
     }
-  }
-  if (n < size) {
-    columns(std::integral_constant<int, 1>(), std::true_type());
+    columns(width, std::false_type());
+  };
+  while (n < size) {
+    // The last ones as 3 and 2 rather than 4 and 1.
+    const int64_t rest = size - n, vectors = kWidestPartial > 1 || rest < lanes ? ceil_div(rest, lanes) : rest / lanes;
+    if (kWidest == 4 && vectors >= 4 && vectors != 5) {
+      abreast(std::integral_constant<int, kWidest>());
+    } else if (kWidest == 4 && vectors >= 3) {
+      abreast(std::integral_constant<int, kWidest - 1>());
+    } else if (vectors >= 2) {
+      abreast(std::integral_constant<int, 2>());
+    } else {
+      abreast(std::integral_constant<int, 1>());
+    }
   }
 }
 
