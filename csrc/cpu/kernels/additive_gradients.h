@@ -28,7 +28,7 @@ class AdditiveGradient : public AdditiveScore<element> {
       : AdditiveScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, work, needs(f)),
         f_(f),
         half_exponentials_(arena, only_queries(f) ? f.plan.chunk : 0, f.problem.key_size),
-        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, crowds(f.problem)),
+        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, !query_in_place(f.problem)),
         grad_v_(arena.take<acc>(padded<acc>(f.problem.key_size))) {
     for (Column& column : columns_) {
       for (acc** rows : {&column.queries, &column.grad_queries}) {

@@ -8,8 +8,8 @@
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // A [B, S, size] gradient, tile by tile: added up in the output itself, or in scratch where a mask leaves gaps between rows, the
-// output is of another type or its rows are not whole vectors, and where rows are to be padded(). Where the queries are divided
-// among items, each has its share of the gradient in place of the output until merge().
+// output is of another type, and where rows are to be padded(). Where the queries are divided among items, each has its share of
+// the gradient in place of the output until merge().
 template <class acc>
 class TileGradient {
  public:
@@ -21,7 +21,7 @@ class TileGradient {
         share_(out != nullptr && shares_ > 1 ? arena.take<acc>(plan.split_size * padded<acc>(size)) : nullptr),
         dtype_(shares_ > 1 ? kAccumulated<acc> : problem.dtype),
         to_stride_(shares_ > 1 ? padded<acc>(size) : size),
-        may_be_in_place_(out != nullptr && (shares_ > 1 || (!pad && dtype_ == kAccumulated<acc> && size % Vec<acc>::size() == 0))),
+        may_be_in_place_(out != nullptr && (shares_ > 1 || (!pad && dtype_ == kAccumulated<acc>))),
         streams_(plan.streams && shares_ == 1),
         scratch_(arena.take<acc>(plan.tile * padded<acc>(size))) {}
 
