@@ -26,12 +26,13 @@ void run_all(
     void (*run)(const Call&, int64_t, char*),
     void (*merge)(const Call&, int64_t, char*, size_t),
     bool merges) {
-  const Work work{call.plan.items(call.problem), call.problem.batch * call.problem.steps * work_of_step(call.problem)};
+  const int64_t items = call.plan.items(call.problem);
+  const Work work{items, items * kItemCost + call.problem.batch * call.problem.steps * work_of_step(call.problem)};
   const auto run_one = [&](int64_t item, char* slot) { run(call, item, slot); };
   run_items(work, slot_size, merges, run_one, [&](char* slots) {
     const int64_t rows = call.problem.is_one_query() ? 1 : std::max(call.plan.chunk, call.plan.split_size);
     const int64_t grain = ceil_div(kGrain, std::max<int64_t>(rows * call.problem.memory_size, 1));
-    at::parallel_for(0, merges ? work.items : 0, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, merges ? items : 0, grain, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         merge(call, item, slots, slot_size);
       }

@@ -9,9 +9,10 @@
 
 namespace attn_ext::cpu {
 
-// Multiply-adds below which a thread is not worth waking, and what a tanh costs in them.
+// Multiply-adds below which a thread is not worth waking, and what a tanh, and an item by itself, cost in them.
 constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kTanhCost = 8;
+constexpr int64_t kItemCost = 1 << 9;
 
 // The least that a part has where an item's queries are divided, since each part reads the tiles again and gradients are merged:
 // queries, twice as many where every thread has work anyhow, since the products of fewer are slower; and multiply-adds.
