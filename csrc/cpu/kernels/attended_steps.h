@@ -18,6 +18,16 @@ struct Tile {
     return steps[count - 1] - steps[0] == count - 1;
   }
 
+  // Whether so few steps follow each other that a row's values are sooner moved one by one than by vectors.
+  bool is_fragmented() const {
+    constexpr int64_t least = 12;
+    int64_t runs = 1;
+    for (int64_t j = 1; !contiguous() && j < count; ++j) {
+      runs += steps[j] != steps[j - 1] + 1;
+    }
+    return runs > 1 && count < least * runs;
+  }
+
   // Behind the last of the consecutive steps that begin at index j.
   int64_t run_end(int64_t j) const {
     if (contiguous()) {
