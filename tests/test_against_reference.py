@@ -12,9 +12,10 @@ from _pytest.mark import ParameterSet
 import attn_ext
 from tests.cases import DTYPES, LOSSES, MASKINGS, METHODS, Case, assert_accurate, short
 
-# The kernels' boundaries: vectors of 4, 8 and 16 floats, tiles of 32 source rows and more, panels for 16, 64 queries.
+# The kernels' boundaries: vectors of 4, 8 and 16 floats, up to four of them abreast, of which the last may be partial;
+# tiles of 32 source rows and more, panels for 16, 64 queries.
 S_SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 257)
-D_SIZES = (1, 3, 8, 15, 16, 17, 64, 100, 513)
+D_SIZES = (1, 3, 8, 15, 16, 17, 32, 60, 64, 100, 513)
 T_SIZES = (1, 2, 5, 33, 65)
 OPS = ("dot", "keyed_dot", "additive")
 

@@ -284,6 +284,14 @@ class RowGroup {
       }
       with_bool(prefetches && prefetches_, [&](auto prefetching) {
         const bool one_by_one = prefetching.value && is_long_;
+        if constexpr (kHasManyRegisters && !kMultipliesPairs<scalar>) {
+          if (size_ <= Vec<acc>::size()) {
+            return dot_products_of_short_rows<1, prefetching.value, scalar>(out, left, factor);
+          }
+          if (size_ <= 2 * Vec<acc>::size()) {
+            return dot_products_of_short_rows<2, prefetching.value, scalar>(out, left, factor);
+          }
+        }
         for_blocks<4>(count_, [&](auto rows, int64_t first) {
           Vec<acc> totals[1][rows.value];
           if (one_by_one) {
@@ -309,6 +317,11 @@ class RowGroup {
     constexpr std::integral_constant<int64_t, 2 * Vec<acc>::size()> both;
     with_type<acc>(dtype_, [&](auto example) {
       using scalar = decltype(example);
+      if constexpr (kAccumulators >= 8) {
+        if (size_ <= both) {
+          return sum_short_rows_to<scalar>(to, factors, factor, adds);
+        }
+      }
       const auto add = [&](int64_t d, auto width, auto count) {
         Vec<acc> sums[width.value][2], right[2];
 #pragma GCC unroll 4
@@ -380,6 +393,75 @@ class RowGroup {
       }
       store_sums<1, rows.value>(out + first, 0, totals, factor);
     });
+  }
+
+  // Of rows of up to two vectors. Each row would wait for the sum of those before: there are four, which take turns.
+  template <class scalar>
+  void sum_short_rows_to(acc* to, const acc* factors, acc factor, bool adds) const {
+    Vec<acc> sums[4][2], right[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      sums[i][0] = sums[i][1] = Vec<acc>(0);
+    }
+    const auto add = [&](int64_t r, Vec<acc>* sum) __attribute__((always_inline)) {
+      const Vec<acc> of_row(factors[r]);
+      load_two(right, static_cast<const scalar*>(rows_[r]), size_);
+      sum[0] = at::vec::fmadd(of_row, right[0], sum[0]);
+      sum[1] = at::vec::fmadd(of_row, right[1], sum[1]);
+    };
+    int64_t r = 0;
+    for (; r + 4 <= count_; r += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        add(r + i, sums[i]);
+      }
+    }
+    for (; r < count_; ++r) {
+      add(r, sums[0]);
+    }
+    right[0] = right[1] = Vec<acc>(0);
+    if (adds) {
+      load_two(right, to, size_);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Vec<acc> sum = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+      sums[0][i] = at::vec::fmadd(sum, Vec<acc>(factor), right[i]);
+    }
+    store_two<false>(to, sums[0], size_);
+  }
+
+  // Of rows of up to `vectors` vectors, of which a loop over features, and the end of a sum, would be the most: sixteen at a time.
+  template <int vectors, bool prefetches, class scalar>
+  void dot_products_of_short_rows(acc* out, const acc* x, acc factor) const {
+    Vec<acc> left[2];
+    load_two(left, x, size_);
+    const auto products = [&](int64_t r) __attribute__((always_inline)) {
+      const scalar* const row = static_cast<const scalar*>(rows_[r]);
+      if constexpr (prefetches) {
+        prefetch(next(r));
+      }
+      if constexpr (vectors == 1) {
+        return left[0] * load_one<acc>(row, size_);
+      } else {
+        Vec<acc> right[2];
+        load_two(right, row, size_);
+        return at::vec::fmadd(left[1], right[1], left[0] * right[0]);
+      }
+    };
+    int64_t first = 0;
+    for (; first + 16 <= count_; first += 16) {
+      Vec<acc> totals[4][4];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) {
+        totals[r / 4][r % 4] = products(first + r);
+      }
+      store_sums<4, 4>(out + first, 4, totals, factor);
+    }
+    sum_each(out + first, count_ - first, [&](int64_t r) __attribute__((always_inline)) { return products(first + r); });
+    for (; first < count_; ++first) {
+      out[first] *= factor;
+    }
   }
 
   void run_deferred_rows() {
