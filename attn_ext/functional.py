@@ -37,9 +37,9 @@ def _slow_on_cpu() -> tuple[torch.dtype, ...]:
 
 
 _SLOW_ON_CPU = _slow_on_cpu()
-# What a tensor of keys costs for each element of the memory, in the multiply-adds of products that take as long.
-# Measured on CPU.
-_KEYS = 4
+# What a tensor of keys costs for each element of the memory, in the multiply-adds of products that take as long; of
+# halves, whose average is taken off first, bfloat16's products are the faster. Measured on CPU.
+_KEYS = {torch.float64: 4, torch.float32: 4, torch.bfloat16: 64, torch.float16: 20}
 # Keys that are not the memory have exact gradients where a tile of the kernels has a query's steps at once. And a key's
 # rounding is common to all queries: of fewer features than that in halves, it would be most of an error.
 _LONGEST_BY_KEYS, _LEAST_HALF_KEY = 256, 64
@@ -422,7 +422,8 @@ def has_fewer_keys(query: Tensor, memory: Tensor, weight: Tensor) -> bool:
     if S > _LONGEST_BY_KEYS or (query.element_size() < 4 and Dq < _LEAST_HALF_KEY):
         return False
     saved = B * ((T - S) * Dq * Dm + T * S * (Dm - Dq))  # the scores are products of Dm, or of Dq
-    return saved > _KEYS * B * S * Dm and (query.dtype is not torch.float16 or _keys_fit_float16(memory, weight))
+    cost = _KEYS.get(query.dtype, 0) * B * S * Dm
+    return saved > cost and (query.dtype is not torch.float16 or _keys_fit_float16(memory, weight))
 
 
 def _keys_fit_float16(memory: Tensor, weight: Tensor) -> bool:

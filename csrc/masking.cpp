@@ -39,8 +39,7 @@ Tensor without_masked_rows(const Tensor& memory, const Masking& masking) {
 RowSubset attended_rows(const Tensor& memory, const Masking& masking, bool by_time) {
   const auto& [lengths, mask] = masking;
   const auto can_look = [](const OptionalTensor& tensor) { return !tensor || cpu::is_plain(*tensor); };
-  if (!cpu::has_own_matmul() || !masking.any() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) ||
-      !masking.fits(memory)) {
+  if (!masking.any() || !cpu::is_plain(memory) || !can_look(lengths) || !can_look(mask) || !masking.fits(memory)) {
     return std::nullopt;
   }
   const int64_t batch = memory.size(0), steps = memory.size(1);

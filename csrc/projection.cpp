@@ -1,5 +1,7 @@
 #include "projection.h"
 
+#include "cpu/centring.h"
+
 #include <ATen/Functions.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -108,12 +110,18 @@ Tensor centred(const Tensor& memory, const Masking& masking) {
   if (!at::isReducedFloatingType(memory.scalar_type()) || (masking.any() && !masking.fits(memory))) {
     return memory;
   }
+  if (cpu::can_centre(memory)) {
+    if (const RowSubset attended = attended_rows(memory, masking); attended || !masking.any()) {
+      return cpu::centred(memory, attended);
+    }
+  }
   const Tensor rows = masked_rows(memory, masking);
   const Tensor attended = rows.defined() ? memory.masked_fill(rows.unsqueeze(2), 0) : memory;
-  const Tensor wide = attended.to(at::kFloat), sums = wide.sum(1, true), has_much = sums.abs().mul(2).ge(wide.abs().sum(1, true));
+  const Tensor wide = attended.to(at::kFloat), sums = wide.sum(1, true), magnitudes = wide.abs().sum(1, true);
+  const Tensor has_much = sums.abs().mul(2).ge(magnitudes).logical_and_(magnitudes.isfinite());
   const Tensor average = rows.defined() ? sums.div(rows.logical_not().sum(1, true).unsqueeze(2).clamp_min(1))
                                         : sums.div(at::Scalar(memory.sym_size(1)));
-  return at::sub(attended, as(memory.scalar_type(), average.mul(has_much)));  // halves: nearly the average will do
+  return at::sub(attended, as(memory.scalar_type(), at::where(has_much, average, 0)));  // halves: nearly the average will do
 }
 
 Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const RowSubset& some) {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -61,6 +62,9 @@ def test_the_fewer_rows_are_projected() -> None:
     assert not has_keys(T=1, S=20)
     assert not has_keys(T=101, S=100)  # one row in a hundred is nothing
     assert has_keys(T=6, S=2)
+    assert has_keys(T=120, S=100)
+    assert not has_keys(T=120, S=100, dtype=torch.bfloat16)
+    assert has_keys(T=120, S=100, Dq=512, Dm=512, dtype=torch.bfloat16)
     # The scores are products of the query's size then, which may be much the larger or the smaller.
     assert has_keys(T=100, S=100, Dm=256)
     assert not has_keys(T=100, S=100, Dm=256, Dq=32, dtype=torch.bfloat16)  # whose rounding is common to all queries
@@ -85,7 +89,7 @@ def keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     unwatched = functional.has_fewer_keys
     monkeypatch.setattr(functional, "has_fewer_keys", has_fewer_keys)
-    monkeypatch.setattr(functional, "_KEYS", 0)
+    monkeypatch.setattr(functional, "_KEYS", {})
     yield
     assert any(made)
 
@@ -209,14 +213,40 @@ def test_compiled() -> None:
 
 
 @pytest.mark.usefixtures("keys_cost_nothing")
+@pytest.mark.parametrize("layout", ["dense", "time-major", "part of a larger one", "every other feature"])
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
-def test_keys_of_halves_whose_rows_have_much_in_common(dtype: torch.dtype, masking: str) -> None:
+def test_keys_of_halves_whose_rows_have_much_in_common(dtype: torch.dtype, masking: str, layout: str) -> None:
     """Rounded as they are, they would lose what they differ in, and their gradients' sum what it is to cancel."""
-    problem = Case("general", B=4, T=70, S=37, D=64, Dm=64, dtype=dtype, masking=masking).problem()
-    common = 10 * torch.randn(64, generator=torch.Generator().manual_seed(0))
-    memory = 0.3 * problem.tensors["memory"].float() + common
-    assert_accurate(problem.with_tensors(memory=memory.to(dtype)))
+    Dm = 64 if layout == "dense" else 300
+    problem = Case("general", B=4, T=70, S=37, D=64, Dm=Dm, dtype=dtype, masking=masking).problem()
+    common = 10 * torch.randn(Dm, generator=torch.Generator().manual_seed(0))
+    memory = (0.3 * problem.tensors["memory"].float() + common).to(dtype)
+    if layout == "time-major":
+        memory = memory.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "part of a larger one":
+        memory = F.pad(memory, (1, 2, 3, 0))[:, 3:, 1:-2]
+    elif layout == "every other feature":
+        memory = memory.repeat_interleave(2, dim=2)[..., ::2]
+    assert_accurate(problem.with_tensors(memory=memory))
+
+
+@pytest.mark.usefixtures("keys_cost_nothing")
+@pytest.mark.parametrize("junk", [math.nan, math.inf], ids=str)
+def test_what_some_queries_attend_stays_with_them(junk: float) -> None:
+    """A number that is none in a row of halves reaches the others neither by its keys nor by their average."""
+    problem = Case("general", B=2, T=70, S=37, D=64, Dm=64, dtype=torch.bfloat16).problem()
+    query, memory, weight = problem.tensors.values()
+    mask = torch.ones(2, 70, 37, dtype=torch.bool)
+    mask[:, 1:, 5] = False
+    _, expected = attn_ext.luong_attention(query, memory, "general", weight=weight, mask=mask)
+    memory = memory.clone()
+    memory[:, 5, 7] = junk
+    _, weights = attn_ext.luong_attention(query, memory, "general", weight=weight, mask=mask)
+    assert weights is not None
+    assert expected is not None
+    assert not weights[:, 0].isfinite().all()
+    torch.testing.assert_close(weights[:, 1:], expected[:, 1:], rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.parametrize("large", ["keys", "differences"])

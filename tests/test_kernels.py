@@ -14,6 +14,7 @@ from benchmarks.limits import running_capability
 from tests.compilers import AARCH64, KERNELS, KERNELS_FLAGS, SHIPPED, compile_program, of_capability
 
 SOURCES = (*KERNELS, "tests/kernels/check.cpp")
+CENTRING = ("csrc/cpu/kernels/centring.cpp", "tests/kernels/check_centring.cpp")
 LIBRARIES = Path(torch.__file__).with_name("lib")  # PyTorch's vectors call its exponential of float64
 
 
@@ -45,6 +46,13 @@ def test_under_sanitizers() -> None:
 
 
 @pytest.mark.fused
+def test_centring_under_sanitizers() -> None:
+    """The same of the averages that are taken off a memory of halves."""
+    program = sanitized("check-centring-sanitized", CENTRING, running_capability())
+    assert_passes(str(program), "1", "400", ASAN_OPTIONS="detect_leaks=0")
+
+
+@pytest.mark.fused
 def test_projections_under_sanitizers() -> None:
     """The same of the products with a weight, by the kernels that there are with AVX-512 and with AMX."""
     capability = running_capability()
@@ -56,12 +64,14 @@ def test_projections_under_sanitizers() -> None:
     assert_passes(str(program), "1", "400", ASAN_OPTIONS="detect_leaks=0")
 
 
-def test_on_aarch64() -> None:
+@pytest.mark.parametrize(("sources", "count"), [(SOURCES, 60), (CENTRING, 200)], ids=["attention", "centring"])
+def test_on_aarch64(sources: tuple[str, ...], count: int) -> None:
     """The same source, compiled for ARM's 64-bit processors and run by an emulator."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip(
             "there is no aarch64-linux-gnu-g++ or no qemu-aarch64 here (Debian: g++-aarch64-linux-gnu, qemu-user)"
         )
-    program = compile_program("check-aarch64", compiler, SOURCES, (*KERNELS_FLAGS, *AARCH64, *SHIPPED), ("-static",))
-    assert_passes(emulator, str(program), "1", "60")
+    name = f"{Path(sources[-1]).stem}-aarch64".replace("_", "-")
+    program = compile_program(name, compiler, sources, (*KERNELS_FLAGS, *AARCH64, *SHIPPED), ("-static",))
+    assert_passes(emulator, str(program), "1", str(count))

@@ -14,28 +14,33 @@ namespace attn_ext::cpu {
 namespace DEFAULT {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
 const Kernels& additive_kernels(Dtype, bool, int64_t);
+void centre_item(const Centring&, int64_t, char*);
 }  // namespace DEFAULT
 
 #if defined(__x86_64__)
 namespace AVX2 {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
 const Kernels& additive_kernels(Dtype, bool, int64_t);
+void centre_item(const Centring&, int64_t, char*);
 }  // namespace AVX2
 
 namespace AVX512 {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
 const Kernels& additive_kernels(Dtype, bool, int64_t);
+void centre_item(const Centring&, int64_t, char*);
 const MatmulKernels& matmul_kernels();
 }  // namespace AVX512
 
 namespace AVX512_BF16 {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
 const Kernels& additive_kernels(Dtype, bool, int64_t);
+void centre_item(const Centring&, int64_t, char*);
 }  // namespace AVX512_BF16
 
 namespace AVX512_AMX {
 const Kernels& dot_kernels(Dtype, bool, int64_t);
 const Kernels& additive_kernels(Dtype, bool, int64_t);
+void centre_item(const Centring&, int64_t, char*);
 const MatmulKernels& matmul_kernels();
 }  // namespace AVX512_AMX
 #endif
@@ -77,12 +82,24 @@ bool unasked_tiles() {
 
 const Capability& capability() {
   static constexpr Capability compiled[] = {
-      {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels, no_matmul},
+      {"default", "DEFAULT", always, DEFAULT::dot_kernels, DEFAULT::additive_kernels, DEFAULT::centre_item, no_matmul},
 #if defined(__x86_64__)
-      {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels, no_matmul},
-      {"avx512_amx", "AVX512", unasked_tiles, AVX512_AMX::dot_kernels, AVX512_AMX::additive_kernels, amx_matmul},
-      {"avx512_bf16", "AVX512", unasked_bfloat16, AVX512_BF16::dot_kernels, AVX512_BF16::additive_kernels, where_mkl_leaves_it},
-      {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, where_mkl_leaves_it},
+      {"avx2", "AVX2", always, AVX2::dot_kernels, AVX2::additive_kernels, AVX2::centre_item, no_matmul},
+      {"avx512_amx",
+       "AVX512",
+       unasked_tiles,
+       AVX512_AMX::dot_kernels,
+       AVX512_AMX::additive_kernels,
+       AVX512_AMX::centre_item,
+       amx_matmul},
+      {"avx512_bf16",
+       "AVX512",
+       unasked_bfloat16,
+       AVX512_BF16::dot_kernels,
+       AVX512_BF16::additive_kernels,
+       AVX512_BF16::centre_item,
+       where_mkl_leaves_it},
+      {"avx512", "AVX512", always, AVX512::dot_kernels, AVX512::additive_kernels, AVX512::centre_item, where_mkl_leaves_it},
 #endif
   };
   static const Capability& chosen = []() -> const Capability& {

@@ -11,6 +11,7 @@ struct Capability {
   bool (*runs)();  // where PyTorch's capability is `torch_name`
   const Kernels& (*dot)(Dtype, bool one_query, int64_t chunk);
   const Kernels& (*additive)(Dtype, bool one_query, int64_t chunk);
+  void (*centre)(const Centring&, int64_t item, char* slot);
   const MatmulKernels* (*matmul)();  // none where PyTorch's library multiplies at least as fast
 };
 

@@ -24,22 +24,6 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 // How a call's factors lie: a by rows and b by rows or by columns, or both as the rows that a sum of products is over.
 enum class Layout { Rows, Columns, Sum };
 
-// Some of `count` rows, in ranges.
-std::vector<RowRange> random_ranges(Random& random, int64_t count) {
-  const double density = random.of({0.0, 0.3, 0.9, 1.0, 1.0, 1.0});
-  std::vector<RowRange> ranges;
-  for (int64_t row = 0; row < count; ++row) {
-    if (random.chance(density)) {
-      if (!ranges.empty() && ranges.back().end == row) {
-        ranges.back().end = row + 1;
-      } else {
-        ranges.push_back({row, row + 1});
-      }
-    }
-  }
-  return ranges;
-}
-
 std::vector<const void*> addresses(const Array& rows, Dtype dtype, int64_t batches, int64_t count) {
   const View view = rows.view();
   std::vector<const void*> all;
@@ -86,9 +70,7 @@ bool check(uint64_t seed) {
   a.fill(random.normals(1));
   b.fill(random.normals(1));
   const std::vector<RowRange> ranges = random_ranges(random, batch * rows);
-  const auto is_wanted = [&](int64_t row) {
-    return std::any_of(ranges.begin(), ranges.end(), [&](const RowRange& range) { return range.first <= row && row < range.end; });
-  };
+  const auto is_wanted = [&](int64_t row) { return is_in(ranges, row); };
   std::vector<const void*> a_columns, b_rows;
   if (is_sum) {
     call.a_columns = (a_columns = addresses(a, call.a_type, batch, depth)).data();

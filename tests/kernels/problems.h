@@ -1,11 +1,15 @@
 // What the programs that check the CPU kernels have in common: random problems, one after the other.
 #pragma once
 
+#include "../../csrc/cpu/kernels/call.h"
+
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
 #include <random>
+#include <vector>
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
@@ -39,6 +43,26 @@ class Random {
  private:
   std::mt19937_64 engine_;
 };
+
+// Some of `count` rows, in ranges.
+inline std::vector<RowRange> random_ranges(Random& random, int64_t count) {
+  const double density = random.of({0.0, 0.3, 0.9, 1.0, 1.0, 1.0});
+  std::vector<RowRange> ranges;
+  for (int64_t row = 0; row < count; ++row) {
+    if (random.chance(density)) {
+      if (!ranges.empty() && ranges.back().end == row) {
+        ranges.back().end = row + 1;
+      } else {
+        ranges.push_back({row, row + 1});
+      }
+    }
+  }
+  return ranges;
+}
+
+inline bool is_in(const std::vector<RowRange>& ranges, int64_t row) {
+  return std::any_of(ranges.begin(), ranges.end(), [&](const RowRange& range) { return range.first <= row && row < range.end; });
+}
 
 // The program's main function, called with SEED COUNT: check(seed) of so many seeds, which prints what failed and how.
 inline int check_problems(int count, char** arguments, bool (*check)(uint64_t)) {

@@ -168,6 +168,28 @@ struct Matmul {
   }
 };
 
+// Features of a memory that an item of centring takes, a multiple of all that its loops take at once, and its scratch.
+constexpr int64_t kCentredFeatures = 256;
+constexpr size_t kCentringSlot = 3 * kCentredFeatures * sizeof(float);
+
+// centred = memory - its average over the steps, of features that have much in common: whose sum is at least half of their
+// magnitudes'. Of halves.
+struct Centring {
+  Dtype dtype;
+  int64_t steps;       // S
+  int64_t size;        // Dm
+  View memory;         // [B, S, Dm], by rows
+  RowRanges attended;  // of the batch's rows: the others count for nothing, and become 0
+  void* centred;       // [B, S, Dm], by rows
+  int64_t centred_batch;
+  int64_t centred_row;
+
+  // Items of a batch element.
+  int64_t blocks() const {
+    return ceil_div(size, kCentredFeatures);
+  }
+};
+
 struct MatmulKernels {
   const char* name;  // of their compilation
   size_t (*slot)(const Matmul&);
