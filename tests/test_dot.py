@@ -165,6 +165,30 @@ def test_all_the_weight_on_one_step(dtype: torch.dtype, T: int, sizes: tuple[int
     assert_accurate(Case("dot", T=T, S=S, D=D, dtype=dtype, loss=loss, scale=scale).problem())
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("D", [3, 6, 12, 16, 20, 24, 32, 33, 48], ids="D={}".format)
+def test_recomputed_weights_on_one_step(D: int) -> None:
+    """Of several groups of rows no weight is known to be 1: g . m and g . c are to be rounded alike."""
+    generator = torch.Generator().manual_seed(0)
+    query, memory, grad = (torch.randn(32, rows, D, generator=generator) for rows in (1, 200, 1))
+    options = {"scale": 3e4, "need_weights": False}
+
+    def gradients(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (query, memory)]
+        context, _ = attn_ext.dot_attention(*leaves, **options)
+        return torch.autograd.grad(context, leaves, grad.to(dtype))
+
+    fused = gradients(torch.float32)
+    with attn_ext.use_backend("reference"):
+        truth = gradients(torch.float64)
+        _, weights = attn_ext.dot_attention(query.double(), memory.double(), scale=3e4)
+    assert weights is not None
+    on_one = weights.amax((1, 2)) > 1 - 1e-12
+    assert on_one.sum() > 16
+    for tensor, exact in zip(fused, truth, strict=True):
+        torch.testing.assert_close(tensor[on_one].double(), exact[on_one], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("T", [1, 5, 128], ids="T={}".format)
 def test_the_largest_number(T: int) -> None:
     """A share of it is none too large, however products come about."""

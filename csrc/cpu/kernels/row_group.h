@@ -446,7 +446,8 @@ class RowGroup {
       } else {
         Vec<acc> right[2];
         load_two(right, row, size_);
-        return at::vec::fmadd(left[1], right[1], left[0] * right[0]);
+        // Rounded as delta is (dot_product_by_twos): of two products gcc would make one with the sum.
+        return at::vec::fmadd(left[0], right[0], Vec<acc>(0)) + at::vec::fmadd(left[1], right[1], Vec<acc>(0));
       }
     };
     int64_t first = 0;
