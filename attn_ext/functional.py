@@ -38,7 +38,7 @@ def _slow_on_cpu() -> tuple[torch.dtype, ...]:
 
 _SLOW_ON_CPU = _slow_on_cpu()
 # What a tensor of keys costs for each element of the memory, in the multiply-adds of products that take as long; of
-# halves, whose average is taken off first, bfloat16's products are the faster. Measured on CPU.
+# halves, whose average is taken off first, bfloat16's products are the faster. Measured on a processor that has them.
 _KEYS = {torch.float64: 4, torch.float32: 4, torch.bfloat16: 64, torch.float16: 20}
 # Keys that are not the memory have exact gradients where a tile of the kernels has a query's steps at once. And a key's
 # rounding is common to all queries: of fewer features than that in halves, it would be most of an error.

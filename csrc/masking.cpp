@@ -64,4 +64,8 @@ RowSubset attended_rows(const Tensor& memory, const Masking& masking, bool by_ti
   return ranges;
 }
 
+RowSubset rows_to_multiply(const Tensor& memory, const Masking& masking, bool by_time) {
+  return cpu::has_own_matmul() ? attended_rows(memory, masking, by_time) : std::nullopt;
+}
+
 }  // namespace attn_ext

@@ -30,7 +30,10 @@ Tensor masked_rows(const Tensor& memory, const Masking& masking);
 Tensor without_masked_rows(const Tensor& memory, const Masking& masking);
 
 // The rows of a memory, one batch element behind the other or, `by_time`, one step behind the other, that some query may attend,
-// where one can look and somebody leaves the others out.
+// where something is masked and one can look.
 RowSubset attended_rows(const Tensor& memory, const Masking& masking, bool by_time = false);
+
+// The same where products leave the others out.
+RowSubset rows_to_multiply(const Tensor& memory, const Masking& masking, bool by_time = false);
 
 }  // namespace attn_ext

@@ -276,7 +276,7 @@ struct MemoryNode : torch::autograd::Function<MemoryNode> {
     const Tensor &memory = saved[kMemory], &weight = saved[kWeight];
     const OptionalTensor lengths = if_defined(saved[kLengths]), mask = if_defined(saved[kMask]);
     const Masking masking{lengths, mask};
-    const RowSubset attended = attended_rows(memory, masking);
+    const RowSubset attended = rows_to_multiply(memory, masking);
     const bool is_concat = saved[kV].defined();
     if (is_concat && !steps.empty()) {
       Tensor of_steps;

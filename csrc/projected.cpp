@@ -154,7 +154,7 @@ struct ProjectedNode : torch::autograd::Function<ProjectedNode> {
          parts.of_keys.defined() && (wanted[kWeight] || wanted[kMemory] || wanted[kBias]),
          wanted[kV],
          false});
-    const RowSubset attended = parts.of_keys.defined() ? attended_rows(memory, options.masking()) : std::nullopt;
+    const RowSubset attended = parts.of_keys.defined() ? rows_to_multiply(memory, options.masking()) : std::nullopt;
     if (wanted[kQuery]) {
       results[kQuery] = parts.of_query.defined() ? grad_of_input(computed.query, parts.of_query, query) : computed.query;
     }

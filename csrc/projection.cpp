@@ -145,7 +145,7 @@ Tensor project_memory(const Tensor& memory, const Tensor& weight, const Optional
   if (reads_behind_rows(memory, weight) && masking.any() && masking.fits(memory)) {
     return project(without_masked_rows(memory, masking), weight, bias);
   }
-  return project(memory, weight, bias, attended_rows(memory, masking, is_time_major(memory)));
+  return project(memory, weight, bias, rows_to_multiply(memory, masking, is_time_major(memory)));
 }
 
 void refuse_batches(at::TensorList grads) {

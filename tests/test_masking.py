@@ -65,13 +65,14 @@ def test_nothing_behind_the_mask_is_seen(
 
 
 @pytest.mark.numerics
-@pytest.mark.parametrize("every", [2, 12, 13, 40], ids="every={}".format)
-@pytest.mark.parametrize("T", [1, 5, 33], ids="T={}".format)
+@pytest.mark.parametrize("masking", ["rows", "pairs"])
+@pytest.mark.parametrize("every", [2, 12, 15, 40], ids="every={}".format)
+@pytest.mark.parametrize("T", [1, 5, 70], ids="T={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("method", ["dot", "additive"])
-def test_holes_at_any_distance(method: str, dtype: torch.dtype, T: int, every: int) -> None:
+def test_holes_at_any_distance(method: str, dtype: torch.dtype, T: int, every: int, masking: str) -> None:
     """A row's values go to and from their places one by one between near holes, by vectors between far ones."""
-    problem = Case(method, T=T, S=300, D=20, dtype=dtype, masking="rows").problem()
+    problem = Case(method, T=T, S=300, D=20, dtype=dtype, masking=masking).problem()
     mask = (torch.arange(300) % every > 0).expand_as(problem.options["mask"])
     assert_accurate(replace(problem, options=problem.options | {"mask": mask}))
 

@@ -7,6 +7,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
 
 namespace attn_ext::cpu {
 namespace {
@@ -21,6 +22,7 @@ bool can_centre(const Tensor& memory) {
 }
 
 Tensor centred(const Tensor& memory, const RowSubset& attended) {
+  RECORD_FUNCTION(c10::str("attn_ext::cpu::centred[", capability().name, "]"), c10::ArrayRef<const c10::IValue>{});
   const bool keeps_layout = memory.is_non_overlapping_and_dense();
   const Tensor out = keeps_layout ? at::empty_like(memory) : at::empty(memory.sizes(), memory.options());
   if (out.numel() == 0) {

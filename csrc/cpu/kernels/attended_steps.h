@@ -9,23 +9,14 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-// Up to a plan's tile of source steps, in ascending order.
+// Up to a plan's tile of source steps, and at least one, in ascending order.
 struct Tile {
-  int64_t count = 0;
+  int64_t count;
+  bool is_fragmented;  // so few follow each other that a row's values are sooner moved one by one than by vectors
   int64_t steps[kTile];
 
   bool contiguous() const {
     return steps[count - 1] - steps[0] == count - 1;
-  }
-
-  // Whether so few steps follow each other that a row's values are sooner moved one by one than by vectors.
-  bool is_fragmented() const {
-    constexpr int64_t least = 12;
-    int64_t runs = 1;
-    for (int64_t j = 1; !contiguous() && j < count; ++j) {
-      runs += steps[j] != steps[j - 1] + 1;
-    }
-    return runs > 1 && count < least * runs;
   }
 
   // Behind the last of the consecutive steps that begin at index j.
@@ -67,6 +58,7 @@ class SourceWalk {
 
   bool next(Tile& tile) {
     tile.count = 0;
+    tile.is_fragmented = false;
     if (problem_.mask.data == nullptr) {
       tile.count = std::clamp<int64_t>(end_ - next_, 0, tile_);
       std::iota(tile.steps, tile.steps + tile.count, next_);
@@ -83,12 +75,22 @@ class SourceWalk {
       }
       next_ += count;
     }
+    if (item_.queries > 1) {  // of one query nobody asks
+      int64_t runs = 1;
+      for (int64_t j = 1; j < tile.count; ++j) {
+        runs += tile.steps[j] != tile.steps[j - 1] + 1;
+      }
+      tile.is_fragmented = runs > 1 && tile.count < kLeastRun * runs;
+    }
     return tile.count > 0;
   }
 
  private:
   // Steps that are looked at together, by vectors.
   static constexpr int64_t kAbreast = 64;
+
+  // Steps that follow each other, on average, for vectors to gain.
+  static constexpr int64_t kLeastRun = 12;
 
   // Whether some query may attend each of the next steps.
   void find_attended(uint8_t* attended, int64_t count) const {

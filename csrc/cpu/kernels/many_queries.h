@@ -16,8 +16,8 @@ namespace attn_ext::cpu::CPU_CAPABILITY {
 
 // A query's scores of a tile; those of pairs that its row of the mask leaves out become -inf.
 template <class acc>
-void mask_row_of_scores(acc* row, const uint8_t* mask, int64_t stride, const Tile& tile, bool is_fragmented) {
-  if (stride != 1 || is_fragmented) {
+void mask_row_of_scores(acc* row, const uint8_t* mask, int64_t stride, const Tile& tile) {
+  if (stride != 1 || tile.is_fragmented) {
     for (int64_t j = 0; j < tile.count; ++j) {
       row[j] = mask[tile.steps[j] * stride] != 0 ? row[j] : kNothing<acc>;
     }
@@ -39,12 +39,11 @@ template <class acc>
 void mask_scores(
     acc* scores, int64_t stride, const Problem& problem, int64_t b, int64_t first_query, int64_t queries, const Tile& tile) {
   const int rest = static_cast<int>(whole_vectors<acc>(tile.count) - tile.count);
-  const bool is_fragmented = problem.mask_per_query && tile.is_fragmented();
   for (int64_t t = 0; t < queries; ++t) {
     acc* row = scores + t * stride;
     if (problem.mask_per_query) {
       const uint8_t* const mask = mask_row(problem, b, first_query + t);
-      mask_row_of_scores(row, mask, problem.mask.element_stride, tile, is_fragmented);
+      mask_row_of_scores(row, mask, problem.mask.element_stride, tile);
     }
     if (rest > 0) {
       Vec<acc>(kNothing<acc>).store(row + tile.count, rest);
@@ -79,14 +78,13 @@ struct StepsRows {
   // and between them.
   template <class acc>
   void scatter(const acc* rows, int64_t stride, const acc* factors, const Tile& tile, int64_t written) const {
-    const bool is_fragmented = tile.is_fragmented();
     with_type<acc>(dtype, [&](auto example) {
       using scalar = decltype(example);
       for (int64_t t = 0; t < count; ++t) {
         scalar* const to = static_cast<scalar*>(data) + first + t * steps;
         const acc* const row = rows + t * stride;
         const acc factor = factors == nullptr ? acc(1) : factors[t];
-        if (is_fragmented) {
+        if (tile.is_fragmented) {
           scatter_one_by_one(to, row, factor, tile, written);
           continue;
         }

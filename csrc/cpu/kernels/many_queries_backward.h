@@ -326,15 +326,14 @@ struct ManyQueriesBackward {
   // A tile's columns of `count` rows from t on.
   static void gather(
       acc* rows, int64_t stride, Dtype dtype, const View& view, int64_t b, int64_t t, int64_t count, const Tile& tile) {
-    const bool is_fragmented = tile.is_fragmented();
     with_type<acc>(dtype, [&](auto example) {
       const auto* from = static_cast<const decltype(example)*>(view.data) + b * view.batch_stride + t * view.row_stride;
       for (int64_t i = 0; i < count; ++i, from += view.row_stride) {
         acc* const row = rows + i * stride;
-        for (int64_t j = 0; is_fragmented && j < tile.count; ++j) {
+        for (int64_t j = 0; tile.is_fragmented && j < tile.count; ++j) {
           row[j] = static_cast<acc>(from[tile.steps[j] * view.element_stride]);
         }
-        for (int64_t j = 0, end; !is_fragmented && j < tile.count; j = end) {
+        for (int64_t j = 0, end; !tile.is_fragmented && j < tile.count; j = end) {
           end = tile.run_end(j);
           load_row(row + j, from + tile.steps[j] * view.element_stride, view.element_stride, end - j);
         }

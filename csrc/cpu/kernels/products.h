@@ -29,11 +29,7 @@ constexpr int tallest(int width) {
 }
 
 // The widest whose last vector may be partial: without masks that one is alone.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kWidestPartial = kWidest;
-#else
-constexpr int kWidestPartial = 1;
-#endif
+constexpr int kWidestPartial = kHasMasks ? kWidest : 1;
 
 // The register tile of sums along vectors: as many accumulators, their vectors of b and one of a.
 constexpr int kColumns = kWidest;

@@ -440,6 +440,9 @@ class RowGroup {
       const scalar* const row = static_cast<const scalar*>(rows_[r]);
       if constexpr (prefetches) {
         prefetch(next(r));
+        if constexpr (vectors * Vec<acc>::size() * sizeof(scalar) > kLine) {
+          prefetch(next(r) + kLine);
+        }
       }
       if constexpr (vectors == 1) {
         return left[0] * load_one<acc>(row, size_);
