@@ -28,7 +28,7 @@ class AdditiveGradient : public AdditiveScore<element> {
       : AdditiveScore<element>(f.problem, f.plan.chunk, f.plan.tile, arena, work, needs(f)),
         f_(f),
         half_exponentials_(arena, only_queries(f) ? f.plan.chunk : 0, f.problem.key_size),
-        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, !query_in_place(f.problem)),
+        grad_keys_(arena, f.grad_keys, f.problem, f.plan, f.problem.key_size, !stores_in_place(f.problem)),
         grad_v_(arena.take<acc>(padded<acc>(f.problem.key_size))) {
     for (Column& column : columns_) {
       for (acc** rows : {&column.queries, &column.grad_queries}) {
@@ -40,9 +40,8 @@ class AdditiveGradient : public AdditiveScore<element> {
     }
   }
 
-  // Vectors of a row are stored whole.
   static bool query_in_place(const Problem& problem) {
-    return problem.key_size % lanes == 0 && !crowds(problem);
+    return stores_in_place(problem);
   }
 
   void begin(const Item& item) {
@@ -100,6 +99,11 @@ class AdditiveGradient : public AdditiveScore<element> {
   }
 
  private:
+  // Of queries and of keys: vectors of a row are stored whole.
+  static bool stores_in_place(const Problem& problem) {
+    return problem.key_size % lanes == 0 && !crowds(problem);
+  }
+
   static constexpr int64_t lanes = Vec<acc>::size();
 
   // The lines of a column of such rows share a few sets of the caches: their gradients are summed in rows of scratch.
@@ -144,8 +148,8 @@ class AdditiveGradient : public AdditiveScore<element> {
             const Vec<acc> grad_score(scores[i * scores_stride + j]);
 #pragma GCC unroll 8
             for (int w = 0; w < width.value; ++w) {
-              const auto h = negative_tanh<acc>(at::vec::fmadd(q[i][w], Vec<acc>::loadu(key + w * lanes), half));
-              grad_q[i][w] = at::vec::fmadd(grad_score, at::vec::fnmadd(h, h, Vec<acc>(1)), grad_q[i][w]);
+              const auto h = negative_tanh<acc>(fmadd(q[i][w], Vec<acc>::loadu(key + w * lanes), half));
+              grad_q[i][w] = fmadd(grad_score, fnmadd(h, h, Vec<acc>(1)), grad_q[i][w]);
             }
           }
         }
@@ -408,7 +412,7 @@ class AdditiveGradient : public AdditiveScore<element> {
   template <int shared>
   [[gnu::always_inline]] static Vec<acc> half_denominator(const Vec<acc>& q, const Vec<acc>& k) {
     const Vec<acc> half(0.5);
-    return shared > 0 ? at::vec::fmadd(q, k, half) : direct_denominator<acc>(q + k, kRange<acc>) * half;
+    return shared > 0 ? fmadd(q, k, half) : direct_denominator<acc>(q + k, kRange<acc>) * half;
   }
 
   // y and u of a score's gradient.
@@ -416,15 +420,15 @@ class AdditiveGradient : public AdditiveScore<element> {
       Vec<acc>& grad_q, Vec<acc>& grad_k, Vec<acc>& grad_v, const Vec<acc>& grad_score, const Vec<acc>& h) {
     if constexpr (kAddsBesideProducts) {
       const auto u = grad_score * h;
-      const auto y = at::vec::fnmadd(u, h, grad_score);
+      const auto y = fnmadd(u, h, grad_score);
       grad_q = grad_q + y;
       grad_k = grad_k + y;
       grad_v = grad_v + u;
     } else {
-      const auto slope = at::vec::fnmadd(h, h, Vec<acc>(1));
-      grad_q = at::vec::fmadd(grad_score, slope, grad_q);
-      grad_k = at::vec::fmadd(grad_score, slope, grad_k);
-      grad_v = at::vec::fmadd(grad_score, h, grad_v);
+      const auto slope = fnmadd(h, h, Vec<acc>(1));
+      grad_q = fmadd(grad_score, slope, grad_q);
+      grad_k = fmadd(grad_score, slope, grad_k);
+      grad_v = fmadd(grad_score, h, grad_v);
     }
   }
 

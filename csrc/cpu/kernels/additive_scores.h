@@ -209,8 +209,8 @@ class AdditiveScore {
     Vec<acc> largest_v(0), smallest_v(std::numeric_limits<acc>::max());
     for (int64_t a = 0; a < end; a += lanes) {
       const auto magnitude = Vec<acc>::loadu(v_ + a).abs();
-      largest_v = at::vec::maximum(largest_v, magnitude);
-      smallest_v = at::vec::minimum(smallest_v, magnitude);
+      largest_v = maximum(largest_v, magnitude);
+      smallest_v = minimum(smallest_v, magnitude);
     }
     const acc most = largest(largest_v), least = smallest(smallest_v);
     v_is_moderate_ = is_moderate(most);
@@ -226,7 +226,7 @@ class AdditiveScore {
     const int64_t shared_end = Exponentials<acc>::shared_size(size_);
     std::fill(inverse_v_ + size_, inverse_v_ + shared_end, acc(1));
     std::fill(v_ + size_, v_ + shared_end, unit_);  // to which those ones belong
-    half_off_ = half_off(v_, shared_end) * Vec<acc>(1 / unit_);
+    half_off_ = HalfOff<acc>(v_, shared_end, unit_);
   }
 
   template <int shared>
@@ -248,7 +248,7 @@ class AdditiveScore {
         Vec<acc> sums[rows.value][columns.value];
         for (int i = 0; i < rows.value; ++i) {
           for (int j = 0; j < columns.value; ++j) {
-            sums[i][j] = half_off_;
+            sums[i][j] = half_off_.first;
           }
         }
         for (int64_t a = 0; a < end; a += abreast * lanes) {
@@ -256,6 +256,10 @@ class AdditiveScore {
 #pragma GCC unroll 4
           for (int n = 0; n < abreast; ++n) {
             inverse_v[n] = Vec<acc>::loadu(inverse_v_ + a + n * lanes);
+          }
+#pragma GCC unroll 4
+          for (int i = 0; i < rows.value; ++i) {
+            half_off_.go_on(a, sums[i]);
           }
 #pragma GCC unroll 8
           for (int i = 0; i < rows.value; ++i) {
@@ -269,7 +273,7 @@ class AdditiveScore {
               Vec<acc> x[abreast];
 #pragma GCC unroll 4
               for (int n = 0; n < abreast; ++n) {
-                x[n] = at::vec::fmadd(query[n], Vec<acc>::loadu(k[j] + a + n * lanes), inverse_v[n]);
+                x[n] = fmadd(query[n], Vec<acc>::loadu(k[j] + a + n * lanes), inverse_v[n]);
               }
               sums[i][j] = add_reciprocals<shared, divides, acc>(sums[i][j], x);
             }
@@ -282,7 +286,7 @@ class AdditiveScore {
 
   template <int shared>
   void direct_scores(acc* out, int64_t out_stride, int64_t first, int64_t count, int64_t steps) const {
-    const Vec<acc> begin = half_off(v_, whole_vectors<acc>(size_));
+    const HalfOff<acc> begin(v_, whole_vectors<acc>(size_));
     for (int64_t t = 0; t < count; ++t) {
       const acc* q = query_.addresses()[first + t];
       for (int64_t j = 0; j < steps; ++j) {
@@ -299,8 +303,8 @@ class AdditiveScore {
   acc* inverse_v_;  // times unit_; ends in ones
   Exponentials<acc> query_over_v_;
   acc unit_ = 1;
-  acc spread_ = 0;        // of log |v|
-  Vec<acc> half_off_{0};  // in units
+  acc spread_ = 0;         // of log |v|
+  HalfOff<acc> half_off_;  // in units
 };
 
 }  // namespace

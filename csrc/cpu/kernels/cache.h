@@ -25,7 +25,7 @@ class PrefetchQueue {
   // gcc's loops took up to 1.19 times the instructions.
 #if defined(CPU_CAPABILITY_AVX512)
   static constexpr int64_t kMostOfStep = 2;
-#elif defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
+#elif defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__) || defined(ATTN_EXT_SSE2)
   static constexpr int64_t kMostOfStep = 1;
 #else
   static constexpr int64_t kMostOfStep = 0;
@@ -131,7 +131,7 @@ class PrefetchQueue {
   return line;
 }
 
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(ATTN_EXT_SSE2)
 constexpr bool kStreams = true;
 #else
 constexpr bool kStreams = false;
@@ -144,6 +144,8 @@ inline void stream(void* to, const V& x) {
   _mm512_stream_si512(static_cast<__m512i*>(to), std::bit_cast<__m512i>(x));
 #elif defined(CPU_CAPABILITY_AVX2)
   _mm256_stream_si256(static_cast<__m256i*>(to), std::bit_cast<__m256i>(x));
+#elif defined(ATTN_EXT_SSE2)
+  _mm_stream_si128(static_cast<__m128i*>(to), std::bit_cast<__m128i>(x));
 #else
   x.store(to);
 #endif
@@ -151,7 +153,7 @@ inline void stream(void* to, const V& x) {
 
 // Until others may read what was streamed.
 inline void finish_streaming() {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(ATTN_EXT_SSE2)
   _mm_sfence();
 #endif
 }

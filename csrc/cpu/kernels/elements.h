@@ -25,7 +25,7 @@ struct ElementTraits {
   }
 
   static Vec<acc> multiply_add(const Vector& a, const Vector& b, const Vec<acc>& sum) {
-    return at::vec::fmadd(a, b, sum);
+    return fmadd(a, b, sum);
   }
 
   // A row's numbers from i on.
@@ -232,7 +232,7 @@ ATTN_EXT_INLINE_OF_ROW Vec<acc> partial_dot_products(const acc* a, const element
   Vec<acc> total(0);
   for_vectors<acc>(size, [&](int64_t i, auto count) {
     const auto x = Vec<acc>::loadu(a + i, count);
-    total = at::vec::fmadd(x, where_weighted(x, ElementTraits<element>::numbers(b, i, count)), total);
+    total = fmadd(x, where_weighted(x, ElementTraits<element>::numbers(b, i, count)), total);
   });
   return total;
 }

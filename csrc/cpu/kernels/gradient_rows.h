@@ -132,8 +132,8 @@ class GradientRows {
       for (int r = 0; r < count; ++r) {
         Vec<acc> result[2] = {factors[0][r] * x[0][0], factors[0][r] * x[0][1]};
         if constexpr (terms == 2) {
-          result[0] = at::vec::fmadd(factors[1][r], x[1][0], result[0]);
-          result[1] = at::vec::fmadd(factors[1][r], x[1][1], result[1]);
+          result[0] = fmadd(factors[1][r], x[1][0], result[0]);
+          result[1] = fmadd(factors[1][r], x[1][1], result[1]);
         }
         store_two<streams>(to[r] + d, result, filled);
         for (size_t at = 0; prefetches && at < 2 * sizeof(scalar) * Vec<acc>::size(); at += kLine) {

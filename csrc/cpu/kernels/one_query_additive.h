@@ -39,7 +39,7 @@ class OneQueryAdditive {
     }
     load_row(v_, problem_.dtype, problem_.v, 0, 0, size_);
     std::fill(v_ + size_, v_ + shared_size_, acc(0));
-    half_off_ = half_off(v_, shared_size_);
+    half_off_ = HalfOff<acc>(v_, shared_size_);
     v_is_moderate_ = std::all_of(v_, v_ + size_, [](acc v) { return is_moderate(std::abs(v)); });
   }
 
@@ -131,7 +131,7 @@ class OneQueryAdditive {
   template <bool factored, class scalar>
   [[gnu::always_inline]] Vec<acc> meet(const scalar* key, int64_t a, int64_t count) const {
     if constexpr (factored) {
-      return at::vec::fmadd(Vec<acc>::loadu(query_exponentials_ + a), Vec<acc>::loadu(key + a), Vec<acc>(1));
+      return fmadd(Vec<acc>::loadu(query_exponentials_ + a), Vec<acc>::loadu(key + a), Vec<acc>(1));
     } else {
       return Vec<acc>::loadu(query_ + a, count) + load_one<acc>(key + a, count);
     }
@@ -219,7 +219,7 @@ class OneQueryAdditive {
             const Vec<acc> grad_score(group.grad_scores()[first + r]);
             const auto h = negative_tanh<acc>(x[r] * Vec<acc>(0.5));
             const auto u = grad_score * h;
-            const auto grad = at::vec::fnmadd(u, h, grad_score);
+            const auto grad = fnmadd(u, h, grad_score);
             grad_q = grad_q + grad;
             grad_v = grad_v + u;
             grad_k[r] = grad * factor;
@@ -266,7 +266,7 @@ class OneQueryAdditive {
   acc* grad_v_;  // not yet times -1
   std::optional<GradientRows<acc>> grad_keys_;
   const acc* query_ = nullptr;
-  Vec<acc> half_off_{0};
+  HalfOff<acc> half_off_;
   bool v_is_moderate_ = true;
   acc query_range_ = 0;
   acc range_ = 0;  // the largest |2q| + |2k|, infinite where nothing is prepared

@@ -66,11 +66,11 @@ struct Result {
 };
 
 // Accumulators of a register tile of multiply. AVX-512 and ARM's 64-bit processors have 32 registers: 24 accumulators, 3 or 4
-// vectors of b and a coefficient; AVX2 has 16: 12, 2 and 1. Two multiply-adds a cycle with a latency of four need eight at least,
-// ARM's four twice as many. Elsewhere a vector of PyTorch's takes two registers.
+// vectors of b and a coefficient; x86-64's others have 16: 12, 2 and 1. Two multiply-adds a cycle with a latency of four need eight
+// at least, ARM's four twice as many. Elsewhere a vector of PyTorch's takes two registers.
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
 constexpr int kAccumulators = 24, kWidest = 4;
-#elif defined(CPU_CAPABILITY_AVX2)
+#elif defined(CPU_CAPABILITY_AVX2) || defined(ATTN_EXT_SSE2)
 constexpr int kAccumulators = 12, kWidest = 2;
 #else
 constexpr int kAccumulators = 4, kWidest = 2;

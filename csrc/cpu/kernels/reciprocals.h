@@ -79,13 +79,13 @@ inline Vec<float> estimate(const Vec<float>& x) {
 template <>
 inline Vec<float> reciprocal(const Vec<float>& x) {
   const Vec<float> first = estimate(x);
-  return first * at::vec::fnmadd(x, first, Vec<float>(2));
+  return first * fnmadd(x, first, Vec<float>(2));
 }
 
 template <>
 inline Vec<float> negative_tanh(const Vec<float>& x) {
   const Vec<float> first = estimate(x);
-  return at::vec::fmadd(first, at::vec::fnmadd(x, first, Vec<float>(2)), Vec<float>(-1));
+  return fmadd(first, fnmadd(x, first, Vec<float>(2)), Vec<float>(-1));
 }
 #endif
 
@@ -97,8 +97,8 @@ template <int shared, class acc>
     h[0] = negative_tanh<acc>(x[0]);
   } else {
     const auto both = reciprocal<acc>(x[0] * x[1]);
-    h[0] = at::vec::fmadd(both, x[1], Vec<acc>(-1));
-    h[1] = at::vec::fmadd(both, x[0], Vec<acc>(-1));
+    h[0] = fmadd(both, x[1], Vec<acc>(-1));
+    h[1] = fmadd(both, x[0], Vec<acc>(-1));
   }
 }
 
@@ -108,7 +108,7 @@ template <bool divides, class acc>
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<acc, float> && !divides) {
     const Vec<float> first = estimate(denominator);
-    return at::vec::fmadd(numerator * first, at::vec::fnmadd(denominator, first, Vec<float>(2)), sum);
+    return fmadd(numerator * first, fnmadd(denominator, first, Vec<float>(2)), sum);
   }
 #endif
   return sum + numerator / denominator;
@@ -118,7 +118,7 @@ template <bool divides, class acc>
 // NaN.
 template <class acc>
 [[gnu::always_inline]] inline Vec<acc> direct_denominator(const Vec<acc>& sum, acc limit) {
-  return Vec<acc>(1) + exponential<acc>(at::vec::clamp(sum, Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2)), 2);
+  return Vec<acc>(1) + exponential<acc>(clamp(sum, Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2)), 2);
 }
 
 // The same of several, in their place.
@@ -126,7 +126,7 @@ template <int count, class acc>
 [[gnu::always_inline]] inline void direct_denominators(Vec<acc> (&x)[count], acc limit) {
 #pragma GCC unroll 4
   for (int i = 0; i < count; ++i) {
-    x[i] = at::vec::clamp(x[i], Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2));
+    x[i] = clamp(x[i], Vec<acc>(-kRange<acc> / 2), Vec<acc>(limit / 2));
   }
   exponentiate(x, acc(2));
 #pragma GCC unroll 4
@@ -143,29 +143,61 @@ template <int shared, class acc>
 #pragma GCC unroll 2
     for (int i = 0; i < left; ++i) {
       const int j = i + left;
-      numerators[i] = at::vec::fmadd(numerators[i], denominators[j], numerators[j] * denominators[i]);
+      numerators[i] = fmadd(numerators[i], denominators[j], numerators[j] * denominators[i]);
       denominators[i] = denominators[i] * denominators[j];
     }
   }
 }
 
-// -sum(v) / 2 by lanes, of whole vectors, for sums of v / (1 + E) to begin with: those of v of one sign would grow, and lose to
-// rounding what the steps differ by. What is not finite stays out.
+// Sums of v / (1 + E) begin with -sum(v) / 2: those of v of one sign would grow, and lose to rounding what the steps differ by.
+// Sums of few lanes are longer, and grow all the same: they begin again in the middle.
 template <class acc>
-Vec<acc> half_off(const acc* v, int64_t size) {
-  Vec<acc> total(0);
-  for (int64_t a = 0; a < size; a += Vec<acc>::size()) {
-    total = total - Vec<acc>(0.5) * Vec<acc>::loadu(v + a);
-  }
-  return std::isfinite(sum(total)) ? total : Vec<acc>(0);
-}
+constexpr bool kBeginsTwice = std::is_same_v<acc, float> && Vec<acc>::size() < 8;
 
-// total + sum_a v_a / x_a, by lanes: meet(a, filled) is x, or what direct_denominators() make it of, of a vector of features, of
-// which so many are there, and v ends in zeros.
+template <class acc>
+struct HalfOff {
+  Vec<acc> first{0};
+  Vec<acc> second{0};  // at feature `middle`, if there is one
+  int64_t middle = 0;
+
+  HalfOff() = default;
+
+  // By lanes, of whole vectors. What is not finite stays out.
+  HalfOff(const acc* v, int64_t size, acc unit = 1) {
+    constexpr int64_t lanes = Vec<acc>::size();
+    middle = kBeginsTwice<acc> ? round_up(size / 2, kMostShared * lanes) : size;
+    Vec<acc> of_first(0), of_second(0);
+    for (int64_t a = 0; a < size; a += lanes) {
+      Vec<acc>& sum = a < middle ? of_first : of_second;
+      sum = sum - Vec<acc>(0.5) * Vec<acc>::loadu(v + a);
+    }
+    if (std::isfinite(sum(of_first + of_second))) {
+      first = of_first * Vec<acc>(1 / unit);
+      second = of_second * Vec<acc>(1 / unit);
+    }
+  }
+
+  // Sums as they go on from feature a.
+  template <int count>
+  [[gnu::always_inline]] void go_on(int64_t a, Vec<acc> (&sums)[count]) const {
+    if constexpr (kBeginsTwice<acc>) {
+      if (a == middle) [[unlikely]] {
+        for (Vec<acc>& each : sums) {
+          each = each + second;
+        }
+      }
+    }
+  }
+};
+
+// sum_a v_a / x_a - sum(v) / 2, by lanes: meet(a, filled) is x, or what direct_denominators() make it of, of a vector of features,
+// of which so many are there, and v ends in zeros.
 template <int shared, bool direct, class acc, class Meet>
-[[gnu::always_inline]] inline Vec<acc> sum_of_quotients(Vec<acc> total, const acc* v, int64_t size, const Meet& meet) {
+[[gnu::always_inline]] inline Vec<acc> sum_of_quotients(const HalfOff<acc>& off, const acc* v, int64_t size, const Meet& meet) {
   constexpr int64_t lanes = Vec<acc>::size();
+  Vec<acc> total[1] = {off.first};
   const auto add = [&](int64_t a, auto block, int64_t last) {
+    off.go_on(a, total);
     Vec<acc> numerators[block.value], denominators[block.value];
 #pragma GCC unroll 4
     for (int n = 0; n < block.value; ++n) {
@@ -179,7 +211,7 @@ template <int shared, bool direct, class acc, class Meet>
       direct_denominators(denominators, range_of<acc>(shared));
     }
     share_denominator<block.value, acc>(numerators, denominators);
-    total = add_quotient<false, acc>(total, numerators[0], denominators[0]);
+    total[0] = add_quotient<false, acc>(total[0], numerators[0], denominators[0]);
   };
   int64_t a = 0;
   for (; a + shared * lanes <= size; a += shared * lanes) {
@@ -191,7 +223,7 @@ template <int shared, bool direct, class acc, class Meet>
   if (a < size) {
     add(a, std::integral_constant<int, 1>(), size - a);
   }
-  return total;
+  return total[0];
 }
 
 // sum + all 1 / x, of which so many share a quotient.
@@ -208,7 +240,7 @@ inline Vec<acc> add_reciprocals(const Vec<acc>& sum, Vec<acc> (&x)[count]) {
     return sum + (numerators[0] / x[0] + numerators[1] / x[1]);  // rounded once, not twice, by as much as the sum is large
   }
   if constexpr (shared == 4) {
-    numerators[0] = at::vec::fmadd(numerators[0], x[1], numerators[1] * x[0]);
+    numerators[0] = fmadd(numerators[0], x[1], numerators[1] * x[0]);
     x[0] = x[0] * x[1];
   }
   return add_quotient<divides, acc>(sum, numerators[0], x[0]);

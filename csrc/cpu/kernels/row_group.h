@@ -37,15 +37,15 @@ struct DeferredRow {
     Vec<acc> sums[2], x[2];
     load_two(sums, sum + d, count);
     load_two_any_order(x, row + d, count);
-    sums[0] = at::vec::fmadd(factor, x[0], sums[0]);
-    sums[1] = at::vec::fmadd(factor, x[1], sums[1]);
+    sums[0] = fmadd(factor, x[0], sums[0]);
+    sums[1] = fmadd(factor, x[1], sums[1]);
     store_two<false>(sum + d, sums, count);
     if constexpr (streams) {
       Vec<acc> of_g[2], of_q[2];
       load_two(of_g, g + d, count);
       load_two(of_q, q + d, count);
-      x[0] = at::vec::fmadd(factor, of_q[0], weight * of_g[0]);
-      x[1] = at::vec::fmadd(factor, of_q[1], weight * of_g[1]);
+      x[0] = fmadd(factor, of_q[0], weight * of_g[0]);
+      x[1] = fmadd(factor, of_q[1], weight * of_g[1]);
       store_two<true>(gradient + d, x, count);
     }
   }
@@ -333,8 +333,8 @@ class RowGroup {
 #pragma GCC unroll 4
           for (int w = 0; w < width.value; ++w) {
             load_two_any_order(right, static_cast<const scalar*>(rows_[r]) + d + w * both, count);
-            sums[w][0] = at::vec::fmadd(of_row, right[0], sums[w][0]);
-            sums[w][1] = at::vec::fmadd(of_row, right[1], sums[w][1]);
+            sums[w][0] = fmadd(of_row, right[0], sums[w][0]);
+            sums[w][1] = fmadd(of_row, right[1], sums[w][1]);
           }
         }
 #pragma GCC unroll 4
@@ -346,8 +346,8 @@ class RowGroup {
           if (adds) {
             load_two(right, to + d + w * both, count);
           }
-          sums[w][0] = at::vec::fmadd(sums[w][0], Vec<acc>(factor), right[0]);
-          sums[w][1] = at::vec::fmadd(sums[w][1], Vec<acc>(factor), right[1]);
+          sums[w][0] = fmadd(sums[w][0], Vec<acc>(factor), right[0]);
+          sums[w][1] = fmadd(sums[w][1], Vec<acc>(factor), right[1]);
           store_two<false>(to + d + w * both, sums[w], count);
         }
       };
@@ -406,8 +406,8 @@ class RowGroup {
     const auto add = [&](int64_t r, Vec<acc>* sum) __attribute__((always_inline)) {
       const Vec<acc> of_row(factors[r]);
       load_two(right, static_cast<const scalar*>(rows_[r]), size_);
-      sum[0] = at::vec::fmadd(of_row, right[0], sum[0]);
-      sum[1] = at::vec::fmadd(of_row, right[1], sum[1]);
+      sum[0] = fmadd(of_row, right[0], sum[0]);
+      sum[1] = fmadd(of_row, right[1], sum[1]);
     };
     int64_t r = 0;
     for (; r + 4 <= count_; r += 4) {
@@ -426,7 +426,7 @@ class RowGroup {
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const Vec<acc> sum = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-      sums[0][i] = at::vec::fmadd(sum, Vec<acc>(factor), right[i]);
+      sums[0][i] = fmadd(sum, Vec<acc>(factor), right[i]);
     }
     store_two<false>(to, sums[0], size_);
   }
@@ -450,7 +450,7 @@ class RowGroup {
         Vec<acc> right[2];
         load_two(right, row, size_);
         // Rounded as delta is (dot_product_by_twos): of two products gcc would make one with the sum.
-        return at::vec::fmadd(left[0], right[0], Vec<acc>(0)) + at::vec::fmadd(left[1], right[1], Vec<acc>(0));
+        return fmadd(left[0], right[0], Vec<acc>(0)) + fmadd(left[1], right[1], Vec<acc>(0));
       }
     };
     int64_t first = 0;
@@ -517,8 +517,8 @@ class RowGroup {
         for (int r = 0; r < rows; ++r) {
           prefetch_one(r);
           load_two(right, row[r] + d, count);
-          sums[r][0] = at::vec::fmadd(left[0], right[0], sums[r][0]);
-          sums[r][1] = at::vec::fmadd(left[1], right[1], sums[r][1]);
+          sums[r][0] = fmadd(left[0], right[0], sums[r][0]);
+          sums[r][1] = fmadd(left[1], right[1], sums[r][1]);
         }
       }
       beside(d, count);

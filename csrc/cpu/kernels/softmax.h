@@ -102,7 +102,7 @@ acc maximum(const acc* row, int64_t count, acc start) {
     return found;
   }
   for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
-    all = at::vec::maximum(all, Vec<acc>::loadu(row + j));
+    all = maximum(all, Vec<acc>::loadu(row + j));
   }
   return largest(all);
 }
@@ -121,7 +121,7 @@ ATTN_EXT_INLINE_OF_ROW Vec<acc> recompute_softmax(acc* row, int64_t steps, acc l
   }
   if (!whole) {
     for (int64_t j = 0; j < count; j += Vec<acc>::size()) {
-      at::vec::clamp_max(Vec<acc>::loadu(row + j), Vec<acc>(shift)).store(row + j);
+      clamp_max(Vec<acc>::loadu(row + j), Vec<acc>(shift)).store(row + j);
     }
   }
   return exponentials(row, count, shift);

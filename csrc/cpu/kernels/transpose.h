@@ -5,7 +5,7 @@
 
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(ATTN_EXT_SSE2)
 
 template <class element>
 constexpr bool kTransposes = std::is_same_v<element, float> || std::is_same_v<element, Pair>;
@@ -62,6 +62,23 @@ inline void transpose_square(to_element* to, int64_t stride, const element* cons
     _mm512_storeu_ps(to + (d + 4) * stride, odd_low);
     _mm512_storeu_ps(to + (d + 8) * stride, even_high);
     _mm512_storeu_ps(to + (d + 12) * stride, odd_high);
+  }
+}
+
+#elif defined(ATTN_EXT_SSE2)
+// to[d][j] = from[j][first + d] for 4 rows and 4 features.
+template <class to_element, class element>
+inline void transpose_square(to_element* to, int64_t stride, const element* const* from, int64_t first) {
+  static_assert(sizeof(to_element) == 4 && (kIsHalf<element> || sizeof(element) == 4));
+  __m128 x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = ElementTraits<element>::load(from[i] + first);
+  }
+  _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+#pragma GCC unroll 4
+  for (int d = 0; d < 4; ++d) {
+    _mm_storeu_ps(to + d * stride, x[d]);
   }
 }
 

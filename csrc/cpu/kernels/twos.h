@@ -93,11 +93,11 @@ inline float dot_product_by_pairs(const float* a, const float* b, int64_t size) 
     load_two(left, a + d, count);
     load_two(right, b + d, count);
     const Vec<c10::BFloat16> rounded_left = rounded<c10::BFloat16>(left[0], left[1]);
-    const auto [low, high] = at::vec::convert_to_float<c10::BFloat16>(rounded_left);
+    const auto [low, high] = convert_to_float<c10::BFloat16>(rounded_left);
     sums[0] = ElementTraits<Pair>::multiply_add(rounded<c10::BFloat16>(right[0], right[1]), rounded_left, sums[0]);
     std::swap(sums[0], sums[1]);
-    rests[0] = at::vec::fmadd(left[0] - low, right[0], rests[0]);
-    rests[1] = at::vec::fmadd(left[1] - high, right[1], rests[1]);
+    rests[0] = fmadd(left[0] - low, right[0], rests[0]);
+    rests[1] = fmadd(left[1] - high, right[1], rests[1]);
   });
   return sum(sums[0] + sums[1]) + sum(rests[0] + rests[1]);
 }
@@ -118,8 +118,8 @@ acc dot_product_by_twos([[maybe_unused]] Dtype dtype, const acc* a, const acc* b
   for_twos<acc>(size, [&](int64_t d, auto count) {
     load_two(left, a + d, count);
     load_two(right, b + d, count);
-    sums[0] = at::vec::fmadd(left[0], right[0], sums[0]);
-    sums[1] = at::vec::fmadd(left[1], right[1], sums[1]);
+    sums[0] = fmadd(left[0], right[0], sums[0]);
+    sums[1] = fmadd(left[1], right[1], sums[1]);
   });
   return sum(sums[0] + sums[1]);
 }

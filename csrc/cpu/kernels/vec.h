@@ -14,10 +14,20 @@
 #include <tuple>
 #include <type_traits>
 
+#if defined(__x86_64__) && !defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
+#include "sse2.h"
+#define ATTN_EXT_SSE2
+#endif
+
 namespace attn_ext::cpu::CPU_CAPABILITY {
 
+#if defined(ATTN_EXT_SSE2)
+template <class acc>
+using Vec = Lanes<acc>;
+#else
 template <class acc>
 using Vec = at::vec::Vectorized<acc>;
+#endif
 
 // The dtype of what is kept in the accumulation type.
 template <class acc>
@@ -83,7 +93,7 @@ inline Vec<acc> exponential(const Vec<acc>& x, acc factor = 1) {
   return (x * Vec<acc>(factor)).exp();
 }
 
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__) || defined(ATTN_EXT_SSE2)
 // Inlined: PyTorch's is a call for every vector, which spills all registers, or on ARM's processors for every number.
 // exp(factor x) = 2^n 2^-r with n - r = x factor log2(e), |r| <= 1/2. A fused multiply-add leaves r no other error than the
 // rounding of factor log2(e), where Cody and Waite's reduction subtracts ln(2) in two parts. x becomes 2^-r, a minimax polynomial;
@@ -92,7 +102,6 @@ constexpr float kShift = 0x1.8p23f;
 
 template <int count>
 [[gnu::always_inline]] inline void take_significands(Vec<float> (&x)[count], float factor, Vec<float> (&shifted)[count]) {
-  using at::vec::fmadd;
   const Vec<float> scale(factor * 1.44269504f);
   Vec<float> p[count];
 #pragma GCC unroll 4
@@ -101,7 +110,14 @@ template <int count>
   }
 #pragma GCC unroll 4
   for (int i = 0; i < count; ++i) {
-    x[i] = at::vec::fnmadd(x[i], scale, shifted[i] - Vec<float>(kShift));  // r: ARM's processors have no instruction for -r
+    const Vec<float> n = shifted[i] - Vec<float>(kShift);
+#if defined(ATTN_EXT_SSE2)
+    // Without fused multiply-adds, ln(2) in two parts after all.
+    const Vec<float> left = x[i] * Vec<float>(factor) - n * Vec<float>(0x1.62ep-1f);
+    x[i] = (left - n * Vec<float>(0x1.0bfbe8p-15f)) * Vec<float>(-1.44269504f);
+#else
+    x[i] = fnmadd(x[i], scale, n);  // r: ARM's processors have no instruction for -r
+#endif
     p[i] = Vec<float>(1.53533620e-4f);
   }
   for (const float coefficient : {-1.33988750e-3f, 9.61843692e-3f, -5.55033237e-2f, 2.40226477e-1f, -6.93147182e-1f, 1.0f}) {
@@ -124,6 +140,9 @@ inline Vec<float> times_power(const Vec<float>& p, const Vec<float>& shifted) {
 #elif defined(__aarch64__)
   const uint32x4_t biased = vaddq_u32(vreinterpretq_u32_f32(shifted), vdupq_n_u32(127));
   return vmulq_f32(p, vreinterpretq_f32_u32(vshlq_n_u32(biased, 23)));
+#elif defined(ATTN_EXT_SSE2)
+  const __m128i biased = _mm_add_epi32(_mm_castps_si128(shifted), _mm_set1_epi32(127));
+  return p * Vec<float>(_mm_castsi128_ps(_mm_slli_epi32(biased, 23)));
 #else
   const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
   return p * Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
@@ -206,13 +225,13 @@ inline Vec<float> where(const uint8_t* conditions, int64_t count, const Vec<floa
 // The larger, and a where b is NaN: one instruction, where PyTorch's maximum() is a chain of four.
 template <class acc>
 Vec<acc> raised(const Vec<acc>& a, const Vec<acc>& b) {
-  return at::vec::clamp_min(a, b);
+  return clamp_min(a, b);
 }
 
 // All lanes of a vector, by an operation on two vectors.
 template <class acc, class Op>
 acc reduce(const Vec<acc>& x, const Op& op) {
-  return at::vec::vec_reduce_all<acc>(op, x);
+  return vec_reduce_all<acc>(op, x);
 }
 
 // PyTorch's goes lane by lane, through memory.
@@ -233,12 +252,12 @@ inline double reduce(const Vec<double>& x, const Op& op) {
 
 template <class acc>
 acc largest(const Vec<acc>& x) {
-  return reduce(x, [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); });
+  return reduce(x, [](const Vec<acc>& a, const Vec<acc>& b) { return maximum(a, b); });
 }
 
 template <class acc>
 acc smallest(const Vec<acc>& x) {
-  return reduce(x, [](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::minimum(a, b); });
+  return reduce(x, [](const Vec<acc>& a, const Vec<acc>& b) { return minimum(a, b); });
 }
 
 // All sums of a vector, of one and of several together, add its lanes in the same order: a row's sum does not depend on its
@@ -378,10 +397,10 @@ template <class acc, class scalar>
   if constexpr (std::is_same_v<scalar, acc>) {
     return Vec<acc>::loadu(from, count);
   } else if (count < Vec<acc>::size()) {
-    return std::get<0>(at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count)));
+    return std::get<0>(convert_to_float<scalar>(Vec<scalar>::loadu(from, count)));
   } else {
     Vec<acc> x;
-    at::vec::load_to_float<scalar>(from, x);
+    load_to_float<scalar>(from, x);
     return x;
   }
 }
@@ -394,10 +413,10 @@ template <class acc, class scalar>
     to[0] = Vec<acc>::loadu(from, std::min(count, lanes));
     to[1] = count > lanes ? Vec<acc>::loadu(from + lanes, count - lanes) : Vec<acc>(0);
   } else if (count < 2 * lanes) {
-    std::tie(to[0], to[1]) = at::vec::convert_to_float<scalar>(Vec<scalar>::loadu(from, count));
+    std::tie(to[0], to[1]) = convert_to_float<scalar>(Vec<scalar>::loadu(from, count));
   } else {
-    at::vec::load_to_float<scalar>(from, to[0]);
-    at::vec::load_to_float<scalar>(from + lanes, to[1]);
+    load_to_float<scalar>(from, to[0]);
+    load_to_float<scalar>(from + lanes, to[1]);
   }
 }
 
@@ -431,7 +450,7 @@ inline Vec<scalar> rounded(const Vec<float>& low, const Vec<float>& high) {
     return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
   }
 #endif
-  return at::vec::convert_from_float<scalar>(low, high);
+  return convert_from_float<scalar>(low, high);
 }
 
 // The way back, into consecutive elements: to[i] = factor * from[i]
