@@ -168,8 +168,8 @@ struct HalfOff {
     middle = kBeginsTwice<acc> ? round_up(size / 2, kMostShared * lanes) : size;
     Vec<acc> of_first(0), of_second(0);
     for (int64_t a = 0; a < size; a += lanes) {
-      Vec<acc>& sum = a < middle ? of_first : of_second;
-      sum = sum - Vec<acc>(0.5) * Vec<acc>::loadu(v + a);
+      Vec<acc>& part = a < middle ? of_first : of_second;
+      part = part - Vec<acc>(0.5) * Vec<acc>::loadu(v + a);
     }
     if (std::isfinite(sum(of_first + of_second))) {
       first = of_first * Vec<acc>(1 / unit);
